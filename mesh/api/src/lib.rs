@@ -1,1 +1,22 @@
-//! Placeholder.
+//! The forms in which Meshwork's things are written: protobuf between control and agents, YAML for operators,
+//! TOML on hosts, frames between agents. Each is read once, at the edge, into the types of `mesh_core`.
+
+pub mod frame;
+pub mod header;
+pub mod resource;
+pub mod sync;
+pub mod token;
+pub mod workload_file;
+
+/// The generated protobuf types (`proto/mesh.proto`).
+pub mod proto {
+    #![allow(
+        clippy::all,
+        clippy::use_self,
+        unreachable_pub,
+        unused_qualifications,
+        missing_docs,
+        reason = "generated"
+    )]
+    tonic::include_proto!("meshwork.v1");
+}

@@ -1,0 +1,142 @@
+//! The header that begins each stream: which service and port of the server's identity the caller wants.
+//!
+//! ```text
+//! version u8 = 1 | kind u8 | port u16 | name length u8 | service name | extensions: (type u8, length u16, value)*
+//! ```
+//!
+//! Unknown extensions with the top bit of their type set are refused, others skipped, so that an old agent never
+//! ignores what it must heed.
+
+use mesh_core::names::Label;
+use mesh_core::reason::Reason;
+
+/// The version that this build writes and reads.
+pub const VERSION: u8 = 1;
+/// Longest header, in bytes: a name and room for extensions.
+pub const HEADER_MAX: usize = 1024;
+
+/// How the bytes of the stream are to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamKind {
+    /// Bytes of a TCP connection.
+    Tcp,
+    /// One HTTP/1.1 request and its response.
+    Http1,
+}
+
+/// What the caller wants. There is no address in it: a target is always a declared port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    pub kind: StreamKind,
+    /// In the namespace of the server's identity.
+    pub service: Label,
+    pub port: u16,
+}
+
+impl Header {
+    /// Appends the header's bytes.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let name = self.service.as_str().as_bytes();
+        out.push(VERSION);
+        out.push(match self.kind {
+            StreamKind::Tcp => 0,
+            StreamKind::Http1 => 1,
+        });
+        out.extend_from_slice(&self.port.to_be_bytes());
+        // A label has at most 63 bytes.
+        out.push(name.len() as u8);
+        out.extend_from_slice(name);
+    }
+
+    /// Reads a header, which must end where `bytes` ends.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Reason> {
+        if bytes.len() > HEADER_MAX {
+            return Err(Reason::HeaderMalformed);
+        }
+        let [version, kind, high, low, length, rest @ ..] = bytes else {
+            return Err(Reason::HeaderMalformed);
+        };
+        if *version != VERSION {
+            return Err(Reason::HeaderVersion);
+        }
+        let kind = match kind {
+            0 => StreamKind::Tcp,
+            1 => StreamKind::Http1,
+            _ => return Err(Reason::HeaderMalformed),
+        };
+        let (name, mut rest) = rest
+            .split_at_checked(usize::from(*length))
+            .ok_or(Reason::HeaderMalformed)?;
+        let name = std::str::from_utf8(name).map_err(|_| Reason::HeaderMalformed)?;
+        while !rest.is_empty() {
+            let [kind, high, low, value @ ..] = rest else {
+                return Err(Reason::HeaderMalformed);
+            };
+            let length = usize::from(u16::from_be_bytes([*high, *low]));
+            if *kind & 0x80 != 0 {
+                return Err(Reason::HeaderVersion);
+            }
+            rest = value.get(length..).ok_or(Reason::HeaderMalformed)?;
+        }
+        Ok(Self {
+            kind,
+            service: name.parse().map_err(|_| Reason::HeaderMalformed)?,
+            port: u16::from_be_bytes([*high, *low]),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes() -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let service = "web".parse().unwrap();
+        Header {
+            kind: StreamKind::Http1,
+            service,
+            port: 8080,
+        }
+        .encode(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn golden() {
+        assert_eq!(bytes(), [1, 1, 0x1f, 0x90, 3, b'w', b'e', b'b']);
+        assert_eq!(Header::decode(&bytes()).unwrap().port, 8080);
+    }
+
+    #[test]
+    fn every_cut_and_every_change_is_an_answer_not_a_panic() {
+        let bytes = bytes();
+        for end in 0..bytes.len() {
+            assert!(Header::decode(&bytes[..end]).is_err(), "{end}");
+        }
+        for at in 0..bytes.len() {
+            for value in 0..=255 {
+                let mut changed = bytes.clone();
+                changed[at] = value;
+                let _ = Header::decode(&changed);
+            }
+        }
+    }
+
+    #[test]
+    fn extensions_say_whether_they_may_be_skipped() {
+        let with = |tail: &[u8]| [bytes().as_slice(), tail].concat();
+        assert!(Header::decode(&with(&[0x01, 0, 2, 9, 9])).is_ok());
+        assert_eq!(
+            Header::decode(&with(&[0x81, 0, 0])),
+            Err(Reason::HeaderVersion)
+        );
+        assert_eq!(
+            Header::decode(&with(&[0x01, 0, 3, 9])),
+            Err(Reason::HeaderMalformed)
+        );
+        let mut newer = bytes();
+        newer[0] = 2;
+        assert_eq!(Header::decode(&newer), Err(Reason::HeaderVersion));
+    }
+}
