@@ -1,1 +1,551 @@
-//! To be written.
+//! The stream layer's rules, without I/O: one connection between two agents carries many streams, each with its
+//! own credit under a ceiling for the whole connection.
+//!
+//! The shell (`mesh_runtime::mux`) owns bytes and buffers. It hands every frame that comes in to
+//! [`Machine::handle`], asks [`Machine::send_capacity`] before it sends data, reports with [`Machine::sent`] and
+//! [`Machine::consumed`], and writes what [`Machine::poll_control`] gives.
+//!
+//! Invariants: what was received and not yet consumed never exceeds the connection's credit, whatever the number
+//! of streams; nothing is sent without credit; a stream's end comes after all of its data.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::reason::Reason;
+
+/// The version of the frames, in [`Frame::Hello`].
+pub const VERSION: u8 = 1;
+
+/// What one side is ready to bear. Each side tells its own in its first frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Streams that the peer may have open at once.
+    pub max_streams: u32,
+    /// Bytes of a stream that may be under way or unread.
+    pub stream_credit: u32,
+    /// Bytes of all streams together: the ceiling of memory for a connection.
+    pub connection_credit: u32,
+    /// Longest payload of a data frame, in bytes.
+    pub max_frame: u32,
+}
+
+impl Limits {
+    /// Half a megabyte a stream fills a path of 10 Gbit/s and 0.4 ms; 8 MiB bounds a connection whose readers
+    /// all stand still; 16 KiB frames keep a small call from waiting long behind a large one.
+    pub const DEFAULT: Self = Self {
+        max_streams: 4096,
+        stream_credit: 512 * 1024,
+        connection_credit: 8 * 1024 * 1024,
+        max_frame: 16 * 1024,
+    };
+
+    /// Whether a peer may say this at all.
+    pub const fn are_sane(&self) -> bool {
+        self.max_streams >= 1
+            && self.max_streams <= 1 << 20
+            && self.stream_credit >= 4096
+            && self.stream_credit <= 1 << 28
+            && self.connection_credit >= self.stream_credit
+            && self.connection_credit <= 1 << 30
+            && self.max_frame >= 1024
+            && self.max_frame <= 1 << 20
+    }
+}
+
+/// Control frames queued for a peer that does not read: beyond it the connection is given up. Pings and resets
+/// are all that a peer can make us queue without limit of its own.
+pub const CONTROL_QUEUE_MAX: usize = 16_384;
+
+/// Which side opened the TLS connection. It decides the parity of the ids of streams that it opens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Odd ids.
+    Client,
+    /// Even ids.
+    Server,
+}
+
+/// What passes between two stream layers. Data and headers are borrowed from the shell's buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame<'a> {
+    Hello {
+        version: u8,
+        limits: Limits,
+    },
+    Open {
+        stream: u32,
+        header: &'a [u8],
+    },
+    /// The called app took the connection.
+    Accepted {
+        stream: u32,
+    },
+    Data {
+        stream: u32,
+        data: &'a [u8],
+        end: bool,
+    },
+    Reset {
+        stream: u32,
+        reason: Reason,
+    },
+    /// Stream 0 is the connection.
+    Credit {
+        stream: u32,
+        bytes: u32,
+    },
+    Ping {
+        nonce: u64,
+    },
+    Pong {
+        nonce: u64,
+    },
+    /// No stream above `last` was or will be looked at.
+    GoAway {
+        last: u32,
+        reason: Reason,
+    },
+}
+
+/// What the shell must do because of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Nothing.
+    None,
+    /// The peer's limits are known: streams may be opened.
+    Ready,
+    /// A new stream; its header is in the frame.
+    Opened {
+        stream: u32,
+    },
+    Accepted {
+        stream: u32,
+    },
+    /// Keep the frame's data for the stream's reader, then its end.
+    Data {
+        stream: u32,
+        end: bool,
+    },
+    /// The stream is over at once; what was not read is void.
+    Reset {
+        stream: u32,
+        reason: Reason,
+    },
+    /// The stream may have become able to send.
+    Writable {
+        stream: u32,
+    },
+    /// All streams may have become able to send.
+    AllWritable,
+    Pong {
+        nonce: u64,
+    },
+    /// Open no new stream here; those of ours above `last` were not looked at.
+    GoAway {
+        last: u32,
+        reason: Reason,
+    },
+}
+
+/// How a peer broke the rules: the connection must be closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    #[error("the first frame is not a hello, or a second hello came")]
+    Hello,
+    #[error("frame version {0} is not known")]
+    Version(u8),
+    #[error("the announced limits are not sane")]
+    Limits,
+    #[error("stream {0} was opened out of order or with the wrong parity")]
+    OpenOrder(u32),
+    #[error("more streams are open than were allowed")]
+    TooManyStreams,
+    #[error("a frame for stream {0}, which was never opened")]
+    NeverOpened(u32),
+    #[error("data on stream {0} after its end")]
+    AfterEnd(u32),
+    #[error("more data than credit on stream {0}")]
+    StreamCredit(u32),
+    #[error("more data than the connection's credit")]
+    ConnectionCredit,
+    #[error("credit beyond all bounds")]
+    CreditOverflow,
+    #[error("more control frames are asked for than are read")]
+    ControlFlood,
+}
+
+/// Why a stream can not be opened now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    #[error("the peer's limits are not known yet")]
+    NotReady,
+    #[error("the peer allows no more streams")]
+    TooMany,
+    #[error("the connection is going away")]
+    GoingAway,
+}
+
+#[derive(Debug)]
+struct Stream {
+    send_credit: u64,
+    /// What the peer may still send.
+    receive_credit: u64,
+    /// Consumed, but not given back yet.
+    unreturned: u64,
+    local_ended: bool,
+    remote_ended: bool,
+}
+
+/// One side of a connection.
+#[derive(Debug)]
+pub struct Machine {
+    side: Side,
+    limits: Limits,
+    peer: Option<Limits>,
+    streams: BTreeMap<u32, Stream>,
+    next: u32,
+    /// Highest id that the peer opened.
+    last_of_peer: u32,
+    open_by_us: u32,
+    open_by_peer: u32,
+    send_credit: u64,
+    receive_credit: u64,
+    unreturned: u64,
+    going_away: bool,
+    control: VecDeque<Frame<'static>>,
+}
+
+impl Machine {
+    /// A new connection; its hello is the first that [`Self::poll_control`] gives.
+    pub fn new(side: Side, limits: Limits) -> Self {
+        let hello = Frame::Hello {
+            version: VERSION,
+            limits,
+        };
+        Self {
+            side,
+            limits,
+            peer: None,
+            streams: BTreeMap::new(),
+            next: if side == Side::Client { 1 } else { 2 },
+            last_of_peer: 0,
+            open_by_us: 0,
+            open_by_peer: 0,
+            send_credit: 0,
+            receive_credit: u64::from(limits.connection_credit),
+            unreturned: 0,
+            going_away: false,
+            control: VecDeque::from([hello]),
+        }
+    }
+
+    /// The streams that are open in at least one direction.
+    pub fn open_streams(&self) -> usize {
+        self.streams.len()
+    }
+
+    /// Whether the peer's limits have arrived.
+    pub fn is_ready(&self) -> bool {
+        self.peer.is_some()
+    }
+
+    /// Whether another stream can be opened now.
+    pub fn can_open(&self) -> Result<(), OpenError> {
+        let peer = self.peer.ok_or(OpenError::NotReady)?;
+        if self.going_away || self.next > u32::MAX - 2 {
+            return Err(OpenError::GoingAway);
+        }
+        if self.open_by_us >= peer.max_streams {
+            return Err(OpenError::TooMany);
+        }
+        Ok(())
+    }
+
+    /// Opens a stream. The shell sends its `Open` frame at once, before anything else of the stream.
+    pub fn open(&mut self) -> Result<u32, OpenError> {
+        self.can_open()?;
+        let peer = self.peer.ok_or(OpenError::NotReady)?;
+        let id = self.next;
+        self.next += 2;
+        self.open_by_us += 1;
+        self.streams.insert(id, Stream::new(&self.limits, &peer));
+        Ok(id)
+    }
+
+    /// Data bytes that may be sent on `stream` in one frame now.
+    pub fn send_capacity(&self, stream: u32) -> usize {
+        match (self.streams.get(&stream), self.peer) {
+            (Some(s), Some(peer)) if !s.local_ended => {
+                s.send_credit
+                    .min(self.send_credit)
+                    .min(u64::from(peer.max_frame)) as usize
+            }
+            _ => 0,
+        }
+    }
+
+    /// Reports that a data frame of `bytes` went out; at most [`Self::send_capacity`] of them.
+    pub fn sent(&mut self, stream: u32, bytes: usize, end: bool) {
+        let Some(s) = self.streams.get_mut(&stream) else {
+            return;
+        };
+        debug_assert!(!s.local_ended, "data after the end");
+        s.send_credit -= bytes as u64;
+        self.send_credit -= bytes as u64;
+        if end {
+            s.local_ended = true;
+            self.forget_if_over(stream);
+        }
+    }
+
+    /// Reports that the reader took `bytes`, or that they were thrown away.
+    pub fn consumed(&mut self, stream: u32, bytes: usize) {
+        self.unreturned += bytes as u64;
+        if self.unreturned * 2 >= u64::from(self.limits.connection_credit) {
+            let bytes = std::mem::take(&mut self.unreturned);
+            self.receive_credit += bytes;
+            self.queue(Frame::Credit {
+                stream: 0,
+                bytes: bytes as u32,
+            });
+        }
+        let Some(s) = self.streams.get_mut(&stream) else {
+            return;
+        };
+        if s.remote_ended {
+            return;
+        }
+        s.unreturned += bytes as u64;
+        if s.unreturned * 2 >= u64::from(self.limits.stream_credit) {
+            let bytes = std::mem::take(&mut s.unreturned);
+            s.receive_credit += bytes;
+            self.queue(Frame::Credit {
+                stream,
+                bytes: bytes as u32,
+            });
+        }
+    }
+
+    /// Says that the called app took the connection.
+    pub fn accept(&mut self, stream: u32) {
+        if self.streams.contains_key(&stream) {
+            self.queue(Frame::Accepted { stream });
+        }
+    }
+
+    /// Ends a stream at once, both ways. The shell also consumes what it still holds of it.
+    pub fn reset(&mut self, stream: u32, reason: Reason) {
+        if self.remove(stream) {
+            self.queue(Frame::Reset { stream, reason });
+        }
+    }
+
+    /// Asks the peer to answer with `nonce`.
+    pub fn ping(&mut self, nonce: u64) {
+        self.queue(Frame::Ping { nonce });
+    }
+
+    /// Tells the peer to open no more streams. Those that are open go on.
+    pub fn go_away(&mut self, reason: Reason) {
+        if !self.going_away {
+            self.going_away = true;
+            self.queue(Frame::GoAway {
+                last: self.last_of_peer,
+                reason,
+            });
+        }
+    }
+
+    /// The next frame that must be written, before further data.
+    pub fn poll_control(&mut self) -> Option<Frame<'static>> {
+        self.control.pop_front()
+    }
+
+    /// Takes a frame of the peer.
+    pub fn handle(&mut self, frame: &Frame<'_>) -> Result<Event, Violation> {
+        if self.peer.is_none() && !matches!(frame, Frame::Hello { .. }) {
+            return Err(Violation::Hello);
+        }
+        match *frame {
+            Frame::Hello { version, limits } => self.handle_hello(version, limits),
+            Frame::Open { stream, .. } => self.handle_open(stream),
+            Frame::Accepted { stream } => {
+                let known = self.is_known(stream)?;
+                Ok(if known {
+                    Event::Accepted { stream }
+                } else {
+                    Event::None
+                })
+            }
+            Frame::Data { stream, data, end } => self.handle_data(stream, data.len() as u64, end),
+            Frame::Reset { stream, reason } => {
+                let known = self.is_known(stream)?;
+                self.remove(stream);
+                Ok(if known {
+                    Event::Reset { stream, reason }
+                } else {
+                    Event::None
+                })
+            }
+            Frame::Credit { stream, bytes } => self.handle_credit(stream, bytes),
+            Frame::Ping { nonce } => {
+                if self.control.len() >= CONTROL_QUEUE_MAX {
+                    return Err(Violation::ControlFlood);
+                }
+                self.queue(Frame::Pong { nonce });
+                Ok(Event::None)
+            }
+            Frame::Pong { nonce } => Ok(Event::Pong { nonce }),
+            Frame::GoAway { last, reason } => {
+                self.going_away = true;
+                Ok(Event::GoAway { last, reason })
+            }
+        }
+    }
+
+    fn handle_hello(&mut self, version: u8, limits: Limits) -> Result<Event, Violation> {
+        if self.peer.is_some() {
+            return Err(Violation::Hello);
+        }
+        if version != VERSION {
+            return Err(Violation::Version(version));
+        }
+        if !limits.are_sane() {
+            return Err(Violation::Limits);
+        }
+        self.send_credit = u64::from(limits.connection_credit);
+        self.peer = Some(limits);
+        Ok(Event::Ready)
+    }
+
+    fn handle_open(&mut self, stream: u32) -> Result<Event, Violation> {
+        let odd = stream % 2 == 1;
+        if odd != (self.side == Side::Server) || stream <= self.last_of_peer {
+            return Err(Violation::OpenOrder(stream));
+        }
+        if self.open_by_peer >= self.limits.max_streams {
+            return Err(Violation::TooManyStreams);
+        }
+        if self.control.len() >= CONTROL_QUEUE_MAX {
+            return Err(Violation::ControlFlood);
+        }
+        let Some(peer) = self.peer else {
+            return Err(Violation::Hello);
+        };
+        self.last_of_peer = stream;
+        self.open_by_peer += 1;
+        self.streams
+            .insert(stream, Stream::new(&self.limits, &peer));
+        if self.going_away {
+            self.reset(stream, Reason::Draining);
+            return Ok(Event::None);
+        }
+        Ok(Event::Opened { stream })
+    }
+
+    fn handle_data(&mut self, stream: u32, bytes: u64, end: bool) -> Result<Event, Violation> {
+        self.receive_credit = self
+            .receive_credit
+            .checked_sub(bytes)
+            .ok_or(Violation::ConnectionCredit)?;
+        if !self.is_known(stream)? {
+            // It was under way when the stream ended here: nobody will read it.
+            self.consumed(stream, bytes as usize);
+            return Ok(Event::None);
+        }
+        let Some(s) = self.streams.get_mut(&stream) else {
+            return Ok(Event::None);
+        };
+        if s.remote_ended {
+            return Err(Violation::AfterEnd(stream));
+        }
+        s.receive_credit = s
+            .receive_credit
+            .checked_sub(bytes)
+            .ok_or(Violation::StreamCredit(stream))?;
+        if end {
+            s.remote_ended = true;
+            self.forget_if_over(stream);
+        }
+        Ok(Event::Data { stream, end })
+    }
+
+    fn handle_credit(&mut self, stream: u32, bytes: u32) -> Result<Event, Violation> {
+        let Some(peer) = self.peer else {
+            return Err(Violation::Hello);
+        };
+        let add = |credit: &mut u64, ceiling: u32| {
+            *credit += u64::from(bytes);
+            if *credit > u64::from(ceiling) {
+                Err(Violation::CreditOverflow)
+            } else {
+                Ok(())
+            }
+        };
+        if stream == 0 {
+            add(&mut self.send_credit, peer.connection_credit)?;
+            return Ok(Event::AllWritable);
+        }
+        if !self.is_known(stream)? {
+            return Ok(Event::None);
+        }
+        if let Some(s) = self.streams.get_mut(&stream) {
+            add(&mut s.send_credit, peer.stream_credit)?;
+        }
+        Ok(Event::Writable { stream })
+    }
+
+    /// Whether `stream` is open; an error if it never was.
+    fn is_known(&self, stream: u32) -> Result<bool, Violation> {
+        let ours = (stream % 2 == 1) == (self.side == Side::Client);
+        let opened = if ours {
+            stream < self.next
+        } else {
+            stream <= self.last_of_peer
+        };
+        if stream == 0 || !opened {
+            return Err(Violation::NeverOpened(stream));
+        }
+        Ok(self.streams.contains_key(&stream))
+    }
+
+    fn forget_if_over(&mut self, stream: u32) {
+        if self
+            .streams
+            .get(&stream)
+            .is_some_and(|s| s.local_ended && s.remote_ended)
+        {
+            self.remove(stream);
+        }
+    }
+
+    fn remove(&mut self, stream: u32) -> bool {
+        if self.streams.remove(&stream).is_none() {
+            return false;
+        }
+        if (stream % 2 == 1) == (self.side == Side::Client) {
+            self.open_by_us -= 1;
+        } else {
+            self.open_by_peer -= 1;
+        }
+        true
+    }
+
+    fn queue(&mut self, frame: Frame<'static>) {
+        self.control.push_back(frame);
+    }
+}
+
+impl Stream {
+    fn new(limits: &Limits, peer: &Limits) -> Self {
+        Self {
+            send_credit: u64::from(peer.stream_credit),
+            receive_credit: u64::from(limits.stream_credit),
+            unreturned: 0,
+            local_ended: false,
+            remote_ended: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
