@@ -1,2 +1,48 @@
-//! Placeholder.
-fn main() {}
+//! `meshctl`: the operator's command line. It speaks to the operator API of control and keeps no state.
+
+mod args;
+mod client;
+mod commands;
+mod context;
+mod duration;
+mod failure;
+mod output;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::args::{Args, Command};
+use crate::client::Client;
+use crate::context::Context;
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::error(&failure.to_string());
+            failure.exit_code()
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::local("start", "the runtime", error, "free some memory"))?;
+    let client = Client::new(Context::load(args.context.as_deref())?)?;
+    runtime.block_on(async {
+        match args.command {
+            Command::Token { command } => commands::token::run(&client, command).await,
+            Command::Get(get) => commands::get::run(&client, get).await,
+            Command::Apply(apply) => commands::write::apply(&client, apply).await,
+            Command::Delete(delete) => commands::write::delete(&client, delete).await,
+            Command::Status { output } => commands::status::run(&client, output).await,
+            Command::Backup { out } => commands::backup::run(&client, &out).await,
+        }
+    })
+}

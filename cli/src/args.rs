@@ -1,0 +1,181 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// The operator's command line of Meshwork.
+#[derive(Debug, Parser)]
+#[command(name = "meshctl", version, propagate_version = true)]
+pub(crate) struct Args {
+    /// Where control is and who you are [default: ~/.config/meshwork/admin.yaml, then
+    /// /etc/meshwork/admin.yaml]
+    #[arg(long, global = true, value_name = "FILE", env = "MESHCTL_CONTEXT")]
+    pub context: Option<PathBuf>,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make, list and revoke join tokens
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// Show objects
+    Get(Get),
+    /// Create or change the services and policies of a file
+    Apply(Apply),
+    /// Remove an object
+    Delete(Delete),
+    /// Show how control and the mesh are
+    Status {
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Write everything that control knows, but its CA key, to a file
+    Backup {
+        /// A file that does not exist yet
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Make a join token. Only the token goes to stdout
+    Create(CreateToken),
+    /// List tokens, without their secrets
+    List {
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
+    /// Make a token useless. Hosts that joined with it stay
+    Revoke { id: String },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CreateToken {
+    /// A note for lists and the audit log
+    #[arg(long)]
+    pub name: Option<String>,
+    /// All accounts and services of a namespace
+    #[arg(long, value_name = "NS")]
+    pub namespace: Vec<String>,
+    /// An identity the host may hold; each side may end in `*`
+    #[arg(long, value_name = "NS/ACCOUNT")]
+    pub identity: Vec<String>,
+    /// A service the host may serve; each side may end in `*` [default: as the identities]
+    #[arg(long, value_name = "NS/SERVICE")]
+    pub service: Vec<String>,
+    /// A network the host may be in [default: `default`]
+    #[arg(long)]
+    pub network: Vec<String>,
+    /// How long the token can be used, e.g. 30m, 1h, 7d
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::duration::parse)]
+    pub expires: Duration,
+    /// How many hosts can join with it
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub uses: u32,
+    /// Let it take over the name of a host that is in the mesh; that host is removed
+    #[arg(long)]
+    pub replace: bool,
+    /// Where hosts reach control [default: as control was told at `init`]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub address: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Get {
+    #[arg(value_enum)]
+    pub kind: Kind,
+    /// One object: its name, or `namespace/name`
+    pub name: Option<String>,
+    /// Only this namespace; `all` shows all
+    #[arg(short, long, value_name = "NS", default_value = "all")]
+    pub namespace: String,
+    #[arg(short, long, value_enum, default_value_t)]
+    pub output: Format,
+    /// Of the audit log: how many of the newest entries
+    #[arg(long, default_value_t = 100)]
+    pub limit: u32,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Apply {
+    /// YAML or JSON, one or more documents; `-` reads stdin
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// Say what would change and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Delete {
+    #[arg(value_enum)]
+    pub kind: Deletable,
+    /// Its name, or `namespace/name`
+    pub name: String,
+    #[arg(short, long, value_name = "NS")]
+    pub namespace: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
+    #[value(alias = "service")]
+    Services,
+    #[value(alias = "workload")]
+    Workloads,
+    #[value(alias = "host")]
+    Hosts,
+    #[value(alias = "policy")]
+    Policies,
+    Audit,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Deletable {
+    #[value(alias = "services")]
+    Service,
+    /// Removes the host from the mesh: its certificates and its session end
+    #[value(alias = "hosts")]
+    Host,
+    #[value(alias = "policies")]
+    Policy,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    #[default]
+    Table,
+    Json,
+    Yaml,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_holds_together() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn kinds_are_taken_in_both_numbers() {
+        for word in ["service", "services"] {
+            let args = Args::try_parse_from(["meshctl", "get", word]).unwrap();
+            assert!(matches!(args.command, Command::Get(get) if get.kind == Kind::Services));
+        }
+        assert!(Args::try_parse_from(["meshctl", "get", "pods"]).is_err());
+        assert!(
+            Args::try_parse_from(["meshctl", "token", "create", "--uses", "0"]).is_err(),
+            "a token that nobody can use"
+        );
+    }
+}
