@@ -360,6 +360,21 @@ impl Machine {
         self.control.pop_front()
     }
 
+    /// Whether a frame waits in [`Self::poll_control`].
+    pub fn has_control(&self) -> bool {
+        !self.control.is_empty()
+    }
+
+    /// Whether our direction of `stream` is still open.
+    pub fn can_end(&self, stream: u32) -> bool {
+        self.streams.get(&stream).is_some_and(|s| !s.local_ended)
+    }
+
+    /// Whether this side opened `stream`.
+    pub fn is_ours(&self, stream: u32) -> bool {
+        (stream % 2 == 1) == (self.side == Side::Client)
+    }
+
     /// Takes a frame of the peer.
     pub fn handle(&mut self, frame: &Frame<'_>) -> Result<Event, Violation> {
         if self.peer.is_none() && !matches!(frame, Frame::Hello { .. }) {
@@ -496,8 +511,7 @@ impl Machine {
 
     /// Whether `stream` is open; an error if it never was.
     fn is_known(&self, stream: u32) -> Result<bool, Violation> {
-        let ours = (stream % 2 == 1) == (self.side == Side::Client);
-        let opened = if ours {
+        let opened = if self.is_ours(stream) {
             stream < self.next
         } else {
             stream <= self.last_of_peer
@@ -522,7 +536,7 @@ impl Machine {
         if self.streams.remove(&stream).is_none() {
             return false;
         }
-        if (stream % 2 == 1) == (self.side == Side::Client) {
+        if self.is_ours(stream) {
             self.open_by_us -= 1;
         } else {
             self.open_by_peer -= 1;

@@ -1,0 +1,203 @@
+//! The task that owns a connection's carrier.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use mesh_api::frame::{PREFIX_LEN, Prefix};
+use mesh_core::reason::Reason;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Interval, MissedTickBehavior, interval};
+
+use super::Shared;
+
+/// One read takes at most this much: fewer system calls than with 16 KiB, measurably.
+const INPUT_LEN: usize = 64 * 1024;
+/// Reads in one turn, so that a connection that never runs dry leaves the thread to others.
+const READS_PER_TURN: usize = 8;
+/// A peer that said nothing for this long is asked; after as long again it is given up.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// Runs a connection until it is over and says why. Must be polled on the thread of its [`super::Mux`].
+#[derive(Debug)]
+pub struct Driver<C> {
+    carrier: C,
+    shared: Rc<RefCell<Shared>>,
+    input: Box<[u8]>,
+    /// `input[start..end]` is read and not yet handled: a part of a frame.
+    start: usize,
+    end: usize,
+    keepalive: Option<Interval>,
+    asked: bool,
+    shutting: bool,
+}
+
+impl<C> Driver<C> {
+    pub(super) fn new(carrier: C, shared: Rc<RefCell<Shared>>) -> Self {
+        Self {
+            carrier,
+            shared,
+            input: vec![0; INPUT_LEN].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            keepalive: None,
+            asked: false,
+            shutting: false,
+        }
+    }
+}
+
+impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
+    fn poll_input(&mut self, cx: &mut Context<'_>) -> Poll<Reason> {
+        for _ in 0..READS_PER_TURN {
+            if self.start > 0 {
+                self.input.copy_within(self.start..self.end, 0);
+                self.end -= self.start;
+                self.start = 0;
+            }
+            let mut buffer = ReadBuf::new(&mut self.input[self.end..]);
+            match Pin::new(&mut self.carrier).poll_read(cx, &mut buffer) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Ok(())) if buffer.filled().is_empty() => {
+                    return Poll::Ready(Reason::PeerLost);
+                }
+                Poll::Ready(Ok(())) => self.end += buffer.filled().len(),
+                Poll::Ready(Err(error)) => return Poll::Ready(lost(&error)),
+            }
+            if let Err(reason) = self.handle_input() {
+                return Poll::Ready(reason);
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    fn handle_input(&mut self) -> Result<(), Reason> {
+        let mut shared = self.shared.borrow_mut();
+        shared.heard = true;
+        loop {
+            let pending = &self.input[self.start..self.end];
+            let Some((head, rest)) = pending.split_first_chunk::<PREFIX_LEN>() else {
+                return Ok(());
+            };
+            let broken = |error| {
+                log::warn!("the peer's frames can not be read: {error}");
+                Reason::ProtocolError
+            };
+            let prefix = Prefix::decode(*head, shared.max_frame).map_err(broken)?;
+            let Some(payload) = rest.get(..prefix.length) else {
+                return Ok(());
+            };
+            let frame = prefix.frame(payload).map_err(broken)?;
+            shared.handle(&frame)?;
+            self.start += PREFIX_LEN + prefix.length;
+        }
+    }
+
+    fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut shared = self.shared.borrow_mut();
+        loop {
+            shared.take_control();
+            if shared.written == shared.output.len() {
+                if !shared.output.is_empty() {
+                    shared.next_round();
+                }
+                return Pin::new(&mut self.carrier).poll_flush(cx);
+            }
+            let output = &shared.output[shared.written..];
+            match Pin::new(&mut self.carrier).poll_write(cx, output) {
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(bytes)) => shared.written += bytes,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+
+    fn poll_keepalive(&mut self, cx: &mut Context<'_>) -> Result<(), Reason> {
+        let timer = self.keepalive.get_or_insert_with(|| {
+            let mut timer = interval(KEEPALIVE);
+            timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            timer.reset();
+            timer
+        });
+        while timer.poll_tick(cx).is_ready() {
+            let mut shared = self.shared.borrow_mut();
+            if std::mem::take(&mut shared.heard) {
+                self.asked = false;
+            } else if self.asked {
+                return Err(Reason::PeerLost);
+            } else {
+                self.asked = true;
+                shared.machine.ping(0);
+                cx.waker().wake_by_ref();
+            }
+        }
+        Ok(())
+    }
+
+    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Reason> {
+        if let Poll::Ready(reason) = self.poll_input(cx) {
+            return Poll::Ready(reason);
+        }
+        if let Err(reason) = self.poll_keepalive(cx) {
+            return Poll::Ready(reason);
+        }
+        match self.poll_output(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(lost(&error)),
+            Poll::Ready(Ok(())) if self.shared.borrow().closing => Poll::Ready(Reason::Cancelled),
+            _ => Poll::Pending,
+        }
+    }
+}
+
+fn lost(error: &io::Error) -> Reason {
+    log::debug!("a mesh connection broke: {error}");
+    // A TLS alert of the peer arrives here: it refused our certificate after its own handshake was through.
+    match crate::tls::verify::handshake_reason(error) {
+        Reason::PeerUnreachable => Reason::PeerLost,
+        reason => reason,
+    }
+}
+
+impl<C: AsyncRead + AsyncWrite + Unpin> Future for Driver<C> {
+    type Output = Reason;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Reason> {
+        let this = self.get_mut();
+        if !this.shutting {
+            {
+                let mut shared = this.shared.borrow_mut();
+                let same = shared
+                    .driver
+                    .as_ref()
+                    .is_some_and(|waker| waker.will_wake(cx.waker()));
+                if !same {
+                    shared.driver = Some(cx.waker().clone());
+                }
+            }
+            match this.poll_turn(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(reason) => {
+                    this.shared.borrow_mut().close(reason);
+                    this.shutting = true;
+                }
+            }
+        }
+        // The peer's close_notify is owed, but not waited for: a peer that does not read holds nothing up.
+        let _ = Pin::new(&mut this.carrier).poll_shutdown(cx);
+        let reason = this.shared.borrow().closed;
+        Poll::Ready(reason.unwrap_or(Reason::PeerLost))
+    }
+}
+
+impl<C> Drop for Driver<C> {
+    fn drop(&mut self) {
+        // A driver that is dropped in the middle leaves no stream waiting for ever.
+        self.shared.borrow_mut().close(Reason::PeerLost);
+    }
+}

@@ -1,0 +1,150 @@
+//! Two connections over an in-memory carrier.
+
+use super::*;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+use tokio::task::{LocalSet, spawn_local};
+
+fn local<F: Future<Output = ()>>(test: F) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let deadline = std::time::Duration::from_secs(60);
+    LocalSet::new().block_on(&runtime, async {
+        let outcome = tokio::time::timeout(deadline, test).await;
+        outcome.expect("the test stands still");
+    });
+}
+
+fn pair(limits: Limits) -> (Mux, Incoming) {
+    let (a, b) = duplex(10_000);
+    let (client, _, driver) = connection(a, Side::Client, limits);
+    spawn_local(driver);
+    let (_, incoming, driver) = connection(b, Side::Server, limits);
+    spawn_local(driver);
+    (client, incoming)
+}
+
+async fn echo(mut incoming: Incoming) {
+    while let Some((mut stream, _)) = incoming.next().await {
+        spawn_local(async move {
+            let mut bytes = Vec::new();
+            while let Ok(Some(_)) = stream.recv(&mut bytes, usize::MAX).await {
+                stream.send(&bytes).await.unwrap();
+                bytes.clear();
+            }
+            stream.end();
+        });
+    }
+}
+
+async fn read_all(stream: &mut MuxStream) -> Result<Vec<u8>, StreamError> {
+    let mut bytes = Vec::new();
+    while stream.recv(&mut bytes, usize::MAX).await?.is_some() {}
+    Ok(bytes)
+}
+
+#[test]
+fn many_streams_keep_their_bytes_apart() {
+    local(async {
+        let (client, incoming) = pair(Limits::DEFAULT);
+        spawn_local(echo(incoming));
+        let mut tasks = Vec::new();
+        for n in 0..200_u32 {
+            let client = client.clone();
+            tasks.push(spawn_local(async move {
+                let mut stream = client.open(b"header").await.unwrap();
+                let data = n.to_be_bytes().repeat(1 + n as usize * 50);
+                stream.send(&data).await.unwrap();
+                stream.end();
+                assert_eq!(read_all(&mut stream).await.unwrap(), data);
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert_eq!(client.open_streams(), 0);
+    });
+}
+
+#[test]
+fn a_reader_that_stands_still_holds_back_its_own_stream_only() {
+    local(async {
+        let (client, mut incoming) = pair(Limits::DEFAULT);
+        let mut slow = client.open(b"slow").await.unwrap();
+        let filled = spawn_local(async move {
+            let _ = slow.send(&vec![1; 4 << 20]).await;
+        });
+        let (held, _) = incoming.next().await.unwrap();
+        spawn_local(echo(incoming));
+        let mut small = client.open(b"small").await.unwrap();
+        small.send(b"hello").await.unwrap();
+        small.end();
+        assert_eq!(read_all(&mut small).await.unwrap(), b"hello");
+        assert!(!filled.is_finished());
+        held.reset(Reason::Overloaded);
+        filled.await.unwrap();
+    });
+}
+
+#[test]
+fn a_reset_carries_its_reason_and_a_lost_carrier_ends_all() {
+    local(async {
+        let (a, b) = duplex(10_000);
+        let (client, _, driver) = connection(a, Side::Client, Limits::DEFAULT);
+        spawn_local(driver);
+        let (_, mut incoming, driver) = connection(b, Side::Server, Limits::DEFAULT);
+        let server = spawn_local(driver);
+        let mut refused = client.open(b"x").await.unwrap();
+        let (stream, header) = incoming.next().await.unwrap();
+        assert_eq!(header, b"x");
+        stream.reset(Reason::NotAllowed);
+        assert_eq!(refused.accepted().await, Err(Reason::NotAllowed));
+        let mut open = client.open(b"y").await.unwrap();
+        server.abort();
+        assert!(matches!(
+            read_all(&mut open).await,
+            Err(StreamError::Reset(Reason::PeerLost))
+        ));
+        assert!(client.closed().is_some());
+        assert!(client.open(b"z").await.is_err());
+    });
+}
+
+#[test]
+fn frames_that_break_the_rules_close_the_connection() {
+    local(async {
+        let (a, mut b) = duplex(10_000);
+        let (client, _, driver) = connection(a, Side::Client, Limits::DEFAULT);
+        let driver = spawn_local(driver);
+        b.write_all(&[0, 0, 0, 99, 0, 0, 0, 0]).await.unwrap();
+        assert_eq!(driver.await.unwrap(), Reason::ProtocolError);
+        assert_eq!(client.closed(), Some(Reason::ProtocolError));
+        let mut rest = Vec::new();
+        b.read_to_end(&mut rest).await.unwrap();
+    });
+}
+
+#[test]
+fn going_away_lets_open_streams_finish() {
+    local(async {
+        let (a, b) = duplex(10_000);
+        let (client, _, driver) = connection(a, Side::Client, Limits::DEFAULT);
+        spawn_local(driver);
+        let (server, incoming, driver) = connection(b, Side::Server, Limits::DEFAULT);
+        spawn_local(driver);
+        spawn_local(echo(incoming));
+        let mut open = client.open(b"x").await.unwrap();
+        open.send(b"one").await.unwrap();
+        let mut bytes = Vec::new();
+        open.recv(&mut bytes, 100).await.unwrap();
+        server.go_away(Reason::Draining);
+        while client.takes_streams() {
+            tokio::task::yield_now().await;
+        }
+        open.send(b"two").await.unwrap();
+        open.end();
+        assert_eq!(read_all(&mut open).await.unwrap(), b"two");
+        assert_eq!(client.open(b"y").await.unwrap_err(), Reason::Draining);
+    });
+}
