@@ -1,1 +1,614 @@
-//! To be written.
+//! HTTP/1.1 framing (RFC 9112), as strict as it must be so that two agents and an app never read one input in
+//! two ways. Bytes are not changed here: a head is judged, a body is measured.
+
+use crate::reason::Reason;
+
+/// Default bound of a head, in bytes.
+pub const HEAD_MAX: usize = 64 * 1024;
+/// Longest chunk-size line and longest trailer section, in bytes.
+const CHUNK_LINE_MAX: usize = 1024;
+const TRAILERS_MAX: usize = 16 * 1024;
+/// Headers that begin so are ours: what an app or a peer says in them is removed.
+pub const OUR_PREFIX: &[u8] = b"x-meshwork-";
+
+/// How the end of a body is found (RFC 9112 §6.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// No body.
+    None,
+    Length(u64),
+    Chunked,
+    /// A response that ends with its connection.
+    UntilClose,
+    /// After CONNECT or an upgrade: bytes both ways until both ends close.
+    Tunnel,
+}
+
+/// What of a request decides how its response is framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    Head,
+    Connect,
+    Other,
+}
+
+/// A judged request head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Bytes of the head, empty line included.
+    pub len: usize,
+    pub method: Method,
+    pub framing: Framing,
+    /// Whether the client lets the connection live after this request.
+    pub keep_alive: bool,
+    pub upgrade: bool,
+    /// Whether it has headers of ours.
+    pub has_ours: bool,
+}
+
+/// A judged response head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Response {
+    pub len: usize,
+    pub status: u16,
+    pub framing: Framing,
+    pub keep_alive: bool,
+    pub has_ours: bool,
+}
+
+impl Response {
+    /// 1xx but 101: another head follows.
+    pub const fn is_interim(&self) -> bool {
+        self.status < 200 && self.status != 101
+    }
+}
+
+/// What the first bytes of a caller are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sniff {
+    Http1,
+    Other,
+    /// Not decided yet.
+    More,
+}
+
+/// Tells whether bytes begin an HTTP/1 request: a method of letters, a target, `HTTP/1.`. Decided by the first
+/// line at the latest, mostly by the first byte. HTTP/2's preface is not HTTP/1.
+pub fn sniff(bytes: &[u8]) -> Sniff {
+    const METHOD_MAX: usize = 24;
+    const LINE_MAX: usize = 8192;
+    let method = bytes
+        .iter()
+        .take_while(|b| b.is_ascii_uppercase() || **b == b'-')
+        .count();
+    if method == bytes.len() && method <= METHOD_MAX {
+        return Sniff::More;
+    }
+    if method == 0 || method > METHOD_MAX || bytes[method] != b' ' {
+        return Sniff::Other;
+    }
+    let line = &bytes[method + 1..];
+    match line
+        .iter()
+        .position(|b| *b == b'\n' || !(0x20..0x7f).contains(b) && *b != b'\r')
+    {
+        Some(end) if line[end] == b'\n' => {
+            let line = line[..end].strip_suffix(b"\r").unwrap_or(&line[..end]);
+            let version = line.rsplit(|b| *b == b' ').next().unwrap_or_default();
+            if version.starts_with(b"HTTP/1.") {
+                Sniff::Http1
+            } else {
+                Sniff::Other
+            }
+        }
+        Some(_) => Sniff::Other,
+        None if bytes.len() > LINE_MAX => Sniff::Other,
+        None => Sniff::More,
+    }
+}
+
+/// Judges the request head at the start of `bytes`. `None`: it is not whole yet.
+///
+/// # Errors
+/// [`Reason::HttpMalformed`] or [`Reason::HttpHeadTooLarge`] (above `max` bytes).
+pub fn parse_request(bytes: &[u8], max: usize) -> Result<Option<Request>, Reason> {
+    let Some((len, line, lines)) = split_head(bytes, max, Reason::HttpMalformed)? else {
+        return Ok(None);
+    };
+    let malformed = Reason::HttpMalformed;
+    let mut words = line.split(|b| *b == b' ');
+    let (Some(method), Some(target), Some(version), None) =
+        (words.next(), words.next(), words.next(), words.next())
+    else {
+        return Err(malformed);
+    };
+    if method.is_empty() || !method.iter().all(|b| is_token(*b)) {
+        return Err(malformed);
+    }
+    if target.is_empty()
+        || !target
+            .iter()
+            .all(|b| (0x21..=0xff).contains(b) && *b != 0x7f)
+    {
+        return Err(malformed);
+    }
+    let old = is_old(version).ok_or(malformed)?;
+    let facts = Facts::read(lines, malformed)?;
+    if facts.hosts > 1 || (facts.hosts == 0 && !old) {
+        return Err(malformed);
+    }
+    let method = match method {
+        b"HEAD" => Method::Head,
+        b"CONNECT" => Method::Connect,
+        _ => Method::Other,
+    };
+    let framing = match (facts.chunked, facts.length) {
+        (Some(true), None) if !old => Framing::Chunked,
+        (Some(_), _) => return Err(malformed),
+        (None, Some(0) | None) => Framing::None,
+        (None, Some(length)) => Framing::Length(length),
+    };
+    let keep_alive = facts.keep_alive(old);
+    Ok(Some(Request {
+        len,
+        method,
+        framing,
+        keep_alive,
+        upgrade: facts.upgrade,
+        has_ours: facts.has_ours,
+    }))
+}
+
+/// Judges the response head at the start of `bytes`, an answer to `request`. `None`: it is not whole yet.
+///
+/// # Errors
+/// [`Reason::HttpResponseMalformed`].
+pub fn parse_response(
+    bytes: &[u8],
+    request: &Request,
+    max: usize,
+) -> Result<Option<Response>, Reason> {
+    let malformed = Reason::HttpResponseMalformed;
+    let Some((len, line, lines)) = split_head(bytes, max, malformed)? else {
+        return Ok(None);
+    };
+    let (version, rest) = line.split_at_checked(8).ok_or(malformed)?;
+    let old = is_old(version).ok_or(malformed)?;
+    let status = match rest {
+        [
+            b' ',
+            a @ b'1'..=b'9',
+            b @ b'0'..=b'9',
+            c @ b'0'..=b'9',
+            tail @ ..,
+        ] if tail.is_empty() || tail[0] == b' ' => [a, b, c]
+            .iter()
+            .fold(0, |n, d| n * 10 + u16::from(**d - b'0')),
+        _ => return Err(malformed),
+    };
+    let facts = Facts::read(lines, malformed)?;
+    if facts.chunked.is_some() && facts.length.is_some() {
+        return Err(malformed);
+    }
+    let tunnel = (status == 101 && request.upgrade)
+        || (request.method == Method::Connect && (200..300).contains(&status));
+    if status == 101 && !request.upgrade {
+        return Err(malformed);
+    }
+    let framing = if tunnel {
+        Framing::Tunnel
+    } else if status < 200 || status == 204 || status == 304 || request.method == Method::Head {
+        Framing::None
+    } else {
+        match (facts.chunked, facts.length) {
+            (Some(true), _) => Framing::Chunked,
+            (Some(false), _) | (None, None) => Framing::UntilClose,
+            (None, Some(0)) => Framing::None,
+            (None, Some(length)) => Framing::Length(length),
+        }
+    };
+    let keep_alive = facts.keep_alive(old) && framing != Framing::UntilClose && !tunnel;
+    Ok(Some(Response {
+        len,
+        status,
+        framing,
+        keep_alive,
+        has_ours: facts.has_ours,
+    }))
+}
+
+/// HTTP/1.0 is old; anything but 1.0 and 1.1 is not spoken.
+fn is_old(version: &[u8]) -> Option<bool> {
+    match version {
+        b"HTTP/1.1" => Some(false),
+        b"HTTP/1.0" => Some(true),
+        _ => None,
+    }
+}
+
+/// Splits a whole head into its first line and the rest, which ends in an empty line.
+#[expect(clippy::type_complexity, reason = "three slices of one head")]
+fn split_head(
+    bytes: &[u8],
+    max: usize,
+    malformed: Reason,
+) -> Result<Option<(usize, &[u8], &[u8])>, Reason> {
+    let Some(end) = find(bytes, b"\r\n\r\n") else {
+        if bytes.len() >= max {
+            return Err(if malformed == Reason::HttpMalformed {
+                Reason::HttpHeadTooLarge
+            } else {
+                malformed
+            });
+        }
+        // A bare line feed or a NUL is never completed to something good.
+        let seen = bytes.iter().enumerate();
+        let bad = seen
+            .filter(|(at, b)| **b == 0 || (**b == b'\n' && (*at == 0 || bytes[at - 1] != b'\r')));
+        return if bad.count() > 0 {
+            Err(malformed)
+        } else {
+            Ok(None)
+        };
+    };
+    if end + 4 > max {
+        return Err(if malformed == Reason::HttpMalformed {
+            Reason::HttpHeadTooLarge
+        } else {
+            malformed
+        });
+    }
+    let head = &bytes[..end];
+    let line_end = find(head, b"\r\n").unwrap_or(head.len());
+    let lines = head.get(line_end + 2..).unwrap_or_default();
+    if head[..line_end]
+        .iter()
+        .any(|b| matches!(b, b'\r' | b'\n' | 0))
+    {
+        return Err(malformed);
+    }
+    Ok(Some((end + 4, &head[..line_end], lines)))
+}
+
+fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
+    let first = what.first()?;
+    let mut from = 0;
+    while let Some(at) = bytes[from..].iter().position(|b| b == first) {
+        if bytes[from + at..].starts_with(what) {
+            return Some(from + at);
+        }
+        from += at + 1;
+    }
+    None
+}
+
+/// `tchar` of RFC 9110 §5.6.2.
+fn is_token(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+#[derive(Default)]
+struct Facts {
+    hosts: usize,
+    length: Option<u64>,
+    /// Whether Transfer-Encoding ends in chunked, if there is one.
+    chunked: Option<bool>,
+    close: bool,
+    keep: bool,
+    connection_upgrade: bool,
+    upgrade: bool,
+    has_ours: bool,
+}
+
+impl Facts {
+    fn read(lines: &[u8], malformed: Reason) -> Result<Self, Reason> {
+        let mut facts = Self::default();
+        let mut has_upgrade = false;
+        for line in Lines(lines) {
+            let colon = line.iter().position(|b| *b == b':').ok_or(malformed)?;
+            let (name, value) = (&line[..colon], trim(&line[colon + 1..]));
+            // This also refuses folded lines and spaces before the colon.
+            if name.is_empty() || !name.iter().all(|b| is_token(*b)) {
+                return Err(malformed);
+            }
+            if value
+                .iter()
+                .any(|b| (*b < 0x20 && *b != b'\t') || *b == 0x7f)
+            {
+                return Err(malformed);
+            }
+            match name.len() {
+                4 if name.eq_ignore_ascii_case(b"host") => facts.hosts += 1,
+                14 if name.eq_ignore_ascii_case(b"content-length") => {
+                    let length = parse_length(value).ok_or(malformed)?;
+                    if facts.length.replace(length).is_some() {
+                        return Err(malformed);
+                    }
+                }
+                17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
+                    let last = value
+                        .rsplit(|b| *b == b',')
+                        .next()
+                        .map(trim)
+                        .unwrap_or_default();
+                    let codings = value.split(|b| *b == b',').map(trim);
+                    let chunked = codings
+                        .filter(|c| c.eq_ignore_ascii_case(b"chunked"))
+                        .count();
+                    let ends = last.eq_ignore_ascii_case(b"chunked");
+                    if chunked > 1
+                        || (chunked == 1) != ends
+                        || facts.chunked.replace(ends).is_some()
+                    {
+                        return Err(malformed);
+                    }
+                }
+                10 if name.eq_ignore_ascii_case(b"connection") => {
+                    for option in value.split(|b| *b == b',').map(trim) {
+                        facts.close |= option.eq_ignore_ascii_case(b"close");
+                        facts.keep |= option.eq_ignore_ascii_case(b"keep-alive");
+                        facts.connection_upgrade |= option.eq_ignore_ascii_case(b"upgrade");
+                    }
+                }
+                7 if name.eq_ignore_ascii_case(b"upgrade") => {
+                    // An upgrade to HTTP/2 is ignored by all who could take it (RFC 9113 §3.1).
+                    has_upgrade |= !value.eq_ignore_ascii_case(b"h2c");
+                }
+                _ => {
+                    let head = name.get(..OUR_PREFIX.len()).unwrap_or_default();
+                    facts.has_ours |= head.eq_ignore_ascii_case(OUR_PREFIX);
+                }
+            }
+        }
+        facts.upgrade = has_upgrade && facts.connection_upgrade;
+        Ok(facts)
+    }
+
+    fn keep_alive(&self, old: bool) -> bool {
+        !self.close && (!old || self.keep)
+    }
+}
+
+/// Digits only: no sign, no list, no white space within.
+fn parse_length(value: &[u8]) -> Option<u64> {
+    if value.is_empty() || value.len() > 19 || !value.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(value).ok()?.parse().ok()
+}
+
+fn trim(bytes: &[u8]) -> &[u8] {
+    let start = bytes
+        .iter()
+        .position(|b| !matches!(b, b' ' | b'\t'))
+        .unwrap_or(bytes.len());
+    let end = bytes
+        .iter()
+        .rposition(|b| !matches!(b, b' ' | b'\t'))
+        .map_or(start, |at| at + 1);
+    &bytes[start..end]
+}
+
+/// Lines that end in CRLF; the last one may end with the text.
+struct Lines<'a>(&'a [u8]);
+
+impl<'a> Iterator for Lines<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let end = find(self.0, b"\r\n").unwrap_or(self.0.len());
+        let line = &self.0[..end];
+        self.0 = self.0.get(end + 2..).unwrap_or_default();
+        Some(line)
+    }
+}
+
+/// Appends `head` without headers of ours, and with the header line `insert` (without CRLF) if there is one. The
+/// rest stays byte for byte.
+pub fn rewrite(head: &[u8], insert: Option<&str>, out: &mut Vec<u8>) {
+    let body = head.strip_suffix(b"\r\n\r\n").unwrap_or(head);
+    for (at, line) in Lines(body).enumerate() {
+        let ours = line
+            .get(..OUR_PREFIX.len())
+            .is_some_and(|p| p.eq_ignore_ascii_case(OUR_PREFIX));
+        if at == 0 || !ours {
+            out.extend_from_slice(line);
+            out.extend_from_slice(b"\r\n");
+        }
+    }
+    if let Some(line) = insert {
+        out.extend_from_slice(line.as_bytes());
+        out.extend_from_slice(b"\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+/// Measures a body as its bytes pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Body(State);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    Done,
+    Length(u64),
+    UntilClose,
+    /// In a chunk-size line: the size so far, its digits, whether an extension began, bytes of the line.
+    Size {
+        size: u64,
+        digits: u8,
+        extension: bool,
+        line: usize,
+    },
+    SizeLf(u64),
+    Data(u64),
+    DataCr,
+    DataLf,
+    /// In the trailer section: bytes of it, bytes of its line.
+    Trailer {
+        section: usize,
+        line: usize,
+    },
+    TrailerLf {
+        section: usize,
+        line: usize,
+    },
+}
+
+impl Body {
+    pub const fn new(framing: Framing) -> Self {
+        Self(match framing {
+            Framing::None => State::Done,
+            Framing::Length(length) => State::Length(length),
+            Framing::Chunked => State::SIZE,
+            Framing::UntilClose | Framing::Tunnel => State::UntilClose,
+        })
+    }
+
+    /// Whether the body is whole.
+    pub const fn is_done(&self) -> bool {
+        matches!(self.0, State::Done)
+    }
+
+    /// Whether the end of the connection is a proper end here.
+    pub const fn may_close(&self) -> bool {
+        matches!(self.0, State::Done | State::UntilClose)
+    }
+
+    /// Takes the next bytes and says how many of them belong to the body.
+    ///
+    /// # Errors
+    /// [`Reason::HttpMalformed`] when the chunks can not be read, or could be read in two ways.
+    pub fn advance(&mut self, bytes: &[u8]) -> Result<usize, Reason> {
+        let mut at = 0;
+        while at < bytes.len() {
+            match &mut self.0 {
+                State::Done => break,
+                State::UntilClose => return Ok(bytes.len()),
+                State::Length(left) | State::Data(left) => {
+                    let take = (*left).min((bytes.len() - at) as u64);
+                    *left -= take;
+                    at += take as usize;
+                    if *left == 0 {
+                        self.0 = if matches!(self.0, State::Length(_)) {
+                            State::Done
+                        } else {
+                            State::DataCr
+                        };
+                    }
+                }
+                _ => {
+                    self.0 = self.0.step(bytes[at])?;
+                    at += 1;
+                }
+            }
+        }
+        Ok(at)
+    }
+}
+
+impl State {
+    const SIZE: Self = Self::Size {
+        size: 0,
+        digits: 0,
+        extension: false,
+        line: 0,
+    };
+
+    /// One byte of a chunked body that is not data.
+    fn step(&self, byte: u8) -> Result<Self, Reason> {
+        let malformed = Reason::HttpMalformed;
+        Ok(match (self, byte) {
+            (
+                Self::Size {
+                    size, digits: 1.., ..
+                },
+                b'\r',
+            ) => Self::SizeLf(*size),
+            (
+                Self::Size {
+                    size,
+                    digits: digits @ 1..,
+                    extension,
+                    line,
+                },
+                b';' | b' ' | b'\t',
+            ) if *extension || byte == b';' => Self::Size {
+                size: *size,
+                digits: *digits,
+                extension: true,
+                line: bounded(*line, CHUNK_LINE_MAX)?,
+            },
+            (
+                Self::Size {
+                    size,
+                    digits,
+                    extension: false,
+                    line,
+                },
+                _,
+            ) => {
+                let digit = (byte as char).to_digit(16).ok_or(malformed)?;
+                if *digits >= 15 {
+                    return Err(malformed);
+                }
+                Self::Size {
+                    size: *size << 4 | u64::from(digit),
+                    digits: digits + 1,
+                    extension: false,
+                    line: *line,
+                }
+            }
+            (
+                Self::Size {
+                    size,
+                    digits,
+                    extension: true,
+                    line,
+                },
+                0x21..=0x7e | 0x80..,
+            ) => Self::Size {
+                size: *size,
+                digits: *digits,
+                extension: true,
+                line: bounded(*line, CHUNK_LINE_MAX)?,
+            },
+            (Self::SizeLf(0), b'\n') => Self::Trailer {
+                section: 0,
+                line: 0,
+            },
+            (Self::SizeLf(size), b'\n') => Self::Data(*size),
+            (Self::DataCr, b'\r') => Self::DataLf,
+            (Self::DataLf, b'\n') => Self::SIZE,
+            (Self::Trailer { section, line }, b'\r') => Self::TrailerLf {
+                section: *section,
+                line: *line,
+            },
+            // A trailer line is a header line: no folding, no control characters.
+            (Self::Trailer { line: 0, .. }, b' ' | b'\t') => return Err(malformed),
+            (Self::Trailer { section, line }, b'\t' | 0x20..=0x7e | 0x80..) => Self::Trailer {
+                section: bounded(*section, TRAILERS_MAX)?,
+                line: line + 1,
+            },
+            (Self::TrailerLf { line: 0, .. }, b'\n') => Self::Done,
+            (Self::TrailerLf { section, .. }, b'\n') => Self::Trailer {
+                section: *section,
+                line: 0,
+            },
+            _ => return Err(malformed),
+        })
+    }
+}
+
+fn bounded(count: usize, max: usize) -> Result<usize, Reason> {
+    if count >= max {
+        Err(Reason::HttpMalformed)
+    } else {
+        Ok(count + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests;

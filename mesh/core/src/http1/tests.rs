@@ -1,0 +1,278 @@
+//! Heads and bodies, good and hostile.
+
+use super::*;
+use crate::rng::Rng;
+
+fn request(text: &str) -> Result<Option<Request>, Reason> {
+    parse_request(text.as_bytes(), HEAD_MAX)
+}
+
+const GET: &str = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+
+fn answer(text: &str, to: &str) -> Result<Option<Response>, Reason> {
+    parse_response(text.as_bytes(), &request(to).unwrap().unwrap(), HEAD_MAX)
+}
+
+#[test]
+fn a_plain_request_is_read() {
+    let head = request(GET).unwrap().unwrap();
+    assert_eq!(
+        (head.len, head.framing, head.keep_alive),
+        (GET.len(), Framing::None, true)
+    );
+    for end in 0..GET.len() {
+        assert_eq!(request(&GET[..end]), Ok(None), "cut at {end}");
+    }
+}
+
+#[test]
+fn framing_of_requests() {
+    for (headers, framing, keep) in [
+        ("Content-Length: 5", Framing::Length(5), true),
+        ("Transfer-Encoding: chunked", Framing::Chunked, true),
+        ("Transfer-Encoding: gzip, Chunked", Framing::Chunked, true),
+        ("Connection: foo, Close", Framing::None, false),
+        ("X: y", Framing::None, true),
+    ] {
+        let head = request(&format!("POST /x HTTP/1.1\r\nHost: a\r\n{headers}\r\n\r\n"))
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            (head.framing, head.keep_alive),
+            (framing, keep),
+            "{headers}"
+        );
+    }
+}
+
+#[test]
+fn what_could_be_read_in_two_ways_is_refused() {
+    for headers in [
+        "Content-Length: 5\r\nContent-Length: 5",
+        "Content-Length: 5, 5",
+        "Content-Length: +5",
+        "Content-Length: -1",
+        "Content-Length: 0x5",
+        "Content-Length: 5 5",
+        "Content-Length:",
+        "Content-Length: 99999999999999999999",
+        "Content-Length: 5\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: chunked, gzip",
+        "Transfer-Encoding: chunked, chunked",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: identity",
+        "Transfer-Encoding: xchunked",
+        "Transfer-Encoding : chunked",
+        "Host: b",
+        " folded: x",
+        "X: a\r\n b",
+        "X: a\rb",
+        "X: a\nY: b",
+        "X: a\0b",
+        "X\0: a",
+        "no colon",
+        ": empty",
+        "X y: a",
+    ] {
+        let text = format!("POST /x HTTP/1.1\r\nHost: a\r\n{headers}\r\n\r\n");
+        assert_eq!(request(&text), Err(Reason::HttpMalformed), "{headers:?}");
+    }
+    for text in [
+        "GET / HTTP/1.1\r\n\r\n",
+        "GET /\r\nHost: a\r\n\r\n",
+        "GET  / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET / HTTP/2.0\r\nHost: a\r\n\r\n",
+        "GET / http/1.1\r\nHost: a\r\n\r\n",
+        "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n",
+        "G(T / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1.1\nHost: a\n\n",
+        "\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ] {
+        assert_eq!(request(text), Err(Reason::HttpMalformed), "{text:?}");
+    }
+}
+
+#[test]
+fn a_head_is_bounded() {
+    let text = format!(
+        "GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n",
+        "x".repeat(HEAD_MAX)
+    );
+    assert_eq!(request(&text), Err(Reason::HttpHeadTooLarge));
+    assert_eq!(request(&text[..HEAD_MAX]), Err(Reason::HttpHeadTooLarge));
+}
+
+#[test]
+fn framing_of_responses() {
+    let head = "HEAD / HTTP/1.1\r\nHost: a\r\n\r\n";
+    let upgrade = "GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+    let connect = "CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n";
+    for (text, to, framing) in [
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n",
+            GET,
+            Framing::Length(3),
+        ),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n",
+            head,
+            Framing::None,
+        ),
+        (
+            "HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n",
+            GET,
+            Framing::None,
+        ),
+        ("HTTP/1.1 204\r\n\r\n", GET, Framing::None),
+        ("HTTP/1.1 200 OK\r\n\r\n", GET, Framing::UntilClose),
+        (
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n",
+            GET,
+            Framing::UntilClose,
+        ),
+        ("HTTP/1.1 100 Continue\r\n\r\n", GET, Framing::None),
+        ("HTTP/1.1 101 Switching\r\n\r\n", upgrade, Framing::Tunnel),
+        ("HTTP/1.1 200 OK\r\n\r\n", connect, Framing::Tunnel),
+    ] {
+        assert_eq!(
+            answer(text, to).unwrap().unwrap().framing,
+            framing,
+            "{text}"
+        );
+    }
+    for text in [
+        "HTTP/1.1 101 Switching\r\n\r\n",
+        "HTTP/1.1 20 OK\r\n\r\n",
+        "HTTP/1.1 2000 OK\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "HTTP/2 200 OK\r\n\r\n",
+    ] {
+        assert_eq!(
+            answer(text, GET),
+            Err(Reason::HttpResponseMalformed),
+            "{text}"
+        );
+    }
+}
+
+#[test]
+fn chunks_are_measured_wherever_they_are_cut() {
+    let body =
+        b"5\r\nhello\r\n1A;name=\"v\"\r\nabcdefghijklmnopqrstuvwxyz\r\n0\r\nTrailer: x\r\n\r\n";
+    let with_next = [body.as_slice(), b"GET"].concat();
+    for cut in 0..=body.len() {
+        let mut state = Body::new(Framing::Chunked);
+        let first = state.advance(&with_next[..cut]).unwrap();
+        assert_eq!(first, cut);
+        let second = state.advance(&with_next[cut..]).unwrap();
+        assert_eq!(first + second, body.len(), "cut at {cut}");
+        assert!(state.is_done());
+    }
+}
+
+#[test]
+fn hostile_chunks_are_refused() {
+    for body in [
+        "\r\n",
+        "g\r\n",
+        "-1\r\n",
+        "+1\r\n",
+        "0x1\r\n",
+        " 1\r\n",
+        "1 \r\n",
+        "1\n",
+        "1;a\nb\r\n",
+        "1\r\nab\r\n",
+        "1\r\na\n",
+        "1\r\na\r0",
+        "0\r\n x\r\n",
+        "0\r\na\nb\r\n",
+        "0\r\n\n",
+        "1;\0\r\n",
+        "1000000000000000\r\n",
+    ] {
+        let mut state = Body::new(Framing::Chunked);
+        assert_eq!(
+            state.advance(body.as_bytes()),
+            Err(Reason::HttpMalformed),
+            "{body:?}"
+        );
+    }
+    let mut endless = Body::new(Framing::Chunked);
+    assert!(
+        endless
+            .advance(format!("1;{}", "x".repeat(4096)).as_bytes())
+            .is_err()
+    );
+    let mut endless = Body::new(Framing::Chunked);
+    assert!(
+        endless
+            .advance(format!("0\r\n{}", "x: y\r\n".repeat(5000)).as_bytes())
+            .is_err()
+    );
+}
+
+#[test]
+fn a_rewritten_head_keeps_all_but_ours() {
+    let head =
+        b"GET / HTTP/1.1\r\nhOsT:  a \r\nX-Meshwork-Client-Id: forged\r\nB: 1\r\nB: 2\r\n\r\n";
+    assert!(parse_request(head, HEAD_MAX).unwrap().unwrap().has_ours);
+    let mut out = Vec::new();
+    rewrite(head, Some("x-meshwork-client-id: true"), &mut out);
+    let expected: &[u8] =
+        b"GET / HTTP/1.1\r\nhOsT:  a \r\nB: 1\r\nB: 2\r\nx-meshwork-client-id: true\r\n\r\n";
+    assert_eq!(out, expected);
+}
+
+#[test]
+fn sniffing_decides_early_and_never_wrong() {
+    for (bytes, expected) in [
+        ("", Sniff::More),
+        ("GE", Sniff::More),
+        ("GET / HTTP/1.1\r", Sniff::More),
+        ("GET / HTTP/1.1\r\n", Sniff::Http1),
+        ("PRI * HTTP/2.0\r\n", Sniff::Other),
+        ("*1\r\n$4\r\nPING\r\n", Sniff::Other),
+        ("\x16\x03\x01", Sniff::Other),
+        ("EHLO example.com\r\n", Sniff::Other),
+        ("get / HTTP/1.1\r\n", Sniff::Other),
+        ("GETGETGETGETGETGETGETGETGET", Sniff::Other),
+    ] {
+        assert_eq!(sniff(bytes.as_bytes()), expected, "{bytes:?}");
+    }
+}
+
+#[test]
+fn no_bytes_make_it_panic() {
+    let pieces = [
+        "GET ",
+        "/ ",
+        "HTTP/1.1",
+        "\r\n",
+        "\r",
+        "\n",
+        ":",
+        " ",
+        "Content-Length",
+        "5",
+        "chunked",
+        "Transfer-Encoding",
+        "Host",
+        "\0",
+        ";",
+        "0",
+        "A",
+    ];
+    let mut rng = Rng::new(7);
+    for _ in 0..50_000 {
+        let mut text = String::new();
+        for _ in 0..rng.below(24) {
+            text += pieces[rng.below(pieces.len() as u64) as usize];
+        }
+        let _ = request(&text);
+        let _ = answer(&text, GET);
+        let _ = sniff(text.as_bytes());
+        let _ = Body::new(Framing::Chunked).advance(text.as_bytes());
+    }
+}
