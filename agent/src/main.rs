@@ -1,5 +1,4 @@
 //! Placeholder.
 mod capture;
-mod dns;
 mod holder;
 fn main() {}

@@ -1,0 +1,447 @@
+//! Taking over the traffic of local programs: who calls is decided by the kernel at the SYN, and nothing of it is ever
+//! answered by another program.
+//!
+//! `rules` is the packet filter, `routes` the link, routes and policy rules, `sockdiag` asks whose a socket is,
+//! `cgroup` follows the owners, `app_socket` is the way to a local app. Only the holder opens [`Capture`]; the worker uses
+//! the last three.
+
+pub(crate) mod app_socket;
+pub(crate) mod cgroup;
+mod netlink;
+mod nft;
+mod routes;
+mod rules;
+pub(crate) mod sockdiag;
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use mesh_core::policy::Cidr;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// The number of listeners that workloads may have; twelve bits of the mark.
+pub(crate) const NUMBER_MAX: u16 = 4095;
+
+/// What the kernel is told, and what may clash with other software on the host. All of it is settable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct CaptureSettings {
+    /// Name of the nftables table (family `inet`).
+    pub(crate) table: String,
+    /// Upper half of our packet marks; the lower 16 bits are ours and must be zero here.
+    pub(crate) mark_base: u32,
+    /// Priority of the policy rule by mark; the next number is the rule for answers of apps on 127.0.0.0/8 and ::1.
+    pub(crate) rule_priority: u32,
+    /// Number of the routing table that the policy rules lead to.
+    pub(crate) route_table: u32,
+    /// The link that the virtual addresses are routed to.
+    pub(crate) link: String,
+    /// Priority of the chain (type route) in the output hook.
+    pub(crate) output_priority: i32,
+    /// Priority of the chain in the prerouting hook.
+    pub(crate) prerouting_priority: i32,
+}
+
+impl Default for CaptureSettings {
+    fn default() -> Self {
+        Self {
+            table: "meshwork".to_owned(),
+            mark_base: 0x4d00_0000,
+            rule_priority: 744,
+            route_table: 7441,
+            link: "mesh0".to_owned(),
+            output_priority: -150,
+            prerouting_priority: -150,
+        }
+    }
+}
+
+impl CaptureSettings {
+    /// Checks what the kernel would refuse later, or worse, take.
+    pub(crate) fn check(&self) -> Result<(), CaptureError> {
+        let wrong = |field, rule| Err(CaptureError::Settings { field, rule });
+        let is_word = |text: &str| {
+            text.starts_with(|c: char| c.is_ascii_alphabetic())
+                && text
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-')
+        };
+        if !is_word(&self.table) || self.table.len() > 64 {
+            return wrong(
+                "table",
+                "a letter, then letters, digits, `_`; at most 64 bytes",
+            );
+        }
+        if !is_word(&self.link) || self.link.len() >= libc::IFNAMSIZ || self.link == "lo" {
+            return wrong(
+                "link",
+                "a letter, then letters, digits, `-`; at most 15 bytes; not `lo`",
+            );
+        }
+        if self.mark_base == 0 || self.mark_base & 0xffff != 0 {
+            return wrong("mark_base", "not 0, and its lower 16 bits must be 0");
+        }
+        if !(1..32_765).contains(&self.rule_priority) {
+            return wrong("rule_priority", "1 to 32764: before the host's main table");
+        }
+        if self.route_table == 0 || (252..=255).contains(&self.route_table) {
+            return wrong(
+                "route_table",
+                "not 0 or 252 to 255, which are the kernel's own",
+            );
+        }
+        // Connection tracking and the security tables stand at other priorities; a chain after them sees rewritten
+        // packets.
+        if !(-199..=-101).contains(&self.output_priority)
+            || !(-199..=-101).contains(&self.prerouting_priority)
+        {
+            return wrong(
+                "output_priority or prerouting_priority",
+                "-199 to -101: before address translation",
+            );
+        }
+        Ok(())
+    }
+
+    pub(crate) const fn marks(&self) -> Marks {
+        Marks {
+            base: self.mark_base,
+        }
+    }
+}
+
+/// The packet marks, `base | kind | number`:
+///
+/// | lower 16 bits | set by | meaning |
+/// |---|---|---|
+/// | `0x1000` | the worker, on its sockets to apps | remember this flow; routed as if unmarked |
+/// | `0x8nnn` | output | SYN of workload `nnn` (0: common); to `lo`, then to its listener |
+/// | `0x9000` | output | later packet of a captured connection; to `lo` |
+/// | `0xa000` | output | answer of an app to an address that we showed it; to `lo` |
+///
+/// One bit, `0x8000`, is what the policy rule looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Marks {
+    base: u32,
+}
+
+impl Marks {
+    /// All but the number.
+    const KIND_MASK: u32 = 0xffff_f000;
+
+    const fn captured(self, number: u16) -> u32 {
+        self.base | 0x8000 | number as u32
+    }
+
+    const fn established(self) -> u32 {
+        self.base | 0x9000
+    }
+
+    const fn way_back(self) -> u32 {
+        self.base | 0xa000
+    }
+
+    /// The mark of the worker's sockets to apps.
+    pub(crate) const fn app(self) -> u32 {
+        self.base | 0x1000
+    }
+
+    /// What the policy rule matches: value and mask.
+    const fn to_loopback(self) -> (u32, u32) {
+        (self.base | 0x8000, 0xffff_8000)
+    }
+}
+
+/// The ranges of virtual addresses, as the mesh fixed them at `init`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct VipRanges {
+    pub(crate) v4: Cidr,
+    pub(crate) v6: Cidr,
+}
+
+impl VipRanges {
+    /// Checks that the ranges can not take traffic that is not the mesh's: they come from the network.
+    pub(crate) fn new(v4: &str, v6: &str) -> Result<Self, CaptureError> {
+        let private4 = [
+            "10.0.0.0/8",
+            "100.64.0.0/10",
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+            "198.18.0.0/15",
+            "240.0.0.0/4",
+        ];
+        Ok(Self {
+            v4: checked_range(v4, &private4, 12..=28)?,
+            v6: checked_range(v6, &["fc00::/7"], 32..=120)?,
+        })
+    }
+
+    /// The link's own address in a range: the first after the network's.
+    pub(crate) fn own(&self, range: Cidr) -> IpAddr {
+        match range.address {
+            IpAddr::V4(v4) => Ipv4Addr::from_bits(v4.to_bits() | 1).into(),
+            IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() | 1).into(),
+        }
+    }
+
+    /// The addresses at which the agent answers DNS.
+    pub(crate) fn own_addresses(&self) -> [IpAddr; 2] {
+        [self.own(self.v4), self.own(self.v6)]
+    }
+}
+
+fn checked_range(
+    text: &str,
+    within: &[&str],
+    prefixes: std::ops::RangeInclusive<u8>,
+) -> Result<Cidr, CaptureError> {
+    let wrong = |rule: String| CaptureError::Range {
+        range: text.chars().take(64).collect(),
+        rule,
+    };
+    let range = Cidr::parse(text).ok_or_else(|| wrong("it is not address/prefix".to_owned()))?;
+    if !prefixes.contains(&range.prefix) {
+        let (least, most) = (prefixes.start(), prefixes.end());
+        return Err(wrong(format!("its prefix must be {least} to {most}")));
+    }
+    let inside = |outer: &&str| {
+        Cidr::parse(outer).is_some_and(|o| o.prefix <= range.prefix && o.contains(range.address))
+    };
+    if !within.iter().any(inside) {
+        return Err(wrong(format!(
+            "it must lie in one of {}",
+            within.join(", ")
+        )));
+    }
+    let host_bits = match range.address {
+        IpAddr::V4(v4) => u128::from(v4.to_bits().wrapping_shl(range.prefix.into())),
+        IpAddr::V6(v6) => v6.to_bits().wrapping_shl(range.prefix.into()),
+    };
+    if host_bits != 0 {
+        return Err(wrong("the address has bits outside the prefix".to_owned()));
+    }
+    Ok(range)
+}
+
+/// A directory of the cgroup tree, as the kernel knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CgroupRef {
+    /// The directory's inode.
+    pub(crate) id: u64,
+    /// Its depth below the root, 1 for `system.slice`.
+    pub(crate) level: u8,
+}
+
+/// What the kernel needs to know of a workload. Number 0 is the common listener and has no owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Workload {
+    pub(crate) number: u16,
+    pub(crate) cgroups: Vec<CgroupRef>,
+    pub(crate) uids: Vec<u32>,
+    /// Ports of its listeners on 127.0.0.1 and ::1.
+    pub(crate) port4: Option<u16>,
+    pub(crate) port6: Option<u16>,
+}
+
+/// Why traffic can not be taken over. All of it is this host's.
+#[derive(Debug, Error)]
+pub(crate) enum CaptureError {
+    #[error("the capture setting `{field}` is wrong: {rule}")]
+    Settings {
+        field: &'static str,
+        rule: &'static str,
+    },
+    #[error("the range of virtual addresses `{range}` can not be used: {rule}")]
+    Range { range: String, rule: String },
+    #[error("could not {operation}{}", advice(.source))]
+    Route {
+        operation: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("could not make the nftables table `inet {table}`{}", table_advice(.source))]
+    MakeTable {
+        table: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("could not write {workloads} workloads into the nftables table `inet {table}`")]
+    FillTable {
+        table: String,
+        workloads: usize,
+        #[source]
+        source: io::Error,
+    },
+    #[error("could not delete the nftables table `inet {table}`{}", delete_advice(.source))]
+    DeleteTable {
+        table: String,
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match netlink::errno_of(error) {
+        Some(libc::EPERM) => "; the agent needs CAP_NET_ADMIN",
+        Some(libc::EOPNOTSUPP) => "; is the kernel's module `bridge` missing?",
+        _ => "",
+    }
+}
+
+fn table_advice(error: &io::Error) -> &'static str {
+    match netlink::errno_of(error) {
+        Some(libc::EEXIST | libc::EPERM) => {
+            "; does another agent run here? else the name is taken: set `table` or delete it"
+        }
+        Some(libc::ENOENT | libc::EOPNOTSUPP) => {
+            "; the kernel lacks nf_tables with `socket` and `tproxy` (Linux 5.13 or newer)"
+        }
+        _ => "",
+    }
+}
+
+fn delete_advice(error: &io::Error) -> &'static str {
+    match netlink::errno_of(error) {
+        Some(libc::EPERM) => "; a running agent owns it: stop that first",
+        _ => "",
+    }
+}
+
+/// The host's traffic to virtual addresses, taken over. It ends with this value: the kernel takes the table with the
+/// socket, and what is left (link and routes) lets nothing out.
+#[derive(Debug)]
+pub(crate) struct Capture {
+    settings: CaptureSettings,
+    table: rules::Table,
+}
+
+impl Capture {
+    /// Makes link, routes, policy rules and the table; what stands already is kept.
+    pub(crate) fn open(
+        settings: &CaptureSettings,
+        ranges: &VipRanges,
+    ) -> Result<Self, CaptureError> {
+        settings.check()?;
+        routes::ensure(settings, ranges)?;
+        let table =
+            rules::Table::create(settings, ranges).map_err(|source| CaptureError::MakeTable {
+                table: settings.table.clone(),
+                source,
+            })?;
+        Ok(Self {
+            settings: settings.clone(),
+            table,
+        })
+    }
+
+    /// Makes the kernel know exactly these workloads, all at once.
+    pub(crate) fn apply(&mut self, workloads: &[Workload]) -> Result<(), CaptureError> {
+        self.table
+            .apply(workloads)
+            .map_err(|source| CaptureError::FillTable {
+                table: self.settings.table.clone(),
+                workloads: workloads.len(),
+                source,
+            })
+    }
+
+    /// Ends the capture. The link stays where `keep_link` says so: calls by name then fail instead of going elsewhere.
+    pub(crate) fn close(self, keep_link: bool) -> Result<(), CaptureError> {
+        let Self { settings, table } = self;
+        drop(table);
+        routes::remove_rules(&settings)?;
+        if !keep_link {
+            routes::remove_link(&settings)?;
+        }
+        Ok(())
+    }
+}
+
+/// Removes every trace, whoever left it. A running holder must have ended before.
+pub(crate) fn remove_all(settings: &CaptureSettings) -> Result<(), CaptureError> {
+    settings.check()?;
+    match rules::delete(settings) {
+        Err(source) if netlink::errno_of(&source) != Some(libc::ENOENT) => {
+            return Err(CaptureError::DeleteTable {
+                table: settings.table.clone(),
+                source,
+            });
+        }
+        _ => {}
+    }
+    routes::remove_rules(settings)?;
+    routes::remove_link(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_disjoint_and_only_those_for_loopback_match_the_rule() {
+        let marks = CaptureSettings::default().marks();
+        let (value, mask) = marks.to_loopback();
+        let all = [
+            marks.captured(0),
+            marks.captured(NUMBER_MAX),
+            marks.established(),
+            marks.way_back(),
+            marks.app(),
+        ];
+        for (index, mark) in all.iter().enumerate() {
+            assert_eq!(mark & mask == value, *mark != marks.app());
+            assert!(!all[..index].contains(mark));
+        }
+        assert_eq!(
+            marks.captured(NUMBER_MAX) & Marks::KIND_MASK,
+            marks.captured(0)
+        );
+        assert_ne!(marks.established() & Marks::KIND_MASK, marks.captured(0));
+    }
+
+    #[test]
+    fn ranges_that_could_take_other_traffic_are_refused() {
+        let good6 = "fd6d:6573:6800::/64";
+        assert!(VipRanges::new("252.64.0.0/16", good6).is_ok());
+        for bad in [
+            "0.0.0.0/0",
+            "8.8.0.0/16",
+            "127.0.0.0/16",
+            "252.64.0.0/8",
+            "252.64.0.0/30",
+            "252.64.0.1/16",
+            "240.0.0.0/3",
+            good6,
+            "",
+        ] {
+            assert!(VipRanges::new(bad, good6).is_err(), "{bad}");
+        }
+        for bad in [
+            "::/0",
+            "2001:db8::/64",
+            "fe80::/64",
+            "fd00::1/64",
+            "10.0.0.0/16",
+        ] {
+            assert!(VipRanges::new("10.7.0.0/16", bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn settings_that_would_harm_the_host_are_refused() {
+        assert!(CaptureSettings::default().check().is_ok());
+        let with = |change: fn(&mut CaptureSettings)| {
+            let mut settings = CaptureSettings::default();
+            change(&mut settings);
+            settings.check().is_err()
+        };
+        assert!(with(|s| s.route_table = 254));
+        assert!(with(|s| s.mark_base = 0x4d00_0001));
+        assert!(with(|s| s.link = "lo".to_owned()));
+        assert!(with(|s| s.link = "a-name-too-long-for-a-link".to_owned()));
+        assert!(with(|s| s.table = "x y".to_owned()));
+        assert!(with(|s| s.output_priority = 0));
+    }
+}

@@ -1,0 +1,420 @@
+//! The holder: the agent's main process. It has no keys and parses nothing from the network. It owns the listening
+//! sockets and the packet filter, keeps one worker running on them, and writes into the kernel what the worker
+//! wants, after checking it.
+//!
+//! It runs on one thread without a runtime: signals come by descriptor, and capabilities and signal masks are a
+//! thread's. [`run`] must therefore be called before any other thread is started.
+
+pub(crate) mod client;
+mod desired;
+mod privileges;
+pub(crate) mod protocol;
+mod sockets;
+mod worker_process;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::capture::{Capture, CaptureSettings, VipRanges, Workload};
+use protocol::{Desired, Sockets, ToHolder, Wire, WorkloadListener};
+use worker_process::WorkerProcess;
+
+pub(crate) const MESH_PORT: u16 = 7441;
+/// The listener of callers that belong to no workload.
+const COMMON: u16 = 0;
+/// A worker that lived so long did not die of what it finds at its start: it is replaced at once.
+const STEADY: Duration = Duration::from_secs(10);
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+const BACKOFF_LAST: Duration = Duration::from_secs(5);
+/// Messages read in one turn, so that a babbling worker can not keep signals waiting.
+const MESSAGES_PER_TURN: usize = 16;
+
+/// How the holder runs.
+#[derive(Clone, Debug)]
+pub(crate) struct HolderConfig {
+    pub(crate) capture: CaptureSettings,
+    /// As control fixed them; the state directory has them since the join.
+    pub(crate) ranges: VipRanges,
+    /// Where other agents reach this one; see [`HolderConfig::mesh_on_all`].
+    pub(crate) mesh: Vec<SocketAddr>,
+    /// Arguments that make this program a worker: `worker`, `--config`, its path.
+    pub(crate) worker_arguments: Vec<OsString>,
+    /// How long a worker may go on serving after SIGTERM.
+    pub(crate) drain: Duration,
+    /// Leave the link and the routes to it when we stop, so that calls by name fail instead of leaving the host.
+    pub(crate) keep_link: bool,
+}
+
+impl HolderConfig {
+    /// Every address of both families.
+    pub(crate) fn mesh_on_all(port: u16) -> Vec<SocketAddr> {
+        [
+            IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            Ipv6Addr::UNSPECIFIED.into(),
+        ]
+        .map(|ip| SocketAddr::new(ip, port))
+        .to_vec()
+    }
+}
+
+/// Sets everything up, keeps a worker running until SIGTERM or SIGINT, and takes everything down.
+pub(crate) fn run(config: HolderConfig) -> anyhow::Result<ExitCode> {
+    let signals = catch_signals().context("could not catch signals")?;
+    privileges::raise_open_files().context("could not raise the limit of open files")?;
+    let capture = Capture::open(&config.capture, &config.ranges)?;
+    let sockets = sockets::bind(&config.mesh, &config.ranges)?;
+    let common = sockets::workload(COMMON, "")?;
+    privileges::confine_holder().context("could not give up capabilities")?;
+    let mut holder = Holder {
+        signals,
+        capture,
+        sockets,
+        listeners: BTreeMap::from([(COMMON, common)]),
+        worker: None,
+        restart: Restart::default(),
+        stop_by: None,
+        config,
+    };
+    // Before the first worker is asked: the common listener takes the SYNs meanwhile.
+    holder.capture.apply(&[holder.common_workload()])?;
+    let outcome = holder.serve();
+    holder.capture.close(holder.config.keep_link)?;
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+fn catch_signals() -> nix::Result<SignalFd> {
+    let mut caught = SigSet::empty();
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGCHLD,
+    ] {
+        caught.add(signal);
+    }
+    caught.thread_block()?;
+    SignalFd::with_flags(&caught, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+}
+
+/// When the next worker may start.
+#[derive(Debug, Default)]
+struct Restart {
+    not_before: Option<Instant>,
+    pause: Duration,
+}
+
+impl Restart {
+    /// Tells that a worker ended which had lived for `life`; returns the pause.
+    fn ended(&mut self, life: Duration, now: Instant) -> Duration {
+        let pause = if life >= STEADY {
+            Duration::ZERO
+        } else {
+            self.pause
+        };
+        self.not_before = Some(now + pause);
+        self.pause = (pause * 2).clamp(BACKOFF_FIRST, BACKOFF_LAST);
+        pause
+    }
+
+    fn wait(&self, now: Instant) -> Duration {
+        self.not_before
+            .map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
+    }
+}
+
+struct Holder {
+    config: HolderConfig,
+    signals: SignalFd,
+    capture: Capture,
+    sockets: Sockets,
+    /// By number; the common one is always there.
+    listeners: BTreeMap<u16, WorkloadListener>,
+    worker: Option<WorkerProcess>,
+    restart: Restart,
+    /// Set once we are to stop: when the worker is killed.
+    stop_by: Option<Instant>,
+}
+
+impl Holder {
+    fn serve(&mut self) -> anyhow::Result<()> {
+        loop {
+            let now = Instant::now();
+            if self.worker.is_none() {
+                if self.stop_by.is_some() {
+                    return Ok(());
+                }
+                if self.restart.wait(now).is_zero() {
+                    self.start_worker();
+                }
+            }
+            if self.stop_by.is_some_and(|at| at <= now)
+                && let Some(worker) = &self.worker
+            {
+                log::warn!(worker = worker.id(); "the worker did not end in time and is killed");
+                worker.signal(Signal::SIGKILL);
+                self.stop_by = Some(now + BACKOFF_LAST);
+            }
+            let worker_is_ready = self.wait()?;
+            self.read_signals()?;
+            if worker_is_ready {
+                self.read_worker();
+            }
+        }
+    }
+
+    /// Waits for a signal, the worker, or the next moment to act; tells whether the worker has something to read.
+    fn wait(&self) -> anyhow::Result<bool> {
+        let now = Instant::now();
+        let timeout = match (&self.worker, self.stop_by) {
+            (None, _) => Some(self.restart.wait(now)),
+            (Some(_), Some(at)) => Some(at.saturating_duration_since(now)),
+            (Some(_), None) => None,
+        };
+        let timeout = match timeout {
+            // A millisecond more than the rounded-down rest, else the last one would be spun through.
+            Some(rest) => {
+                PollTimeout::try_from(rest + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+            }
+            None => PollTimeout::NONE,
+        };
+        let mut waiting = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        if let Some(worker) = &self.worker {
+            waiting.push(PollFd::new(worker.link(), PollFlags::POLLIN));
+        }
+        match poll(&mut waiting, timeout) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(false),
+            Err(error) => return Err(error).context("could not wait for signals and the worker"),
+        }
+        Ok(waiting.get(1).and_then(PollFd::any).unwrap_or(false))
+    }
+
+    fn read_signals(&mut self) -> anyhow::Result<()> {
+        while let Some(info) = self
+            .signals
+            .read_signal()
+            .context("could not read signals")?
+        {
+            let signal = i32::try_from(info.ssi_signo)
+                .ok()
+                .and_then(|number| Signal::try_from(number).ok());
+            match signal {
+                Some(Signal::SIGTERM | Signal::SIGINT) if self.stop_by.is_none() => {
+                    log::info!("stopping");
+                    self.stop_by = Some(Instant::now() + self.config.drain);
+                    self.tell_worker(Signal::SIGTERM);
+                }
+                Some(Signal::SIGHUP) => self.tell_worker(Signal::SIGHUP),
+                Some(Signal::SIGCHLD) => self.reap_worker()?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn tell_worker(&self, signal: Signal) {
+        if let Some(worker) = &self.worker {
+            worker.signal(signal);
+        }
+    }
+
+    fn reap_worker(&mut self) -> anyhow::Result<()> {
+        let Some(worker) = &mut self.worker else {
+            return Ok(());
+        };
+        let Some(status) = worker.ended().context("could not wait for the worker")? else {
+            return Ok(());
+        };
+        let (id, life) = (worker.id(), worker.started.elapsed());
+        self.worker = None;
+        if self.stop_by.is_some() {
+            log::info!(worker = id, status:% = status; "the worker ended");
+        } else {
+            let pause = self.restart.ended(life, Instant::now());
+            log::error!(
+                worker = id, status:% = status, restart_in_ms = pause.as_millis();
+                "the worker ended by itself and is replaced; new connections wait"
+            );
+        }
+        Ok(())
+    }
+
+    fn start_worker(&mut self) {
+        let started = WorkerProcess::start(&self.config.worker_arguments);
+        match started {
+            Ok(worker) => {
+                log::info!(worker = worker.id(); "the worker was started");
+                let greeted = self.greet(&worker);
+                self.keep_or_kill(&worker, greeted);
+                self.worker = Some(worker);
+            }
+            Err(error) => {
+                let pause = self.restart.ended(Duration::ZERO, Instant::now());
+                log::error!(
+                    error:% = error, restart_in_ms = pause.as_millis();
+                    "a worker could not be started; new connections wait"
+                );
+            }
+        }
+    }
+
+    /// Gives a new worker all sockets, and the numbers that are in force.
+    fn greet(&self, worker: &WorkerProcess) -> io::Result<()> {
+        let (wire, descriptors) = protocol::sockets_message(&self.sockets);
+        worker.send(&wire, &descriptors)?;
+        let all: Vec<_> = self.listeners.values().collect();
+        send_listeners(worker, &all)
+    }
+
+    /// A worker that can not be spoken to any more is killed; its end is noticed like any other.
+    fn keep_or_kill(&self, worker: &WorkerProcess, outcome: io::Result<()>) {
+        if let Err(error) = outcome {
+            log::error!(worker = worker.id(), error:% = error; "the link to the worker failed and it is killed");
+            worker.signal(Signal::SIGKILL);
+        }
+    }
+
+    fn read_worker(&mut self) {
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(mut worker) = self.worker.take() else {
+                return;
+            };
+            let outcome = match worker.receive() {
+                Ok(ToHolder::Desired(desired)) => self.converge(&worker, &desired),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.worker = Some(worker);
+                    return;
+                }
+                Err(error) => Err(error),
+            };
+            let failed = outcome.is_err();
+            self.keep_or_kill(&worker, outcome);
+            self.worker = Some(worker);
+            if failed {
+                self.await_end();
+                return;
+            }
+        }
+    }
+
+    /// After SIGKILL the end is near; until then the closed link must not wake us again and again.
+    fn await_end(&mut self) {
+        let Some(worker) = &mut self.worker else {
+            return;
+        };
+        if let Err(error) = worker.wait() {
+            log::error!(error:% = error; "could not wait for the worker");
+        }
+        if let Err(error) = self.reap_worker() {
+            log::error!(error:% = error; "could not replace the worker");
+        }
+    }
+
+    /// Makes listeners and rules what the worker wants, or leaves all as it is and says why.
+    fn converge(&mut self, worker: &WorkerProcess, desired: &Desired) -> io::Result<()> {
+        let generation = desired.generation;
+        match self.apply(desired) {
+            Ok(new) => {
+                let new: Vec<_> = new.iter().filter_map(|n| self.listeners.get(n)).collect();
+                send_listeners(worker, &new)?;
+                worker.send(&Wire::Applied { generation }, &[])
+            }
+            Err(error) => {
+                // The worker logs it with what it wanted.
+                let error = format!("{error:#}");
+                worker.send(&Wire::Failed { generation, error }, &[])
+            }
+        }
+    }
+
+    /// Returns the numbers whose listeners are new.
+    fn apply(&mut self, desired: &Desired) -> anyhow::Result<Vec<u16>> {
+        desired::check(desired, &self.config.ranges)?;
+        let mut made = BTreeMap::new();
+        for wanted in &desired.workloads {
+            let stands = self
+                .listeners
+                .get(&wanted.number)
+                .is_some_and(|l| l.label == wanted.label);
+            if !stands {
+                let listener = sockets::workload(wanted.number, &wanted.label)?;
+                made.insert(wanted.number, listener);
+            }
+        }
+        let mut workloads = vec![self.common_workload()];
+        for wanted in &desired.workloads {
+            let number = wanted.number;
+            let listener = made.get(&number).or_else(|| self.listeners.get(&number));
+            let (port4, port6) = listener.map_or((None, None), ports);
+            workloads.push(Workload {
+                number,
+                cgroups: wanted.cgroups.clone(),
+                uids: wanted.uids.clone(),
+                port4,
+                port6,
+            });
+        }
+        self.capture.apply(&workloads)?;
+        let new = made.keys().copied().collect();
+        self.listeners.extend(made);
+        // Closing our copy of what is no more wanted leaves the worker's, until it closes that too.
+        self.listeners
+            .retain(|number, _| workloads.iter().any(|w| w.number == *number));
+        Ok(new)
+    }
+
+    fn common_workload(&self) -> Workload {
+        let (port4, port6) = self.listeners.get(&COMMON).map_or((None, None), ports);
+        Workload {
+            number: COMMON,
+            cgroups: Vec::new(),
+            uids: Vec::new(),
+            port4,
+            port6,
+        }
+    }
+}
+
+fn send_listeners(worker: &WorkerProcess, listeners: &[&WorkloadListener]) -> io::Result<()> {
+    for (wire, descriptors) in protocol::listener_messages(listeners) {
+        worker.send(&wire, &descriptors)?;
+    }
+    Ok(())
+}
+
+fn ports(listener: &WorkloadListener) -> (Option<u16>, Option<u16>) {
+    let port = |socket: &Option<std::net::TcpListener>| {
+        let address = socket.as_ref()?.local_addr().ok()?;
+        Some(address.port())
+    };
+    (port(&listener.v4), port(&listener.v6))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_is_replaced_at_once_and_then_ever_later() {
+        let now = Instant::now();
+        let mut restart = Restart::default();
+        let pauses: Vec<u128> = (0..9)
+            .map(|_| restart.ended(Duration::from_secs(1), now).as_millis())
+            .collect();
+        assert_eq!(pauses, [0, 100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000]);
+        assert_eq!(restart.wait(now), BACKOFF_LAST);
+        assert_eq!(restart.ended(STEADY, now), Duration::ZERO);
+        assert_eq!(restart.ended(Duration::ZERO, now), BACKOFF_FIRST);
+    }
+}

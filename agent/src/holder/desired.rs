@@ -1,0 +1,211 @@
+//! Checks what a worker wants: it is the less trusted one, and the holder writes for it what only it may write.
+
+use std::collections::BTreeSet;
+
+use thiserror::Error;
+
+use super::protocol::{Desired, DesiredWorkload};
+use crate::capture::{NUMBER_MAX, VipRanges};
+
+/// A unit has one directory, or one a slice; a glob of units later some more.
+const CGROUPS_MAX: usize = 64;
+/// Users of one workload.
+const UIDS_MAX: usize = 64;
+/// Elements of all maps together; one batch must hold them (see `capture::rules`).
+const ELEMENTS_MAX: usize = 16_384;
+const LABEL_MAX: usize = 255;
+/// The inode of the cgroup tree's root: every process of the host.
+const ROOT_CGROUP: u64 = 1;
+
+/// Why a worker's wish is not fulfilled. The worker is at fault, or it and the holder were started with different
+/// settings.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub(super) enum DesiredError {
+    #[error("{0} workloads are more than the 4095 that marks can tell apart")]
+    TooMany(usize),
+    #[error("workload number {number} {rule}")]
+    Number { number: u16, rule: &'static str },
+    #[error("the label of workload {number} must be unique, of 1 to 255 printable characters")]
+    Label { number: u16 },
+    #[error("cgroup {id} at level {level} of workload {number} {rule}")]
+    Cgroup {
+        number: u16,
+        id: u64,
+        level: u8,
+        rule: &'static str,
+    },
+    #[error("user {uid} of workload {number} {rule}")]
+    Uid {
+        number: u16,
+        uid: u32,
+        rule: &'static str,
+    },
+    #[error("the workloads have more than 16384 cgroups and users in all, or one has more than 64")]
+    TooManyOwners,
+    #[error(
+        "the mesh's virtual addresses are {wanted} now and the agent runs with {running}; restart the agent"
+    )]
+    Ranges { wanted: String, running: String },
+}
+
+/// True to its bounds, and without two workloads that claim the same.
+pub(super) fn check(desired: &Desired, ranges: &VipRanges) -> Result<(), DesiredError> {
+    let running = format!("{} and {}", ranges.v4, ranges.v6);
+    match VipRanges::new(&desired.vip4, &desired.vip6) {
+        Ok(wanted) if wanted == *ranges => {}
+        _ => {
+            let short = |text: &str| text.chars().take(64).collect::<String>();
+            return Err(DesiredError::Ranges {
+                wanted: format!("{} and {}", short(&desired.vip4), short(&desired.vip6)),
+                running,
+            });
+        }
+    }
+    if desired.workloads.len() > usize::from(NUMBER_MAX) {
+        return Err(DesiredError::TooMany(desired.workloads.len()));
+    }
+    let mut seen = Seen::default();
+    for workload in &desired.workloads {
+        check_workload(workload, &mut seen)?;
+    }
+    let elements = seen.cgroups.len() + seen.uids.len();
+    if elements > ELEMENTS_MAX {
+        return Err(DesiredError::TooManyOwners);
+    }
+    Ok(())
+}
+
+#[derive(Default)]
+struct Seen<'a> {
+    numbers: BTreeSet<u16>,
+    labels: BTreeSet<&'a str>,
+    cgroups: BTreeSet<u64>,
+    uids: BTreeSet<u32>,
+}
+
+fn check_workload<'a>(
+    workload: &'a DesiredWorkload,
+    seen: &mut Seen<'a>,
+) -> Result<(), DesiredError> {
+    let number = workload.number;
+    let wrong_number = |rule| Err(DesiredError::Number { number, rule });
+    if !(1..=NUMBER_MAX).contains(&number) {
+        return wrong_number("is not 1 to 4095");
+    }
+    if !seen.numbers.insert(number) {
+        return wrong_number("comes twice");
+    }
+    let label = workload.label.as_str();
+    let printable = !label.is_empty() && !label.chars().any(char::is_control);
+    if !printable || label.len() > LABEL_MAX || !seen.labels.insert(label) {
+        return Err(DesiredError::Label { number });
+    }
+    if workload.cgroups.len() > CGROUPS_MAX || workload.uids.len() > UIDS_MAX {
+        return Err(DesiredError::TooManyOwners);
+    }
+    for cgroup in &workload.cgroups {
+        let rule = if cgroup.id <= ROOT_CGROUP || cgroup.level == 0 {
+            "is the root or none"
+        } else if !seen.cgroups.insert(cgroup.id) {
+            "belongs to another workload too"
+        } else {
+            continue;
+        };
+        let (id, level) = (cgroup.id, cgroup.level);
+        return Err(DesiredError::Cgroup {
+            number,
+            id,
+            level,
+            rule,
+        });
+    }
+    for uid in workload.uids.iter().copied() {
+        let rule = if uid == u32::MAX {
+            "is no user"
+        } else if uid == 0 && !workload.root {
+            "is root, which the workload does not name"
+        } else if !seen.uids.insert(uid) {
+            "belongs to another workload too"
+        } else {
+            continue;
+        };
+        return Err(DesiredError::Uid { number, uid, rule });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::CgroupRef;
+
+    fn workload(number: u16) -> DesiredWorkload {
+        DesiredWorkload {
+            number,
+            label: format!("w{number}"),
+            cgroups: vec![CgroupRef {
+                id: 100 + u64::from(number),
+                level: 2,
+            }],
+            uids: vec![1_000 + u32::from(number)],
+            root: false,
+        }
+    }
+
+    fn outcome(workloads: Vec<DesiredWorkload>) -> Result<(), DesiredError> {
+        let ranges = VipRanges::new("252.64.0.0/16", "fd6d::/64").unwrap();
+        let desired = Desired {
+            generation: 1,
+            workloads,
+            vip4: "252.64.0.0/16".to_owned(),
+            vip6: "fd6d::/64".to_owned(),
+        };
+        check(&desired, &ranges)
+    }
+
+    #[test]
+    fn honest_wishes_pass_up_to_the_bound() {
+        assert_eq!(outcome(vec![]), Ok(()));
+        assert_eq!(outcome((1..=NUMBER_MAX).map(workload).collect()), Ok(()));
+        let mut root = workload(1);
+        root.uids = vec![0];
+        root.root = true;
+        assert_eq!(outcome(vec![root]), Ok(()));
+    }
+
+    #[test]
+    fn each_field_is_bounded() {
+        let refused = |change: fn(&mut DesiredWorkload)| {
+            let mut second = workload(2);
+            change(&mut second);
+            outcome(vec![workload(1), second]).is_err()
+        };
+        assert!(refused(|w| w.number = 0));
+        assert!(refused(|w| w.number = 4096));
+        assert!(refused(|w| w.number = 1));
+        assert!(refused(|w| w.label = "w1".to_owned()));
+        assert!(refused(|w| w.label = String::new()));
+        assert!(refused(|w| w.label = "a\nb".to_owned()));
+        assert!(refused(|w| w.label = "x".repeat(256)));
+        assert!(refused(|w| w.cgroups[0].id = 101));
+        assert!(refused(|w| w.cgroups[0].id = 1));
+        assert!(refused(|w| w.cgroups[0].level = 0));
+        assert!(refused(|w| w.uids = vec![1_001]));
+        assert!(refused(|w| w.uids = vec![0]));
+        assert!(refused(|w| w.uids = vec![u32::MAX]));
+        assert!(refused(|w| w.uids = (5_000..5_065).collect()));
+    }
+
+    #[test]
+    fn a_worker_can_not_change_the_ranges() {
+        let ranges = VipRanges::new("252.64.0.0/16", "fd6d::/64").unwrap();
+        let desired = Desired {
+            generation: 1,
+            workloads: vec![],
+            vip4: "0.0.0.0/0".to_owned(),
+            vip6: "fd6d::/64".to_owned(),
+        };
+        let error = check(&desired, &ranges).unwrap_err();
+        assert!(matches!(error, DesiredError::Ranges { .. }));
+    }
+}

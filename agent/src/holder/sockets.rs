@@ -1,0 +1,146 @@
+//! The sockets that the holder binds and every worker shares: they outlive a worker, and connections wait in them.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use thiserror::Error;
+
+use super::protocol::{Sockets, WorkloadListener};
+use crate::capture::VipRanges;
+
+/// Connections that may wait while a worker is replaced; the host's `somaxconn` bounds it too.
+const BACKLOG: i32 = 4096;
+const DNS_PORT: u16 = 53;
+
+/// A socket that could not be bound: this host's fault.
+#[derive(Debug, Error)]
+pub(crate) enum BindError {
+    #[error("could not listen on the mesh port {address}{}", taken(.source))]
+    Mesh {
+        address: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    #[error("could not answer DNS at {address}{}", taken(.source))]
+    Dns {
+        address: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    #[error("could not make the listeners of workload {number}{}", limit(.source))]
+    Workload {
+        number: u16,
+        #[source]
+        source: io::Error,
+    },
+    #[error("no mesh port is set that this host's address families can listen on")]
+    NoMeshPort,
+}
+
+fn taken(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "; another program has it: `ss -lnp` shows which",
+        io::ErrorKind::PermissionDenied => "; the agent needs CAP_NET_BIND_SERVICE",
+        _ => "",
+    }
+}
+
+fn limit(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => "; raise LimitNOFILE of the agent's unit",
+        _ => "",
+    }
+}
+
+/// Binds what every worker needs: the mesh port and the DNS addresses of the link.
+pub(super) fn bind(mesh: &[SocketAddr], ranges: &VipRanges) -> Result<Sockets, BindError> {
+    let mut sockets = Sockets {
+        mesh: Vec::new(),
+        dns_udp: Vec::new(),
+        dns_tcp: Vec::new(),
+    };
+    for address in mesh.iter().copied() {
+        let bound = present(listen(address, false))
+            .map_err(|source| BindError::Mesh { address, source })?;
+        sockets.mesh.extend(bound);
+    }
+    if sockets.mesh.is_empty() {
+        return Err(BindError::NoMeshPort);
+    }
+    for ip in ranges.own_addresses() {
+        let address = SocketAddr::new(ip, DNS_PORT);
+        let failed = |source| BindError::Dns { address, source };
+        sockets
+            .dns_tcp
+            .extend(present(listen(address, false)).map_err(failed)?);
+        sockets
+            .dns_udp
+            .extend(present(datagrams(address)).map_err(failed)?);
+    }
+    Ok(sockets)
+}
+
+/// The transparent listeners of one workload, on loopback, at ports that the kernel picks.
+pub(super) fn workload(number: u16, label: &str) -> Result<WorkloadListener, BindError> {
+    let open = |ip: IpAddr| {
+        present(listen(SocketAddr::new(ip, 0), true))
+            .map_err(|source| BindError::Workload { number, source })
+    };
+    Ok(WorkloadListener {
+        number,
+        label: label.to_owned(),
+        v4: open(Ipv4Addr::LOCALHOST.into())?,
+        v6: open(Ipv6Addr::LOCALHOST.into())?,
+    })
+}
+
+/// A family that the host has not, or an address of it, is no error.
+fn present<T>(bound: io::Result<T>) -> io::Result<Option<T>> {
+    match bound {
+        Ok(socket) => Ok(Some(socket)),
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn listen(address: SocketAddr, transparent: bool) -> io::Result<TcpListener> {
+    let socket = socket(address, Type::STREAM, Protocol::TCP)?;
+    if transparent && address.is_ipv4() {
+        socket.set_ip_transparent_v4(true)?;
+    } else if transparent {
+        socket.set_ip_transparent_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn datagrams(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+fn socket(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        kind.nonblocking().cloexec(),
+        Some(protocol),
+    )?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    if kind == Type::STREAM {
+        // After a restart old connections still stand in TIME_WAIT.
+        socket.set_reuse_address(true)?;
+    }
+    Ok(socket)
+}
