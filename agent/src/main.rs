@@ -1,4 +1,5 @@
 //! Placeholder.
 mod capture;
+mod dns;
 mod holder;
 fn main() {}
