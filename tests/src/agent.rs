@@ -1,0 +1,268 @@
+//! A real `mesh-agent` on a host.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::binary;
+use crate::host::Host;
+use crate::metrics::Metrics;
+use crate::process::{Output, Process};
+use crate::wait::{SOON, check, wait_until};
+
+/// Where agents listen for each other.
+pub const MESH_PORT: u16 = 7441;
+
+#[derive(Debug)]
+pub struct Agent {
+    pub host: Host,
+    process: Option<Process>,
+}
+
+/// Which processes a workload's file names.
+#[derive(Clone, Debug)]
+pub enum Owner {
+    /// The cgroup of this name on the host.
+    Cgroup(String),
+    User(u32),
+    /// A systemd unit, by its name.
+    Unit(String),
+}
+
+impl Agent {
+    /// An agent that has not joined yet, with its configuration written.
+    #[track_caller]
+    pub fn new(host: &Host) -> Self {
+        let agent = Self {
+            host: host.clone(),
+            process: None,
+        };
+        for dir in ["state", "run", "services.d"] {
+            fs::create_dir_all(host.dir().join(dir)).expect("a directory");
+        }
+        agent.configure("");
+        agent
+    }
+
+    /// Writes the configuration anew with more lines at its end.
+    pub fn configure(&self, more: &str) {
+        let dir = self.host.dir();
+        let dir = dir.display();
+        let text = format!(
+            "state_dir = \"{dir}/state\"\nruntime_dir = \"{dir}/run\"\nservices_dir = \"{dir}/services.d\"\n\n\
+             [log]\nlevel = \"debug\"\nto = \"stderr\"\n{more}"
+        );
+        fs::write(self.config(), text).expect("a configuration");
+    }
+
+    /// One command of `mesh-agent` with this host's configuration.
+    #[track_caller]
+    pub fn command(&self, words: &str) -> Output {
+        let program = binary("mesh-agent");
+        let config = self.config();
+        self.host
+            .cmd(&format!(
+                "{} --config {} {words}",
+                program.display(),
+                config.display()
+            ))
+            .cgroup("agent")
+            .output()
+    }
+
+    #[track_caller]
+    pub fn join(&self, token: &str) -> Output {
+        self.command(&format!(
+            "join {token} --host-name {} --address {}",
+            self.host.name(),
+            self.host.v4()
+        ))
+    }
+
+    /// Starts it and waits until it is ready.
+    #[track_caller]
+    pub fn started(mut self) -> Self {
+        self.start();
+        self
+    }
+
+    #[track_caller]
+    pub fn start(&mut self) {
+        self.spawn();
+        self.wait_ready();
+    }
+
+    /// Starts it without waiting.
+    #[track_caller]
+    pub fn spawn(&mut self) {
+        let program = binary("mesh-agent").display().to_string();
+        let config = self.config().display().to_string();
+        let command = self
+            .host
+            .program([program, "--config".to_owned(), config, "run".to_owned()]);
+        self.process = Some(command.cgroup("agent").spawn("agent"));
+    }
+
+    #[track_caller]
+    pub fn wait_ready(&mut self) {
+        let process = self.process.as_mut().expect("the agent runs");
+        let socket = self.host.dir().join("run/agent.sock");
+        wait_until(
+            &format!("the agent of {} to be ready", self.host.name()),
+            SOON,
+            || {
+                process.is_alive().unwrap_or_else(|e| panic!("{e}"));
+                let (status, body) = get(&socket, "/ready")?;
+                check(status == 200, format!("{status} {body}"))
+            },
+        );
+    }
+
+    #[track_caller]
+    pub fn stop(&mut self) {
+        let process = self.process.take().expect("the agent runs");
+        let status = process.stop();
+        assert!(status.success(), "the agent did not end well: {status}");
+    }
+
+    /// The whole agent dies at once, as when the machine kills it: holder and worker.
+    #[track_caller]
+    pub fn kill9(&mut self) {
+        self.process.take().expect("the agent runs").kill9();
+        crate::cgroup::kill(&self.host.cgroup("agent")).expect("the agent's cgroup");
+    }
+
+    /// Kills the worker; the holder lives. Returns when a new one is ready.
+    #[track_caller]
+    pub fn kill_worker(&mut self) {
+        let old = self.worker();
+        let pid = i32::try_from(old).expect("a pid");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).expect("ours");
+        wait_until("a new worker", SOON, || {
+            let new = self.workers();
+            check(!new.is_empty() && !new.contains(&old), format!("{new:?}"))
+        });
+        self.wait_ready();
+    }
+
+    /// The pid of the worker.
+    #[track_caller]
+    pub fn worker(&self) -> u32 {
+        let workers = self.workers();
+        assert_eq!(workers.len(), 1, "workers of {}", self.host.name());
+        workers[0]
+    }
+
+    /// All processes of the agent: the holder and its worker.
+    pub fn pids(&self) -> Vec<u32> {
+        let procs = self.host.cgroup("agent").join("cgroup.procs");
+        let text = fs::read_to_string(procs).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    fn workers(&self) -> Vec<u32> {
+        let holder = self.process.as_ref().map(Process::pid);
+        self.pids()
+            .into_iter()
+            .filter(|pid| Some(*pid) != holder)
+            .collect()
+    }
+
+    /// What the agent has logged since it was first started.
+    pub fn log(&self) -> String {
+        self.process.as_ref().map(Process::log).unwrap_or_default()
+    }
+
+    /// One answer of the admin socket.
+    #[track_caller]
+    pub fn admin(&self, path: &str) -> String {
+        let socket = self.host.dir().join("run/agent.sock");
+        wait_until(&format!("{path} of the admin socket"), SOON, || {
+            let (status, body) = get(&socket, path)?;
+            check(status == 200, format!("{status} {body}")).map(|()| body)
+        })
+    }
+
+    #[track_caller]
+    pub fn metrics(&self) -> Metrics {
+        Metrics::parse(&self.admin("/metrics"))
+    }
+
+    /// How often it refused for this reason.
+    #[track_caller]
+    pub fn refused(&self, reason: &str) -> f64 {
+        self.metrics()
+            .sum("mesh_refused_total", &[("reason", reason)])
+    }
+
+    /// Waits until it has refused for this reason more than `before` times.
+    #[track_caller]
+    pub fn wait_refused(&self, reason: &str, before: f64) {
+        wait_until(&format!("a refusal for {reason}"), SOON, || {
+            let now = self.refused(reason);
+            check(
+                before < now,
+                format!("it was counted {now} times, before {before}"),
+            )
+        });
+    }
+
+    /// Writes a file of services.d, whole, as an editor does.
+    pub fn write_file(&self, name: &str, text: &str) {
+        let dir = self.host.dir().join("services.d");
+        let new = dir.join(format!(".{name}.new"));
+        fs::write(&new, text).expect("a file of services.d");
+        fs::rename(new, dir.join(name)).expect("its name");
+    }
+
+    /// A workload of namespace `shop` with one service of its name: `ports` as `(number, protocol)`.
+    pub fn serve(&self, account: &str, owner: &Owner, ports: &[(u16, &str)]) {
+        let mut text = format!(
+            "namespace = \"shop\"\n[owner]\n{}\n",
+            self.owner_line(owner)
+        );
+        if !ports.is_empty() {
+            let ports: Vec<String> = ports
+                .iter()
+                .map(|(port, protocol)| format!("{{ port = {port}, protocol = \"{protocol}\" }}"))
+                .collect();
+            write!(text, "[[service]]\nports = [{}]\n", ports.join(", ")).expect("to memory");
+            text.push_str("check = { tcp = true, interval_s = 1 }\n");
+        }
+        self.write_file(&format!("{account}.toml"), &text);
+    }
+
+    /// The line of `[owner]`.
+    pub fn owner_line(&self, owner: &Owner) -> String {
+        match owner {
+            Owner::Cgroup(name) => format!("cgroup = \"{}\"", self.host.cgroup_name(name)),
+            Owner::User(uid) => format!("user = \"{uid}\""),
+            Owner::Unit(name) => format!("unit = \"{name}\""),
+        }
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.host.dir().join("agent.toml")
+    }
+}
+
+/// `GET path` over a unix socket.
+fn get(socket: &std::path::Path, path: &str) -> Result<(u16, String), String> {
+    let fault = |e: std::io::Error| format!("{}: {e}", socket.display());
+    let mut stream = UnixStream::connect(socket).map_err(fault)?;
+    let limit = Some(Duration::from_secs(5));
+    stream.set_read_timeout(limit).map_err(fault)?;
+    // HTTP/1.0: the answer ends with the connection and is never chunked.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n").map_err(fault)?;
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).map_err(fault)?;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let (head, body) = text.split_once("\r\n\r\n").ok_or("no HTTP answer")?;
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
+    Ok((status.ok_or("no HTTP status")?, body.to_owned()))
+}

@@ -1,0 +1,204 @@
+//! Peers that a mesh port must refuse: clients with certificates crafted from the site's own CA, or another.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+
+/// How long the peer may take to say no.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+const DAY: time::Duration = time::Duration::DAY;
+
+/// An issuing authority with its chain.
+#[derive(Debug)]
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    chain: Vec<CertificateDer<'static>>,
+}
+
+/// What a client shows.
+#[derive(Debug)]
+pub struct Credential {
+    chain: Vec<CertificateDer<'static>>,
+    key: Vec<u8>,
+}
+
+impl Authority {
+    /// The issuing authority of a control, from the files of its `ca/` directory.
+    #[track_caller]
+    pub fn of_control(state_dir: &Path) -> Self {
+        let ca = state_dir.join("ca");
+        let read = |name: &str| {
+            let path = ca.join(name);
+            fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+        };
+        let key = KeyPair::from_pem(&read("issuer.key")).expect("the issuer's key");
+        let pem = read("issuer.pem");
+        let der = pem_to_der(&pem);
+        let issuer = Issuer::from_ca_cert_pem(&pem, key).expect("the issuer's certificate");
+        Self {
+            issuer,
+            chain: vec![der],
+        }
+    }
+
+    /// An authority that nobody knows, of the same trust domain.
+    #[track_caller]
+    pub fn foreign(trust_domain: &str) -> Self {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "not the root you know");
+        params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))];
+        let certificate = params.self_signed(&key).expect("a root");
+        let chain = vec![certificate.der().clone()];
+        Self {
+            issuer: Issuer::new(params, key),
+            chain,
+        }
+    }
+
+    /// A leaf for these URIs, valid `from` and `until` so many days from now.
+    #[track_caller]
+    pub fn leaf(&self, uris: &[&str], days: (i64, i64), host_uid: Option<&str>) -> Credential {
+        let key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        if let Some(uid) = host_uid {
+            // serialNumber of the subject: the host that the leaf comes from.
+            let oid = DnType::CustomDnType(vec![2, 5, 4, 5]);
+            params.distinguished_name.push(oid, uid);
+        }
+        params.subject_alt_names = uris.iter().map(|text| uri(text)).collect();
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ClientAuth,
+            ExtendedKeyUsagePurpose::ServerAuth,
+        ];
+        let now = time::OffsetDateTime::now_utc();
+        params.not_before = now + DAY * i32::try_from(days.0).expect("days");
+        params.not_after = now + DAY * i32::try_from(days.1).expect("days");
+        let certificate = params.signed_by(&key, &self.issuer).expect("a leaf");
+        let mut chain = vec![certificate.der().clone()];
+        chain.extend(self.chain.iter().cloned());
+        Credential {
+            chain,
+            key: key.serialize_der(),
+        }
+    }
+}
+
+/// Offers a TLS 1.3 connection to a mesh port and returns how it ended, once the peer has ended it.
+#[track_caller]
+pub fn knock(port: SocketAddr, sni: &str, credential: Option<&Credential>) -> String {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("TLS 1.3")
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(AnyServer));
+    let mut config = match credential {
+        Some(credential) => {
+            let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(credential.key.clone()));
+            let chain = credential.chain.clone();
+            builder
+                .with_client_auth_cert(chain, key)
+                .expect("a credential")
+        }
+        None => builder.with_no_client_auth(),
+    };
+    config.resumption = rustls::client::Resumption::disabled();
+    let name = ServerName::try_from(sni.to_owned()).expect("a server name");
+    let mut connection = ClientConnection::new(Arc::new(config), name).expect("a client");
+    let mut tcp = TcpStream::connect_timeout(&port, ANSWER_MAX).expect("the mesh port listens");
+    tcp.set_read_timeout(Some(ANSWER_MAX)).expect("a timeout");
+    let mut tls = rustls::Stream::new(&mut connection, &mut tcp);
+    let mut byte = [0; 1];
+    match tls.flush().and_then(|()| tls.read(&mut byte)) {
+        Ok(0) => "closed".to_owned(),
+        Ok(_) => "accepted".to_owned(),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// Sends bytes that are not TLS and returns when the peer has ended the connection.
+#[track_caller]
+pub fn knock_plaintext(port: SocketAddr, bytes: &[u8]) {
+    let mut tcp = TcpStream::connect_timeout(&port, ANSWER_MAX).expect("the mesh port listens");
+    tcp.set_read_timeout(Some(ANSWER_MAX)).expect("a timeout");
+    tcp.write_all(bytes).expect("the first bytes");
+    let mut rest = Vec::new();
+    // A reset is as good an end as a close; a timeout is not.
+    if let Err(error) = tcp.read_to_end(&mut rest) {
+        assert_ne!(
+            error.kind(),
+            std::io::ErrorKind::WouldBlock,
+            "it was kept open"
+        );
+    }
+}
+
+fn uri(text: &str) -> SanType {
+    SanType::URI(text.try_into().expect("a URI in ASCII"))
+}
+
+fn pem_to_der(pem: &str) -> CertificateDer<'static> {
+    use rustls_pki_types::pem::PemObject as _;
+    CertificateDer::from_pem_slice(pem.as_bytes()).expect("a certificate in PEM")
+}
+
+/// These clients are judged; they judge nobody.
+#[derive(Debug)]
+struct AnyServer;
+
+impl ServerCertVerifier for AnyServer {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.2".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![
+            SignatureScheme::ECDSA_NISTP256_SHA256,
+            SignatureScheme::ECDSA_NISTP384_SHA384,
+            SignatureScheme::ED25519,
+            SignatureScheme::RSA_PSS_SHA256,
+        ]
+    }
+}

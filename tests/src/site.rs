@@ -1,0 +1,171 @@
+//! A site: hosts as network namespaces, joined by a bridge in a namespace of its own, so that the machine's own
+//! network never sees any of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::host::Host;
+use crate::{cgroup, sweep};
+
+/// How much of each log a failing test shows.
+const TAIL_LINES: usize = 40;
+/// `ip netns add` prepares `/run/netns` at its first use, which two at once get wrong.
+static NETNS: Mutex<()> = Mutex::new(());
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+/// Everything made for one test. Dropping it removes it all.
+#[derive(Debug)]
+pub struct Site {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) prefix: String,
+    /// State of the hosts; short, since it holds unix sockets.
+    pub(crate) dir: PathBuf,
+    pub(crate) logs: PathBuf,
+    pub(crate) cgroup: PathBuf,
+    pub(crate) kept: bool,
+    hosts: AtomicU32,
+}
+
+impl Site {
+    /// A site for the test `name`; its logs are in `target/mesh-tests/<name>/` if it fails.
+    #[track_caller]
+    pub fn new(name: &str) -> Self {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let prefix = format!("{}{}-{number}", sweep::TEST_PREFIX, std::process::id());
+        Self::with_prefix(prefix, name, false)
+    }
+
+    /// The site of the demonstration; a `kept` one outlives this process until [`sweep::demo`].
+    #[track_caller]
+    pub fn demo(kept: bool) -> Self {
+        Self::with_prefix(sweep::DEMO_PREFIX.to_owned(), "demo", kept)
+    }
+
+    #[track_caller]
+    fn with_prefix(prefix: String, name: &str, kept: bool) -> Self {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "network namespaces need root; run this as root"
+        );
+        let logs = crate::root().join("target/mesh-tests").join(name);
+        if logs.exists() {
+            fs::remove_dir_all(&logs).expect("old logs");
+        }
+        fs::create_dir_all(&logs).expect("a directory for logs");
+        let shared = Shared {
+            dir: std::env::temp_dir().join(&prefix),
+            cgroup: cgroup::root().join(&prefix),
+            prefix,
+            logs,
+            kept,
+            hosts: AtomicU32::new(0),
+        };
+        fs::create_dir_all(&shared.dir).expect("a directory for state");
+        fs::create_dir_all(&shared.cgroup).expect("a cgroup");
+        let bridge = shared.bridge_namespace();
+        add_namespace(&bridge);
+        ip(&format!("-n {bridge} link add br0 type bridge"));
+        ip(&format!("-n {bridge} link set br0 up"));
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// A new host: 10.77.0.N and fd77::N on `eth0`.
+    #[track_caller]
+    pub fn host(&self, name: &str) -> Host {
+        let number = self.shared.hosts.fetch_add(1, Ordering::Relaxed) + 10;
+        let number = u8::try_from(number).expect("at most 245 hosts");
+        let host = Host::new(Arc::clone(&self.shared), name, number);
+        let (namespace, bridge) = (host.namespace(), self.shared.bridge_namespace());
+        add_namespace(&namespace);
+        ip(&format!("-n {namespace} link set lo up"));
+        ip(&format!(
+            "link add eth0 netns {namespace} type veth peer name h{number} netns {bridge}"
+        ));
+        ip(&format!("-n {bridge} link set h{number} master br0 up"));
+        ip(&format!(
+            "-n {namespace} address add {}/24 dev eth0",
+            host.v4()
+        ));
+        // Without duplicate address detection: the test need not wait for it.
+        ip(&format!(
+            "-n {namespace} address add {}/64 dev eth0 nodad",
+            host.v6()
+        ));
+        ip(&format!("-n {namespace} link set eth0 up"));
+        host
+    }
+
+    /// The first part of the names of all that was made.
+    pub fn prefix(&self) -> &str {
+        &self.shared.prefix
+    }
+}
+
+impl Shared {
+    fn bridge_namespace(&self) -> String {
+        format!("{}-br", self.prefix)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let failed = std::thread::panicking();
+        if failed {
+            show_logs(&self.logs);
+        }
+        sweep::site(&self.prefix);
+        if !failed {
+            drop(fs::remove_dir_all(&self.logs));
+        }
+    }
+}
+
+#[expect(
+    clippy::print_stderr,
+    reason = "this is what the reader of a failed test needs"
+)]
+fn show_logs(logs: &Path) {
+    let Ok(entries) = fs::read_dir(logs) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let bytes = fs::read(&path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
+        eprintln!("--- the end of {}\n{}", path.display(), tail.join("\n"));
+    }
+}
+
+#[track_caller]
+fn add_namespace(name: &str) {
+    let _one = NETNS.lock().unwrap_or_else(PoisonError::into_inner);
+    ip(&format!("netns add {name}"));
+}
+
+/// Runs `ip` with these words.
+#[track_caller]
+pub(crate) fn ip(words: &str) {
+    let output = Command::new("ip")
+        .args(words.split_whitespace())
+        .output()
+        .expect("`ip` of iproute2");
+    assert!(
+        output.status.success(),
+        "`ip {words}`: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
