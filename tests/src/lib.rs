@@ -5,10 +5,12 @@
 //! with what they saw, since a test can do nothing better.
 
 pub mod agent;
+pub mod bench;
 pub mod cgroup;
 pub mod control;
 pub mod demo;
 pub mod host;
+pub mod load;
 pub mod mesh;
 pub mod metrics;
 pub mod process;

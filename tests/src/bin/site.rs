@@ -1,7 +1,10 @@
 //! `meshwork-site`: what `cargo xtask` runs as root: the demonstration, the benchmark, and the sweep after a run
 //! that was killed.
 
+use std::path::PathBuf;
+
 use clap::{Parser, Subcommand};
+use meshwork_tests::load::Plan;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -21,6 +24,24 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Measure a pair of agents
+    Bench {
+        #[arg(long)]
+        quick: bool,
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// A steady load, for the benchmark
+    Load {
+        #[arg(long)]
+        url: String,
+        #[arg(long)]
+        rate: u32,
+        #[arg(long)]
+        connections: u32,
+        #[arg(long)]
+        seconds: u32,
+    },
     /// Remove what dead test runs and the demonstration left
     Sweep {
         /// Also end a demonstration that was kept
@@ -32,6 +53,18 @@ enum Command {
 fn main() {
     match Args::parse().command {
         Command::Demo { keep } => meshwork_tests::demo::run(keep),
+        Command::Bench { quick, json } => meshwork_tests::bench::run(quick, json.as_deref()),
+        Command::Load {
+            url,
+            rate,
+            connections,
+            seconds,
+        } => meshwork_tests::load::run(&Plan {
+            url,
+            rate,
+            connections,
+            seconds,
+        }),
         Command::Sweep { demo } => {
             meshwork_tests::sweep::dead_tests();
             if demo {
