@@ -4,6 +4,7 @@
 pub mod frame;
 pub mod header;
 pub mod resource;
+pub mod stored;
 pub mod sync;
 pub mod token;
 pub mod workload_file;
