@@ -1,0 +1,378 @@
+//! The workloads of this host, from `services.d/*.toml`: one a file.
+//!
+//! A file that is wrong is reported with its line and what to do, and leaves the others alone; one that was
+//! good before keeps its last good version in use. [`Loader`] decides what a state of the directory means;
+//! `workloads/watch.rs` notices changes and publishes; `workloads/numbers.rs` gives each workload the number
+//! by which the kernel knows it.
+
+mod numbers;
+mod watch;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mesh_api::workload_file::{FILE_MAX, FileError, Workload};
+use mesh_core::names::Account;
+
+pub(crate) use numbers::Number;
+use numbers::Numbers;
+pub(crate) use watch::Watch;
+
+/// Workloads of one host: what a report to control may hold.
+pub(crate) const WORKLOADS_MAX: usize = 256;
+
+/// What the directory says, as far as it can be used. Replaced as a whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct WorkloadSet {
+    /// In the order of their files' names.
+    pub(crate) workloads: Vec<Arc<Workload>>,
+    /// The number of each of them.
+    pub(crate) numbers: BTreeMap<Account, Number>,
+    /// In the order of their files' names.
+    pub(crate) problems: Vec<FileProblem>,
+}
+
+impl WorkloadSet {
+    pub(crate) fn number(&self, account: &Account) -> Option<Number> {
+        self.numbers.get(account).copied()
+    }
+
+    pub(crate) fn by_number(&self, number: Number) -> Option<&Arc<Workload>> {
+        let (account, _) = self.numbers.iter().find(|(_, n)| **n == number)?;
+        self.workloads.iter().find(|w| w.account == *account)
+    }
+}
+
+/// What is wrong with a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FileProblem {
+    pub(crate) file: PathBuf,
+    /// 1-based; 0 where the whole file is meant.
+    pub(crate) line: usize,
+    pub(crate) message: String,
+    pub(crate) remedy: String,
+    /// Whether an earlier version of the file is still in use.
+    pub(crate) last_good_in_use: bool,
+}
+
+impl std::fmt::Display for FileProblem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if self.line != 0 {
+            write!(f, ":{}", self.line)?;
+        }
+        write!(f, ": {}; {}", self.message, self.remedy)?;
+        if self.last_good_in_use {
+            f.write_str(" (its last good version stays in use)")?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads the directory again and again, and remembers what was good.
+#[derive(Debug)]
+pub(crate) struct Loader {
+    directory: PathBuf,
+    good: BTreeMap<PathBuf, Arc<Workload>>,
+    numbers: Numbers,
+}
+
+/// One file and what it says now.
+struct Candidate {
+    file: PathBuf,
+    now: Result<Arc<Workload>, FileError>,
+}
+
+impl Loader {
+    pub(crate) fn new(directory: PathBuf) -> Self {
+        Self {
+            directory,
+            good: BTreeMap::new(),
+            numbers: Numbers::default(),
+        }
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Reads all files. A directory that is not there has none; one that can not be read changes nothing but
+    /// the problems.
+    pub(crate) fn load(&mut self) -> WorkloadSet {
+        match self.read_directory() {
+            Ok(candidates) => self.judge(candidates),
+            Err(error) => {
+                let unchanged = self.good.clone().into_iter();
+                let mut set = self.judge(
+                    unchanged
+                        .map(|(file, workload)| Candidate {
+                            file,
+                            now: Ok(workload),
+                        })
+                        .collect(),
+                );
+                let problem = unreadable(&error);
+                set.problems.insert(
+                    0,
+                    FileProblem::new(&self.directory, &problem, !self.good.is_empty()),
+                );
+                set
+            }
+        }
+    }
+
+    fn read_directory(&self) -> io::Result<Vec<Candidate>> {
+        let entries = match fs::read_dir(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        let mut files = Vec::new();
+        for entry in entries {
+            let file = entry?.path();
+            let hidden = file
+                .file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+            if !hidden && file.extension().is_some_and(|e| e == "toml") {
+                files.push(file);
+            }
+        }
+        files.sort();
+        let read = |file: PathBuf| {
+            let now = read_file(&file).map(Arc::new);
+            Candidate { file, now }
+        };
+        Ok(files.into_iter().map(read).collect())
+    }
+
+    /// Takes the files in the order of their names: the first one keeps an owner or account that two claim.
+    fn judge(&mut self, candidates: Vec<Candidate>) -> WorkloadSet {
+        let mut taken: Vec<(PathBuf, Arc<Workload>)> = Vec::new();
+        let mut problems = Vec::new();
+        for Candidate { file, now } in candidates {
+            let wanted = now.and_then(|workload| match conflict(&taken, &workload) {
+                None => Ok(workload),
+                Some(conflict) => Err(conflict),
+            });
+            let error = match wanted {
+                Ok(workload) => {
+                    taken.push((file, workload));
+                    continue;
+                }
+                Err(error) => error,
+            };
+            let last_good = self
+                .good
+                .get(&file)
+                .filter(|workload| conflict(&taken, workload).is_none())
+                .cloned();
+            problems.push(FileProblem::new(&file, &error, last_good.is_some()));
+            taken.extend(last_good.map(|workload| (file, workload)));
+        }
+        self.numbers
+            .keep(taken.iter().map(|(_, workload)| &workload.account));
+        let mut set = WorkloadSet {
+            problems,
+            ..WorkloadSet::default()
+        };
+        for (_, workload) in &taken {
+            if let Some(number) = self.numbers.of(&workload.account) {
+                set.numbers.insert(workload.account.clone(), number);
+                set.workloads.push(Arc::clone(workload));
+            }
+        }
+        self.good = taken.into_iter().collect();
+        set
+    }
+}
+
+impl FileProblem {
+    fn new(file: &Path, error: &FileError, last_good_in_use: bool) -> Self {
+        Self {
+            file: file.to_owned(),
+            line: error.line,
+            message: error.message.clone(),
+            remedy: error.remedy.to_owned(),
+            last_good_in_use,
+        }
+    }
+}
+
+fn conflict(taken: &[(PathBuf, Arc<Workload>)], workload: &Workload) -> Option<FileError> {
+    let whole_file = |message, remedy| FileError {
+        line: 0,
+        message,
+        remedy,
+    };
+    for (file, other) in taken {
+        let file = file.display();
+        if other.account == workload.account {
+            let message = format!("account {} is that of {file} already", other.account);
+            let remedy = "give one of the two files another account";
+            return Some(whole_file(message, remedy));
+        }
+        if other.owner == workload.owner {
+            let message = format!("owner {} is that of {file} already", other.owner);
+            let remedy = "one owner is one workload: put the services into one file";
+            return Some(whole_file(message, remedy));
+        }
+    }
+    (taken.len() == WORKLOADS_MAX).then(|| {
+        let message =
+            format!("this host has {WORKLOADS_MAX} workloads already, the most there can be");
+        whole_file(message, "remove files of workloads that are not needed")
+    })
+}
+
+fn read_file(file: &Path) -> Result<Workload, FileError> {
+    let text = read_text(file).map_err(|error| unreadable(&error))?;
+    let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+    Workload::parse(&stem, &text)
+}
+
+fn read_text(file: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let file = fs::File::open(file)?;
+    // A named pipe or a device would keep us waiting.
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    file.take(FILE_MAX + 1).read_to_string(&mut text)?;
+    if FILE_MAX < text.len() as u64 {
+        return Err(io::Error::other(format!(
+            "it has more than {FILE_MAX} bytes"
+        )));
+    }
+    Ok(text)
+}
+
+fn unreadable(error: &io::Error) -> FileError {
+    FileError {
+        line: 0,
+        message: format!("it can not be read: {error}"),
+        remedy: "make it a UTF-8 text file that the agent may read",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workloads::watch::tests::{Directory, file};
+
+    #[test]
+    fn good_files_are_taken_and_a_bad_one_leaves_them_alone() {
+        let directory = Directory::new();
+        directory.write("a.toml", &file("a.service"));
+        directory.write(
+            "b.toml",
+            "namespace = \"shop\"\n[owner]\nunti = \"b.service\"\n",
+        );
+        directory.write("c.toml", &file("c.service"));
+        directory.write(".hidden.toml", "nonsense");
+        directory.write("d.toml.dpkg-new", "nonsense");
+        let set = directory.loader().load();
+        assert_eq!(accounts(&set), ["shop/a", "shop/c"]);
+        let [problem] = &set.problems[..] else {
+            panic!("{:?}", set.problems);
+        };
+        assert_eq!(problem.file, directory.path.join("b.toml"));
+        assert_eq!(problem.line, 3);
+        assert!(!problem.remedy.is_empty() && !problem.last_good_in_use);
+        assert!(problem.to_string().contains("b.toml:3: "));
+    }
+
+    #[test]
+    fn a_broken_edit_keeps_the_last_good_version() {
+        let directory = Directory::new();
+        directory.write("a.toml", &file("a.service"));
+        let mut loader = directory.loader();
+        let before = loader.load();
+        directory.write("a.toml", "nonsense");
+        for _ in 0..2 {
+            let set = loader.load();
+            assert_eq!(set.workloads, before.workloads);
+            assert!(set.problems[0].last_good_in_use);
+            assert!(set.problems[0].to_string().ends_with("stays in use)"));
+        }
+        directory.remove("a.toml");
+        assert_eq!(loader.load(), WorkloadSet::default());
+        directory.write("a.toml", "nonsense");
+        assert!(loader.load().workloads.is_empty(), "removed is removed");
+    }
+
+    #[test]
+    fn two_files_of_one_owner_or_account_name_each_other() {
+        let same_owner = file("a.service");
+        let same_account = format!("account = \"a\"\n{}", file("b.service"));
+        for second in [same_owner, same_account] {
+            let directory = Directory::new();
+            directory.write("a.toml", &file("a.service"));
+            directory.write("b.toml", &second);
+            let set = directory.loader().load();
+            assert_eq!(accounts(&set), ["shop/a"]);
+            assert_eq!(set.problems[0].file, directory.path.join("b.toml"));
+            assert!(set.problems[0].message.contains("a.toml"));
+        }
+    }
+
+    #[test]
+    fn an_edit_that_conflicts_keeps_its_last_good_version_too() {
+        let directory = Directory::new();
+        directory.write("a.toml", &file("a.service"));
+        directory.write("b.toml", &file("b.service"));
+        let mut loader = directory.loader();
+        let before = loader.load();
+        directory.write("b.toml", &file("a.service"));
+        let set = loader.load();
+        assert_eq!(set.workloads, before.workloads);
+        assert!(set.problems[0].last_good_in_use);
+        directory.write("b.toml", &file("c.service"));
+        assert_eq!(loader.load().problems, []);
+    }
+
+    #[test]
+    fn numbers_stay() {
+        let directory = Directory::new();
+        directory.write("b.toml", &file("b.service"));
+        let mut loader = directory.loader();
+        let first = loader.load();
+        directory.write("a.toml", &file("a.service"));
+        let second = loader.load();
+        let b = Account::parse("shop/b").unwrap();
+        let number = first.number(&b).unwrap();
+        assert_eq!(second.number(&b), Some(number));
+        assert_eq!(second.by_number(number).unwrap().account, b);
+        let numbers: std::collections::BTreeSet<_> = second.numbers.values().collect();
+        assert_eq!(numbers.len(), 2);
+    }
+
+    #[test]
+    fn what_is_no_small_text_file_is_a_problem() {
+        let directory = Directory::new();
+        fs::create_dir(directory.path.join("a.toml")).unwrap();
+        directory.write("b.toml", &"#".repeat(FILE_MAX as usize + 1));
+        fs::write(directory.path.join("c.toml"), [0xff, 0xfe]).unwrap();
+        let set = directory.loader().load();
+        assert_eq!(set.problems.len(), 3, "{:?}", set.problems);
+    }
+
+    #[test]
+    fn workloads_are_bounded() {
+        let directory = Directory::new();
+        for n in 0..=WORKLOADS_MAX {
+            directory.write(&format!("w{n:03}.toml"), &file(&format!("w{n}.service")));
+        }
+        let set = directory.loader().load();
+        assert_eq!(set.workloads.len(), WORKLOADS_MAX);
+        assert_eq!(set.problems[0].file, directory.path.join("w256.toml"));
+    }
+
+    fn accounts(set: &WorkloadSet) -> Vec<String> {
+        set.workloads
+            .iter()
+            .map(|w| w.account.to_string())
+            .collect()
+    }
+}
