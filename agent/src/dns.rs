@@ -17,7 +17,7 @@ use std::time::Duration;
 use mesh_core::service::Index;
 use mesh_core::vip::VipRanges;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -72,16 +72,18 @@ pub(crate) struct Counters {
     pub(crate) malformed: AtomicU64,
 }
 
+/// The index as it is now: `None` until one was loaded from disk or came from control. Mesh names are
+/// answered by SERVFAIL until then, since "no such name" would be believed.
+pub(crate) type CurrentIndex = Box<dyn Fn() -> Option<Arc<Index>> + Send + Sync>;
+
 /// The responder, before it has its sockets.
-#[derive(Debug)]
 pub(crate) struct Dns {
     shared: Shared,
 }
 
-#[derive(Debug)]
 struct Shared {
     zone: Zone,
-    index: watch::Receiver<Option<Arc<Index>>>,
+    index: CurrentIndex,
     upstreams: Vec<SocketAddr>,
     counters: Arc<Counters>,
     in_flight: Arc<Semaphore>,
@@ -89,12 +91,7 @@ struct Shared {
 }
 
 impl Dns {
-    /// `index` holds `None` until one was loaded from disk or came from control; mesh names are answered by
-    /// SERVFAIL until then, since "no such name" would be believed.
-    pub(crate) fn new(
-        config: Config,
-        index: watch::Receiver<Option<Arc<Index>>>,
-    ) -> Result<Self, ZoneError> {
+    pub(crate) fn new(config: Config, index: CurrentIndex) -> Result<Self, ZoneError> {
         let zone = Zone::new(&config.suffix, config.ranges)?;
         Ok(Self {
             shared: Shared {
@@ -247,7 +244,7 @@ async fn serve_client(shared: &Shared, mut stream: TcpStream) -> io::Result<()> 
 
 impl Shared {
     fn decide(&self, query: &[u8]) -> Decision {
-        let index = self.index.borrow().clone();
+        let index = (self.index)();
         self.zone.decide(query, index.as_deref(), &self.counters)
     }
 

@@ -101,13 +101,13 @@ impl Running {
             ports: vec![],
             transport: Transport::default(),
         });
-        let (_, index) = watch::channel(Some(Arc::new(index)));
+        let index = Arc::new(index);
         let config = Config {
             suffix: "mesh.internal".to_owned(),
             ranges: VipRanges::default(),
             upstreams,
         };
-        let dns = Dns::new(config, index).unwrap();
+        let dns = Dns::new(config, Box::new(move || Some(Arc::clone(&index)))).unwrap();
         let counters = dns.counters();
         let stop = CancellationToken::new();
         let sockets = Sockets {

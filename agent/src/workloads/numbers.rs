@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_core::names::Account;
 
+use crate::capture::NUMBER_MAX;
+
 /// Twelve bits of the mark. 0 is what no workload owns.
 pub(crate) type Number = u16;
-const NUMBER_MAX: Number = 4095;
 
 /// Keeps the number of each workload for as long as it is there. A number that became free is given out
 /// again as late as can be, since marks of its connections may live on.
