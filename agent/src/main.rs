@@ -1,5 +1,15 @@
 //! Placeholder.
 mod capture;
+mod whose;
+mod view;
+mod relay;
+mod peers;
+mod outbound;
+mod metrics;
+mod inbound;
+mod http;
+mod data;
+mod call;
 mod dns;
 mod health;
 mod workloads;

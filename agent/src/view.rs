@@ -13,6 +13,7 @@ use rustls::ClientConfig;
 use rustls::sign::CertifiedKey;
 use tokio::sync::watch;
 
+use crate::whose::OwnerTable;
 use crate::workloads::WorkloadSet;
 
 /// The picture. Cheap to clone: all of it is shared.
@@ -26,6 +27,8 @@ pub(crate) struct View {
     /// Only services that were asked for.
     pub(crate) endpoints: Arc<BTreeMap<ServiceName, Arc<Vec<Endpoint>>>>,
     pub(crate) workloads: Arc<WorkloadSet>,
+    /// Whose a socket is, by what the kernel says of it.
+    pub(crate) owners: Arc<OwnerTable>,
     pub(crate) leaves: Arc<Leaves>,
     /// Whether the session with control is live: only then is it worth waiting for an answer.
     pub(crate) live: bool,

@@ -22,6 +22,9 @@ pub enum StreamKind {
     Tcp,
     /// One HTTP/1.1 request and its response.
     Http1,
+    /// Not known before the first bytes: HTTP/1.1 if they are a request and the app did not speak first, else
+    /// bytes. Both agents look at the same bytes in the same way ([`mesh_core::http1::sniff`]).
+    Auto,
 }
 
 /// What the caller wants. There is no address in it: a target is always a declared port.
@@ -41,6 +44,7 @@ impl Header {
         out.push(match self.kind {
             StreamKind::Tcp => 0,
             StreamKind::Http1 => 1,
+            StreamKind::Auto => 2,
         });
         out.extend_from_slice(&self.port.to_be_bytes());
         // A label has at most 63 bytes.
@@ -62,6 +66,7 @@ impl Header {
         let kind = match kind {
             0 => StreamKind::Tcp,
             1 => StreamKind::Http1,
+            2 => StreamKind::Auto,
             _ => return Err(Reason::HeaderMalformed),
         };
         let (name, mut rest) = rest

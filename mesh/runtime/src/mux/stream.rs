@@ -49,7 +49,7 @@ impl MuxStream {
 
     /// Reads once from `source` straight into the output. 0 is the source's end; the stream is not ended by it.
     pub fn poll_send_from<R: AsyncRead + Unpin>(
-        &mut self,
+        &self,
         cx: &mut Context<'_>,
         source: &mut R,
     ) -> Poll<Result<usize, StreamError>> {
@@ -78,7 +78,7 @@ impl MuxStream {
 
     /// Sends a part of `data`, at least one byte of it.
     pub fn poll_send(
-        &mut self,
+        &self,
         cx: &mut Context<'_>,
         data: &[u8],
     ) -> Poll<Result<usize, StreamError>> {
@@ -98,7 +98,7 @@ impl MuxStream {
     ///
     /// # Errors
     /// When the stream is reset first.
-    pub async fn send(&mut self, mut data: &[u8]) -> Result<(), StreamError> {
+    pub async fn send(&self, mut data: &[u8]) -> Result<(), StreamError> {
         while !data.is_empty() {
             let sent = poll_fn(|cx| self.poll_send(cx, data)).await?;
             data = &data[sent..];
@@ -128,7 +128,7 @@ impl MuxStream {
     }
 
     /// Ends our direction, after all that was sent.
-    pub fn end(&mut self) {
+    pub fn end(&self) {
         let mut shared = self.shared.borrow_mut();
         if !shared.machine.can_end(self.id) {
             return;
@@ -139,7 +139,7 @@ impl MuxStream {
     }
 
     /// Tells the caller that the app took the connection.
-    pub fn accept(&mut self) {
+    pub fn accept(&self) {
         let mut shared = self.shared.borrow_mut();
         shared.machine.accept(self.id);
         shared.wake_driver();
@@ -149,7 +149,7 @@ impl MuxStream {
     ///
     /// # Errors
     /// The reason of the refusal.
-    pub async fn accepted(&mut self) -> Result<(), Reason> {
+    pub async fn accepted(&self) -> Result<(), Reason> {
         poll_fn(|cx| {
             let mut shared = self.shared.borrow_mut();
             let Some(slot) = shared.slots.get_mut(&self.id) else {
@@ -167,10 +167,28 @@ impl MuxStream {
         .await
     }
 
+    /// Ready when there is something to receive: bytes, the end, or a reset.
+    pub fn poll_readable(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut shared = self.shared.borrow_mut();
+        let Some(slot) = shared.slots.get_mut(&self.id) else { return Poll::Ready(()) };
+        if slot.taken < slot.received.len() || slot.ended || slot.reset.is_some() {
+            return Poll::Ready(());
+        }
+        slot.reader = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Why the stream was reset, if it was and all that came before is read.
+    pub fn reset_reason(&self) -> Option<Reason> {
+        let shared = self.shared.borrow();
+        let slot = shared.slots.get(&self.id)?;
+        if slot.taken == slot.received.len() { slot.reset } else { None }
+    }
+
     /// Hands what was received to `take`, which says how much of it is used up. `None` is the stream's end. What
     /// came before a reset is handed out first.
     pub fn poll_recv_with(
-        &mut self,
+        &self,
         cx: &mut Context<'_>,
         mut take: impl FnMut(&mut Context<'_>, &[u8]) -> Poll<io::Result<usize>>,
     ) -> Poll<Result<Option<usize>, StreamError>> {
@@ -206,7 +224,7 @@ impl MuxStream {
 
     /// Writes once to `sink` from what was received. `None` is the stream's end.
     pub fn poll_recv_into<W: AsyncWrite + Unpin>(
-        &mut self,
+        &self,
         cx: &mut Context<'_>,
         sink: &mut W,
     ) -> Poll<Result<Option<usize>, StreamError>> {
@@ -218,7 +236,7 @@ impl MuxStream {
     /// # Errors
     /// When the stream is reset first.
     pub async fn recv(
-        &mut self,
+        &self,
         out: &mut Vec<u8>,
         max: usize,
     ) -> Result<Option<usize>, StreamError> {

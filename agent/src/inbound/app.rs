@@ -1,0 +1,241 @@
+//! Connections to the local app: made as if from the peer's address, only to a listener of the workload itself,
+//! and kept for further HTTP requests of the same peer address while provably clean.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use mesh_core::names::Account;
+use mesh_core::reason::Reason;
+use tokio::net::TcpStream;
+
+use super::Admitted;
+use crate::capture::sockdiag::Listener;
+use crate::data::Thread;
+
+/// Kept connections for one (port, shown address), and in all. What is more is closed.
+const KEPT_PER_KEY_MAX: usize = 64;
+const KEPT_MAX: usize = 1024;
+/// Below the shortest keep-alive timeout that servers have by default (5 s with Apache httpd and Node).
+const KEPT_FOR: Duration = Duration::from_secs(4);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    server: Account,
+    port: u16,
+    shown: IpAddr,
+}
+
+/// The kept connections of one thread.
+#[derive(Debug, Default)]
+pub(crate) struct AppPool(RefCell<HashMap<Key, Vec<(TcpStream, Instant)>>>);
+
+impl AppPool {
+    /// Closes what waited too long.
+    pub(crate) fn sweep(&self) {
+        self.0.borrow_mut().retain(|_, kept| {
+            kept.retain(|(_, since)| since.elapsed() < KEPT_FOR);
+            !kept.is_empty()
+        });
+    }
+
+    fn take(&self, key: &Key) -> Option<TcpStream> {
+        let mut pool = self.0.borrow_mut();
+        let kept = pool.get_mut(key)?;
+        while let Some((socket, since)) = kept.pop() {
+            // Anything to read, be it an end, says that the app is not just waiting for a request.
+            let clean = matches!(socket.try_read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock);
+            if clean && since.elapsed() < KEPT_FOR {
+                return Some(socket);
+            }
+        }
+        None
+    }
+
+    fn give(&self, key: Key, socket: TcpStream) {
+        let mut pool = self.0.borrow_mut();
+        if pool.values().map(Vec::len).sum::<usize>() >= KEPT_MAX {
+            return;
+        }
+        let kept = pool.entry(key).or_default();
+        if kept.len() < KEPT_PER_KEY_MAX {
+            kept.push((socket, Instant::now()));
+        }
+    }
+}
+
+fn key(admitted: &Admitted, shown: IpAddr) -> Key {
+    Key {
+        server: admitted.server.clone(),
+        port: admitted.permit.target().port,
+        shown,
+    }
+}
+
+/// A kept connection for another request, if there is one.
+pub(super) fn reuse(thread: &Thread, admitted: &Admitted, shown: IpAddr) -> Option<TcpStream> {
+    let socket = thread.apps.take(&key(admitted, shown))?;
+    thread.metrics.app_reused.inc();
+    Some(socket)
+}
+
+/// Keeps a connection on which an exchange ended cleanly.
+pub(super) fn keep(thread: &Thread, admitted: &Admitted, shown: IpAddr, socket: TcpStream) {
+    thread.apps.give(key(admitted, shown), socket);
+}
+
+/// Connects to the app of a permitted target as if from `shown`.
+///
+/// # Errors
+/// Why the app can not be had.
+pub(super) async fn connect(
+    thread: &Rc<Thread>,
+    admitted: &Admitted,
+    shown: IpAddr,
+) -> Result<TcpStream, Reason> {
+    let port = admitted.permit.target().port;
+    let target = listener(thread, &admitted.server, port, shown)?;
+    let connect = thread.dialer.connect(target, shown);
+    match tokio::time::timeout(thread.settings.connect, connect).await {
+        Ok(Ok(socket)) => {
+            thread.metrics.app_connections.inc();
+            Ok(socket)
+        }
+        Ok(Err(error)) => {
+            log::info!(app:% = target, shown:% = shown, account:% = admitted.server; "cannot connect to an app: {error}");
+            Err(Reason::AppUnreachable)
+        }
+        Err(_) => Err(Reason::AppUnreachable),
+    }
+}
+
+/// Where the workload listens on `port`. Another program there is refused, and both are named: what asks for a
+/// service must never reach a stranger.
+fn listener(
+    thread: &Thread,
+    server: &Account,
+    port: u16,
+    shown: IpAddr,
+) -> Result<SocketAddr, Reason> {
+    let listeners = thread.diag.borrow_mut().listeners(port).map_err(|error| {
+        log::warn!("the kernel can not be asked who listens on port {port}: {error}");
+        Reason::Internal
+    })?;
+    let view = thread.view();
+    let mut stranger = None;
+    let mut family = false;
+    for listener in &listeners {
+        let owner = view.owners.find(listener.uid, listener.cgroup);
+        if owner != Some(server) {
+            stranger = Some((listener, owner.cloned()));
+            continue;
+        }
+        match target(listener, shown) {
+            // Two programs may share a port by SO_REUSEPORT or by different addresses: whoever would answer
+            // there must be the workload.
+            Some(target)
+                if listeners.iter().all(|other| {
+                    !takes_over(other, listener, target)
+                        || view.owners.find(other.uid, other.cgroup) == Some(server)
+                }) =>
+            {
+                return Ok(target);
+            }
+            Some(_) => stranger = Some((listener, None)),
+            None => family = true,
+        }
+    }
+    if let Some((listener, owner)) = stranger {
+        let owner = owner.map_or_else(
+            || "no workload".to_owned(),
+            |account| format!("workload {account}"),
+        );
+        log::warn!(
+            address:% = listener.address, uid = listener.uid, owner, expected:% = server;
+            "another program listens on a service's port: calls are refused"
+        );
+        return Err(Reason::AppNotOwner);
+    }
+    Err(if family {
+        Reason::AppFamily
+    } else {
+        Reason::AppUnreachable
+    })
+}
+
+/// Whether `other` would get a connection to `target` before or instead of `own`.
+fn takes_over(other: &Listener, own: &Listener, target: SocketAddr) -> bool {
+    let specific = |listener: &Listener| !listener.address.ip().is_unspecified();
+    other.answers(target) && (specific(other) || !specific(own))
+}
+
+/// An address that reaches `listener` in the family of `shown`.
+fn target(listener: &Listener, shown: IpAddr) -> Option<SocketAddr> {
+    let own = listener.address.ip();
+    let own = match own {
+        IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(own, IpAddr::V4),
+        IpAddr::V4(_) => own,
+    };
+    let loopback = match shown {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+    };
+    let ip = if own.is_unspecified() { loopback } else { own };
+    let reached = ip.is_ipv4() == shown.is_ipv4()
+        && listener.answers(SocketAddr::new(ip, listener.address.port()));
+    reached.then(|| SocketAddr::new(ip, listener.address.port()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listening(address: &str, v6only: bool) -> Listener {
+        Listener {
+            address: address.parse().unwrap(),
+            uid: 1,
+            inode: 1,
+            cgroup: None,
+            v6only,
+        }
+    }
+
+    #[test]
+    fn an_app_is_reached_in_the_family_of_its_caller() {
+        let v4: IpAddr = "10.0.0.1".parse().unwrap();
+        let v6: IpAddr = "fd00::1".parse().unwrap();
+        for (address, v6only, shown, expected) in [
+            ("0.0.0.0:80", false, v4, Some("127.0.0.1:80")),
+            ("127.0.0.1:80", false, v4, Some("127.0.0.1:80")),
+            ("10.0.0.9:80", false, v4, Some("10.0.0.9:80")),
+            ("[::]:80", false, v4, Some("127.0.0.1:80")),
+            ("[::]:80", true, v4, None),
+            ("[::1]:80", false, v4, None),
+            ("[::]:80", true, v6, Some("[::1]:80")),
+            ("0.0.0.0:80", false, v6, None),
+        ] {
+            let found = target(&listening(address, v6only), shown);
+            assert_eq!(
+                found,
+                expected.map(|e| e.parse().unwrap()),
+                "{address} {shown}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_more_specific_listener_takes_over() {
+        let own = listening("0.0.0.0:80", false);
+        let target = "127.0.0.1:80".parse().unwrap();
+        assert!(takes_over(&listening("127.0.0.1:80", false), &own, target));
+        assert!(
+            takes_over(&listening("0.0.0.0:80", false), &own, target),
+            "shared by SO_REUSEPORT"
+        );
+        assert!(!takes_over(&listening("10.0.0.1:80", false), &own, target));
+        let specific = listening("127.0.0.1:80", false);
+        assert!(!takes_over(&own, &specific, target));
+    }
+}

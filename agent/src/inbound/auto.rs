@@ -1,0 +1,68 @@
+//! A stream whose protocol is not declared: the app is connected at once, and whoever speaks first is heard.
+
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use mesh_core::http1::{self, Sniff};
+use mesh_core::reason::Reason;
+use mesh_runtime::mux::MuxStream;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+
+use super::{Admitted, Peer, app, carry, http};
+use crate::relay::Activity;
+
+/// Bytes of the caller that are taken before the protocol is told.
+const SNIFF_READ: usize = 16 * 1024;
+
+pub(super) async fn serve(
+    peer: &Rc<Peer>,
+    admitted: &Rc<Admitted>,
+    stream: &MuxStream,
+    activity: &Activity,
+) -> Result<(), Reason> {
+    let begun = Instant::now();
+    let mut app = app::connect(peer.thread(), admitted, peer.address).await?;
+    stream.accept();
+    let mut buffer = Vec::new();
+    let mut sent = 0;
+    loop {
+        let seen = http1::sniff(&buffer);
+        if seen == Sniff::Http1 {
+            let begun = http::Begun {
+                app: Some((app, sent)),
+                buffer,
+            };
+            return http::serve(peer, admitted, stream, begun, activity).await;
+        }
+        app.write_all(&buffer[sent..])
+            .await
+            .map_err(|_| Reason::AppReset)?;
+        sent = buffer.len();
+        if seen == Sniff::Other || !caller_spoke(&mut app, stream).await {
+            break;
+        }
+        match stream.recv(&mut buffer, SNIFF_READ).await {
+            Ok(Some(_)) => (),
+            // The relay meets the end again.
+            Ok(None) => break,
+            Err(_) => return Ok(()),
+        }
+    }
+    admitted.flow.connected(begun.elapsed().as_secs_f64());
+    admitted.flow.sent.inc_by(sent as u64);
+    carry(app, stream, admitted, activity).await
+}
+
+/// False when the app spoke first.
+async fn caller_spoke(app: &mut TcpStream, stream: &MuxStream) -> bool {
+    poll_fn(|cx: &mut Context<'_>| {
+        if stream.poll_readable(cx).is_ready() {
+            return Poll::Ready(true);
+        }
+        app.poll_read_ready(cx).map(|_| false)
+    })
+    .await
+}

@@ -1,0 +1,320 @@
+//! What the data path counts. A connection or stream looks its counters up once; counting is an atomic add.
+
+use std::collections::HashMap;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mesh_core::reason::Reason;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+/// Different flows that are told apart; later ones are counted together under `overflow`. A peer can make us see
+/// as many identities as it has certificates.
+const FLOWS_MAX: usize = 10_000;
+/// Seconds: from a call within a host to one across continents that waits.
+const BUCKETS: [f64; 12] = [
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0,
+];
+
+/// Which side of a call this agent is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub(crate) enum Direction {
+    Outbound,
+    Inbound,
+}
+
+/// Between whom a call is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct FlowLabels {
+    pub(crate) direction: Direction,
+    /// SPIFFE id of the caller.
+    pub(crate) src: String,
+    /// `namespace/service`.
+    pub(crate) dst: String,
+    pub(crate) port: u16,
+    /// SPIFFE id of the called workload; `none` until one is known.
+    pub(crate) tls: String,
+    pub(crate) protocol: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    direction: Direction,
+    src: String,
+    dst: String,
+    port: u16,
+    tls: String,
+    protocol: &'static str,
+    /// HTTP status class, or `ok` and `failed` for connections.
+    status: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RefusalLabels {
+    direction: Direction,
+    reason: &'static str,
+}
+
+/// Which rule decided at the called side, and how.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DecisionLabels {
+    src: String,
+    dst: String,
+    rule: String,
+    decision: &'static str,
+}
+
+/// The counters of one flow.
+#[derive(Debug)]
+pub(crate) struct Flow {
+    statuses: [Counter; STATUSES.len()],
+    pub(crate) open: Gauge,
+    /// From the caller to the service.
+    pub(crate) sent: Counter,
+    /// From the service to the caller.
+    pub(crate) received: Counter,
+    latency: Histogram,
+}
+
+const STATUSES: [&str; 7] = ["1xx", "2xx", "3xx", "4xx", "5xx", "ok", "failed"];
+
+impl Flow {
+    /// Counts an HTTP response and the time until its head.
+    pub(crate) fn response(&self, status: u16, seconds: f64) {
+        let class = usize::from(status / 100).clamp(1, 5) - 1;
+        self.statuses[class].inc();
+        self.latency.observe(seconds);
+    }
+
+    /// Counts a connection that ended.
+    pub(crate) fn connection(&self, ok: bool) {
+        self.statuses[if ok { 5 } else { 6 }].inc();
+    }
+
+    /// Counts the time until the called app took a connection.
+    pub(crate) fn connected(&self, seconds: f64) {
+        self.latency.observe(seconds);
+    }
+}
+
+/// All metrics of a worker.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Mutex<Registry>,
+    flows: Mutex<HashMap<FlowLabels, Arc<Flow>>>,
+    requests: Family<RequestLabels, Counter>,
+    bytes_sent: Family<FlowLabels, Counter>,
+    bytes_received: Family<FlowLabels, Counter>,
+    open: Family<FlowLabels, Gauge>,
+    latency: Family<FlowLabels, Histogram, fn() -> Histogram>,
+    refused: Family<RefusalLabels, Counter>,
+    decisions: Family<DecisionLabels, Counter>,
+    pub(crate) mesh_connections: Gauge,
+    pub(crate) app_connections: Counter,
+    pub(crate) app_reused: Counter,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Arc<Self> {
+        let histogram: fn() -> Histogram = || Histogram::new(BUCKETS);
+        let metrics = Self {
+            registry: Mutex::new(Registry::with_prefix("mesh")),
+            flows: Mutex::default(),
+            requests: Family::default(),
+            bytes_sent: Family::default(),
+            bytes_received: Family::default(),
+            open: Family::default(),
+            latency: Family::new_with_constructor(histogram),
+            refused: Family::default(),
+            decisions: Family::default(),
+            mesh_connections: Gauge::default(),
+            app_connections: Counter::default(),
+            app_reused: Counter::default(),
+        };
+        metrics.register(|registry| {
+            registry.register(
+                "requests",
+                "HTTP responses and ended connections",
+                metrics.requests.clone(),
+            );
+            registry.register(
+                "sent_bytes",
+                "Bytes from callers to services",
+                metrics.bytes_sent.clone(),
+            );
+            registry.register(
+                "received_bytes",
+                "Bytes from services to callers",
+                metrics.bytes_received.clone(),
+            );
+            registry.register(
+                "open_connections",
+                "Calls that are open now",
+                metrics.open.clone(),
+            );
+            registry.register(
+                "latency_seconds",
+                "Until the response head, or until the app took the connection",
+                metrics.latency.clone(),
+            );
+            registry.register(
+                "refused",
+                "Refused connections and calls by reason",
+                metrics.refused.clone(),
+            );
+            registry.register(
+                "decisions",
+                "Decisions of policy at the called side",
+                metrics.decisions.clone(),
+            );
+            registry.register(
+                "mesh_connections",
+                "TLS connections with other agents that are open now",
+                metrics.mesh_connections.clone(),
+            );
+            registry.register(
+                "app_connections",
+                "Connections made to local apps",
+                metrics.app_connections.clone(),
+            );
+            registry.register(
+                "app_reused",
+                "Requests on a kept connection to a local app",
+                metrics.app_reused.clone(),
+            );
+        });
+        Arc::new(metrics)
+    }
+
+    /// Adds metrics of other parts of the worker.
+    pub(crate) fn register(&self, add: impl FnOnce(&mut Registry)) {
+        add(&mut self.registry.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The counters between two parties. Looked up once per connection and party, not per request.
+    pub(crate) fn flow(&self, labels: &FlowLabels) -> Arc<Flow> {
+        let mut flows = self.flows.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(flow) = flows.get(labels) {
+            return Arc::clone(flow);
+        }
+        let labels = if flows.len() < FLOWS_MAX {
+            labels.clone()
+        } else {
+            overflow(labels)
+        };
+        let flow = Arc::new(self.make_flow(&labels));
+        flows.insert(labels, Arc::clone(&flow));
+        flow
+    }
+
+    fn make_flow(&self, labels: &FlowLabels) -> Flow {
+        let status = |status| {
+            let FlowLabels {
+                direction,
+                src,
+                dst,
+                port,
+                tls,
+                protocol,
+            } = labels.clone();
+            let labels = RequestLabels {
+                direction,
+                src,
+                dst,
+                port,
+                tls,
+                protocol,
+                status,
+            };
+            self.requests.get_or_create(&labels).clone()
+        };
+        Flow {
+            statuses: STATUSES.map(status),
+            open: self.open.get_or_create(labels).clone(),
+            sent: self.bytes_sent.get_or_create(labels).clone(),
+            received: self.bytes_received.get_or_create(labels).clone(),
+            latency: self.latency.get_or_create(labels).clone(),
+        }
+    }
+
+    /// Counts a refusal. Every refusal of the data path comes by here.
+    pub(crate) fn refused(&self, direction: Direction, reason: Reason) {
+        let labels = RefusalLabels {
+            direction,
+            reason: reason.code(),
+        };
+        self.refused.get_or_create(&labels).inc();
+    }
+
+    /// The counter of a decision of policy. `src` may be any identity, so its number is bounded by [`FLOWS_MAX`].
+    pub(crate) fn decision(
+        &self,
+        src: &str,
+        dst: &str,
+        rule: &str,
+        decision: &'static str,
+    ) -> Counter<u64, AtomicU64> {
+        let full = self
+            .flows
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+            >= FLOWS_MAX;
+        let src = if full { "overflow" } else { src };
+        let labels = DecisionLabels {
+            src: src.to_owned(),
+            dst: dst.to_owned(),
+            rule: rule.to_owned(),
+            decision,
+        };
+        self.decisions.get_or_create(&labels).clone()
+    }
+
+    /// All metrics in the text form of OpenMetrics.
+    pub(crate) fn encode(&self) -> String {
+        let mut text = String::new();
+        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        // Writing to a string does not fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &registry);
+        text
+    }
+}
+
+fn overflow(labels: &FlowLabels) -> FlowLabels {
+    FlowLabels {
+        src: "overflow".to_owned(),
+        tls: "overflow".to_owned(),
+        ..labels.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flows_are_shared_and_bounded() {
+        let metrics = Metrics::new();
+        let labels = |n: usize| FlowLabels {
+            direction: Direction::Inbound,
+            src: format!("spiffe://a/ns/b/sa/c{n}"),
+            dst: "b/d".to_owned(),
+            port: 80,
+            tls: "none".to_owned(),
+            protocol: "http",
+        };
+        metrics.flow(&labels(0)).response(204, 0.001);
+        metrics.flow(&labels(0)).response(200, 0.001);
+        for n in 0..FLOWS_MAX + 10 {
+            metrics.flow(&labels(n)).sent.inc();
+        }
+        let text = metrics.encode();
+        assert!(text.contains("status=\"2xx\"} 2"), "counted together");
+        assert!(text.contains("src=\"overflow\""));
+        assert!(metrics.flows.lock().unwrap().len() <= FLOWS_MAX + 1);
+    }
+}

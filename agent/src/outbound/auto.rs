@@ -1,0 +1,146 @@
+//! A connection whose protocol is not declared. A stream is opened at once and the other agent connects to the
+//! app: whoever speaks first is heard without waiting. HTTP/1.1 if the caller's first bytes are a request.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use mesh_api::header::StreamKind;
+use mesh_core::http1::{self, Sniff};
+use mesh_core::reason::Reason;
+use tokio::net::TcpStream;
+use tokio_util::io::poll_read_buf;
+
+use super::{http, tcp};
+use crate::call::{self, Call, Caller};
+use crate::data::Thread;
+use crate::relay::{self, Activity};
+
+/// A call that was refused before the caller said a word: so long its first bytes may take to tell in which
+/// form the refusal is wanted.
+const REFUSED_WAIT: Duration = Duration::from_secs(1);
+
+/// What came first.
+enum First {
+    Request,
+    /// Bytes of another protocol, the app's word, or an end.
+    Bytes,
+    Refused(Reason),
+}
+
+pub(super) async fn serve(
+    thread: &Rc<Thread>,
+    caller: &Caller,
+    mut client: TcpStream,
+    activity: &Activity,
+) {
+    let mut buffer = Vec::new();
+    let call = match call::open(thread, caller, StreamKind::Auto, &mut Vec::new()).await {
+        Ok(call) => call,
+        Err(reason) => return refuse(thread, caller, client, buffer, reason).await,
+    };
+    let mut sent = 0;
+    match first(&mut client, &call, &mut buffer, &mut sent).await {
+        First::Request => {
+            let begun = http::Begun {
+                call: Some((call, sent)),
+                buffer,
+            };
+            http::continue_with(thread, caller, client, begun, activity).await;
+        }
+        First::Bytes => {
+            let flow = tcp::flow(thread, caller, &call, "tcp");
+            flow.sent.inc_by(sent as u64);
+            tcp::carry(thread, caller, &call, client, (&flow, activity)).await;
+        }
+        First::Refused(reason) => {
+            call.failed(reason);
+            refuse(thread, caller, client, buffer, reason).await;
+        }
+    }
+}
+
+/// Passes the caller's first bytes on while looking at them. The other agent looks at the same bytes in the same
+/// way, so both come to the same answer.
+async fn first(
+    client: &mut TcpStream,
+    call: &Call,
+    buffer: &mut Vec<u8>,
+    sent: &mut usize,
+) -> First {
+    loop {
+        let seen = http1::sniff(buffer);
+        if seen == Sniff::Http1 {
+            return First::Request;
+        }
+        if call.stream.send(&buffer[*sent..]).await.is_err() {
+            return match call.stream.reset_reason() {
+                Some(reason) => First::Refused(reason),
+                None => First::Bytes,
+            };
+        }
+        *sent = buffer.len();
+        if seen == Sniff::Other {
+            return First::Bytes;
+        }
+        let client_spoke = poll_fn(|cx| poll_either(cx, client, call, buffer)).await;
+        if !client_spoke {
+            return match call.stream.reset_reason() {
+                Some(reason) => First::Refused(reason),
+                None => First::Bytes,
+            };
+        }
+    }
+}
+
+/// True when the caller spoke; false when the app did, or one of them ended.
+fn poll_either(
+    cx: &mut Context<'_>,
+    client: &mut TcpStream,
+    call: &Call,
+    buffer: &mut Vec<u8>,
+) -> Poll<bool> {
+    if call.stream.poll_readable(cx).is_ready() {
+        return Poll::Ready(false);
+    }
+    match poll_read_buf(Pin::new(client), cx, buffer) {
+        Poll::Pending => Poll::Pending,
+        // The relay meets the end, or the error, again.
+        Poll::Ready(Ok(0) | Err(_)) => Poll::Ready(false),
+        Poll::Ready(Ok(_)) => Poll::Ready(true),
+    }
+}
+
+/// An HTTP caller gets the refusal as a response, others a reset.
+async fn refuse(
+    thread: &Rc<Thread>,
+    caller: &Caller,
+    mut client: TcpStream,
+    mut buffer: Vec<u8>,
+    reason: Reason,
+) {
+    super::note_refusal(thread, caller, reason);
+    let speaks_http = async {
+        loop {
+            match http1::sniff(&buffer) {
+                Sniff::Http1 => return true,
+                Sniff::Other => return false,
+                Sniff::More => (),
+            }
+            let read = poll_fn(|cx| poll_read_buf(Pin::new(&mut client), cx, &mut buffer)).await;
+            if !matches!(read, Ok(1..)) {
+                return false;
+            }
+        }
+    };
+    let is_http = tokio::time::timeout(REFUSED_WAIT, speaks_http)
+        .await
+        .unwrap_or(false);
+    if is_http {
+        http::answer_and_close(client, reason).await;
+    } else {
+        relay::abort(client);
+    }
+}

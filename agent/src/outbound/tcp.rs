@@ -1,0 +1,98 @@
+//! A connection as one stream of bytes.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use mesh_api::header::StreamKind;
+use mesh_core::reason::Reason;
+use mesh_runtime::mux::StreamError;
+use tokio::net::TcpStream;
+
+use crate::call::{self, Call, Caller, TRIES_MAX};
+use crate::data::Thread;
+use crate::metrics::{Direction, Flow, FlowLabels};
+use crate::relay::{self, Activity, Local};
+
+pub(super) async fn serve(
+    thread: &Rc<Thread>,
+    caller: &Caller,
+    client: TcpStream,
+    activity: &Activity,
+) {
+    match connect(thread, caller).await {
+        Ok(call) => {
+            let flow = flow(thread, caller, &call, "tcp");
+            carry(thread, caller, &call, client, (&flow, activity)).await;
+        }
+        Err(reason) => {
+            super::note_refusal(thread, caller, reason);
+            relay::abort(client);
+        }
+    }
+}
+
+/// Opens a stream whose app took the connection. Nothing was read from the client yet, so an endpoint whose app
+/// does not answer is passed over.
+async fn connect(thread: &Rc<Thread>, caller: &Caller) -> Result<Call, Reason> {
+    let mut tried = Vec::new();
+    loop {
+        let call = call::open(thread, caller, StreamKind::Tcp, &mut tried).await?;
+        let bound = thread.settings.connect + thread.settings.hold;
+        let accepted = tokio::time::timeout(bound, call.stream.accepted()).await;
+        match accepted.unwrap_or(Err(Reason::Timeout)) {
+            Ok(()) => return Ok(call),
+            Err(reason) => {
+                call.failed(reason);
+                tried.push(Rc::clone(&call.endpoint));
+                if !reason.is_retryable() || tried.len() >= TRIES_MAX {
+                    return Err(reason);
+                }
+            }
+        }
+    }
+}
+
+/// Relays a call whose stream is open until both ends are through.
+pub(super) async fn carry(
+    thread: &Thread,
+    caller: &Caller,
+    call: &Call,
+    mut client: TcpStream,
+    (flow, activity): (&Flow, &Activity),
+) {
+    flow.connected(call.answered());
+    flow.open.inc();
+    let outcome = relay::relay(&mut client, &call.stream, Local::Caller, flow, activity).await;
+    flow.open.dec();
+    flow.connection(outcome.is_ok());
+    match outcome {
+        Ok(()) => (),
+        Err(StreamError::Reset(reason)) => {
+            super::note_refusal(thread, caller, reason);
+            relay::abort(client);
+        }
+        // Our own client went away; dropping the stream tells the other side.
+        Err(StreamError::Local(error)) => log::debug!("the caller's connection broke: {error}"),
+    }
+}
+
+/// The counters between this caller and this endpoint.
+pub(super) fn flow(
+    thread: &Thread,
+    caller: &Caller,
+    call: &Call,
+    protocol: &'static str,
+) -> Arc<Flow> {
+    let called = &call.endpoint.account;
+    thread.metrics.flow(&FlowLabels {
+        direction: Direction::Outbound,
+        src: caller.leaf.id.to_string(),
+        dst: caller.service.name.to_string(),
+        port: caller.port,
+        tls: format!(
+            "spiffe://{}/ns/{}/sa/{}",
+            caller.leaf.id.trust_domain, called.namespace, called.name
+        ),
+        protocol,
+    })
+}

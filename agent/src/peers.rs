@@ -1,0 +1,219 @@
+//! Connections to other agents: one a (client identity, endpoint), made at first use and kept while it is used.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use mesh_core::identity::Identity;
+use mesh_core::reason::Reason;
+use mesh_core::stream::{Limits, Side};
+use mesh_runtime::mux::{self, Mux};
+use mesh_runtime::tls::leaf::read_leaf;
+use mesh_runtime::tls::verify::handshake_reason;
+use rustls_pki_types::ServerName;
+use tokio::net::TcpStream;
+use tokio::sync::Mutex;
+use tokio::task::spawn_local;
+use tokio_rustls::TlsConnector;
+
+use crate::call::EndpointKey;
+use crate::data::Thread;
+use crate::view::Leaf;
+
+/// Sweeps that a connection without streams survives: at least 30 s of quiet.
+const IDLE_SWEEPS: u32 = 3;
+
+/// The connections of one thread.
+#[derive(Debug, Default)]
+pub(crate) struct Peers {
+    slots: RefCell<HashMap<(Identity, Rc<EndpointKey>), Rc<Slot>>>,
+}
+
+/// The place of one connection. Those who need it while it is being made wait on `making`.
+#[derive(Debug, Default)]
+struct Slot {
+    live: RefCell<Option<Live>>,
+    making: Mutex<()>,
+    /// When making it failed last, and why: those who waited for it share the answer.
+    failed: Cell<Option<(Instant, Reason)>>,
+    idle_sweeps: Cell<u32>,
+}
+
+#[derive(Debug)]
+struct Live {
+    mux: Mux,
+    leaf: Arc<Leaf>,
+}
+
+impl Slot {
+    /// The connection, if it takes streams, is made with the leaf of today, and that lives.
+    fn usable(&self, leaf: &Arc<Leaf>) -> Option<Mux> {
+        let mut live = self.live.borrow_mut();
+        let current = live.as_ref()?;
+        if !current.mux.takes_streams() {
+            *live = None;
+            return None;
+        }
+        if !Arc::ptr_eq(&current.leaf, leaf) {
+            // Renewed: the old connection carries its streams to their end.
+            current.mux.go_away(Reason::Draining);
+            *live = None;
+            return None;
+        }
+        self.idle_sweeps.set(0);
+        Some(current.mux.clone())
+    }
+}
+
+impl Peers {
+    /// A connection to `endpoint` as the identity of `leaf`.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub(crate) async fn connection(
+        &self,
+        thread: &Rc<Thread>,
+        leaf: &Arc<Leaf>,
+        endpoint: &Rc<EndpointKey>,
+    ) -> Result<Mux, Reason> {
+        if leaf.not_after_s <= unix_now_s() {
+            return Err(Reason::NoIdentity);
+        }
+        let key = (leaf.id.identity.clone(), Rc::clone(endpoint));
+        let slot = Rc::clone(self.slots.borrow_mut().entry(key).or_default());
+        if let Some(mux) = slot.usable(leaf) {
+            return Ok(mux);
+        }
+        let asked = Instant::now();
+        let _making = slot.making.lock().await;
+        if let Some(mux) = slot.usable(leaf) {
+            return Ok(mux);
+        }
+        if let Some((at, reason)) = slot.failed.get()
+            && at >= asked
+        {
+            return Err(reason);
+        }
+        match dial(thread, leaf, endpoint).await {
+            Ok(mux) => {
+                *slot.live.borrow_mut() = Some(Live {
+                    mux: mux.clone(),
+                    leaf: Arc::clone(leaf),
+                });
+                Ok(mux)
+            }
+            Err(reason) => {
+                slot.failed.set(Some((Instant::now(), reason)));
+                Err(reason)
+            }
+        }
+    }
+
+    /// Closes connections that carried nothing for some sweeps, and forgets those that are over.
+    pub(crate) fn sweep(&self) {
+        self.slots.borrow_mut().retain(|_, slot| {
+            if Rc::strong_count(slot) > 1 {
+                return true; // Somebody is making it.
+            }
+            let live = slot.live.borrow();
+            let Some(current) = live.as_ref().filter(|live| live.mux.closed().is_none()) else {
+                return false;
+            };
+            if current.mux.open_streams() > 0 {
+                slot.idle_sweeps.set(0);
+                return true;
+            }
+            slot.idle_sweeps.set(slot.idle_sweeps.get() + 1);
+            if slot.idle_sweeps.get() < IDLE_SWEEPS {
+                return true;
+            }
+            current.mux.close();
+            false
+        });
+    }
+
+    /// Closes what carries no stream.
+    pub(crate) fn close_idle(&self) {
+        for slot in self.slots.borrow().values() {
+            if let Some(live) = slot
+                .live
+                .borrow()
+                .as_ref()
+                .filter(|live| live.mux.open_streams() == 0)
+            {
+                live.mux.close();
+            }
+        }
+    }
+}
+
+async fn dial(
+    thread: &Rc<Thread>,
+    leaf: &Arc<Leaf>,
+    endpoint: &Rc<EndpointKey>,
+) -> Result<Mux, Reason> {
+    let address = SocketAddr::new(endpoint.address, endpoint.mesh_port);
+    let log_failure = |reason: Reason, detail: &dyn std::fmt::Display| {
+        log::debug!(
+            peer:% = address, client:% = leaf.id, server:% = endpoint.account, reason:% = reason;
+            "cannot reach a peer: {detail}"
+        );
+        reason
+    };
+    let connected =
+        tokio::time::timeout(thread.settings.connect, TcpStream::connect(address)).await;
+    let socket = match connected {
+        Ok(Ok(socket)) => socket,
+        Ok(Err(error)) => return Err(log_failure(Reason::PeerUnreachable, &error)),
+        Err(_) => return Err(log_failure(Reason::PeerUnreachable, &"no answer in time")),
+    };
+    socket
+        .set_nodelay(true)
+        .map_err(|error| log_failure(Reason::PeerUnreachable, &error))?;
+    let name = endpoint.sni(&leaf.id.trust_domain);
+    let name =
+        ServerName::try_from(name).map_err(|error| log_failure(Reason::PeerIdentity, &error))?;
+    let handshake = TlsConnector::from(Arc::clone(&leaf.client)).connect(name, socket);
+    let tls = match tokio::time::timeout(thread.settings.handshake, handshake).await {
+        Ok(Ok(tls)) => tls,
+        Ok(Err(error)) => {
+            let reason = match handshake_reason(&error) {
+                reason @ (Reason::PeerIdentity | Reason::CertificateExpired) => reason,
+                _ => Reason::PeerHandshake,
+            };
+            return Err(log_failure(reason, &error));
+        }
+        Err(_) => return Err(log_failure(Reason::PeerHandshake, &"no handshake in time")),
+    };
+    let shown = tls
+        .get_ref()
+        .1
+        .peer_certificates()
+        .and_then(|chain| chain.first());
+    let facts = shown.map(|leaf| read_leaf(leaf)).transpose()?;
+    if facts.and_then(|facts| facts.host).as_ref() != Some(&endpoint.host) {
+        return Err(log_failure(
+            Reason::PeerIdentity,
+            &"the leaf was given to another host",
+        ));
+    }
+    let (mux, _, driver) = mux::connection(tls, Side::Client, Limits::DEFAULT);
+    let open = thread.metrics.mesh_connections.clone();
+    open.inc();
+    spawn_local(async move {
+        driver.await;
+        open.dec();
+    });
+    Ok(mux)
+}
+
+/// Unix time, seconds, as certificates count it.
+pub(crate) fn unix_now_s() -> i64 {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
+}
