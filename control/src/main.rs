@@ -1,2 +1,199 @@
-//! Placeholder.
-fn main() {}
+//! `mesh-control`: the certificate authority, the registry, policy, distribution to agents and the operator
+//! API of a mesh.
+//!
+//! The way of a change: a caller ([`rpc`], [`api`], [`lease`]) asks the [`writer`]; it takes the command through
+//! [`catalogue`] to the next moment, makes that durable in the [`store`] and publishes it; sessions see it and
+//! send what their agents lack.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use mesh_core::names::TrustDomain;
+
+mod api;
+mod audit;
+mod auth;
+mod ca;
+mod catalogue;
+mod clock;
+mod config;
+mod control;
+mod export;
+mod exporter;
+mod init;
+mod lease;
+mod limits;
+mod metrics;
+mod refusal;
+mod rpc;
+mod run;
+mod server;
+mod server_names;
+mod store;
+mod writer;
+
+use config::Config;
+
+/// Control of a Meshwork mesh.
+#[derive(Debug, Parser)]
+#[command(name = "mesh-control", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Makes a new mesh: authority, settings, first policy, and the operator's credential.
+    Init(Init),
+    /// Serves agents and operators.
+    Run(Run),
+    /// Puts a backup in the place of the store; control must be stopped.
+    Restore(Restore),
+}
+
+#[derive(Debug, Args)]
+struct Init {
+    /// The trust domain of all identities: a DNS name, never to be changed.
+    #[arg(long)]
+    trust_domain: TrustDomain,
+    #[arg(long, default_value = "/var/lib/meshwork-control")]
+    state_dir: PathBuf,
+    /// Mesh names are <service>.<namespace>.<this>.
+    #[arg(long, default_value = "mesh.internal")]
+    dns_suffix: String,
+    /// Virtual IPv4 addresses of services.
+    #[arg(long, value_name = "CIDR")]
+    vip4_range: Option<String>,
+    /// Virtual IPv6 addresses of services.
+    #[arg(long, value_name = "CIDR")]
+    vip6_range: Option<String>,
+    /// Where hosts reach control, host:port; may be repeated.
+    #[arg(long = "address", value_name = "HOST:PORT")]
+    addresses: Vec<String>,
+    /// Your root certificate (PEM).
+    #[arg(long, value_name = "FILE")]
+    root_cert: Option<PathBuf>,
+    /// Its key; used once to sign the issuing certificate, not copied.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "root_cert",
+        conflicts_with = "issuer_cert"
+    )]
+    root_key: Option<PathBuf>,
+    /// Your issuing certificate (PEM), where the root's key stays elsewhere.
+    #[arg(long, value_name = "FILE", requires_all = ["issuer_key", "root_cert"])]
+    issuer_cert: Option<PathBuf>,
+    /// The key of the issuing certificate.
+    #[arg(long, value_name = "FILE", requires = "issuer_cert")]
+    issuer_key: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// Configuration file; without it the defaults and the options here count.
+    #[arg(long, value_name = "FILE", env = "MESH_CONTROL_CONFIG")]
+    config: Option<PathBuf>,
+    /// Overrides the configuration.
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Overrides the configuration; may be repeated.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Vec<SocketAddr>,
+    /// Prints the configuration in force and ends.
+    #[arg(long)]
+    print_config: bool,
+}
+
+#[derive(Debug, Args)]
+struct Restore {
+    /// What `meshctl backup`, or control itself, wrote.
+    file: PathBuf,
+    #[arg(long, default_value = "/var/lib/meshwork-control")]
+    state_dir: PathBuf,
+    /// Sets a store that is there aside.
+    #[arg(long)]
+    force: bool,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Init(args) => init(args),
+        Command::Run(args) => run(args),
+        Command::Restore(args) => {
+            run::restore(&args.file, &args.state_dir, args.force).map(|told| print(&told))
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&format!("mesh-control: {error:#}\n"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn init(args: Init) -> anyhow::Result<()> {
+    let origin = match (
+        args.root_cert,
+        args.root_key,
+        args.issuer_cert,
+        args.issuer_key,
+    ) {
+        (None, ..) => ca::Origin::New,
+        (Some(cert), Some(key), None, None) => ca::Origin::Root { cert, key },
+        (Some(root), None, Some(cert), Some(key)) => ca::Origin::Issuer { root, cert, key },
+        _ => {
+            anyhow::bail!("say --root-cert with --root-key, or with --issuer-cert and --issuer-key")
+        }
+    };
+    let told = init::init(&init::Plan {
+        state_dir: args.state_dir,
+        trust_domain: args.trust_domain,
+        dns_suffix: args.dns_suffix,
+        vip4_range: args.vip4_range,
+        vip6_range: args.vip6_range,
+        addresses: args.addresses,
+        origin,
+    })?;
+    print(&told);
+    Ok(())
+}
+
+fn run(args: Run) -> anyhow::Result<()> {
+    let mut config: Config = match &args.config {
+        Some(path) => mesh_runtime::config::load(path)?,
+        None => Config::default(),
+    };
+    if let Some(state_dir) = args.state_dir {
+        config.state_dir = state_dir;
+    }
+    if !args.listen.is_empty() {
+        config.listen = args.listen;
+    }
+    if args.print_config {
+        print(&toml::to_string(&config)?);
+        return Ok(());
+    }
+    mesh_runtime::log::init(&config.log.level, config.log.to).map_err(anyhow::Error::msg)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(run::run(config))
+}
+
+/// A closed stdout stops nothing: what was done is done.
+fn print(text: &str) {
+    use std::io::Write as _;
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+fn complain(text: &str) {
+    use std::io::Write as _;
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}

@@ -157,7 +157,7 @@ pub struct Allotted {
     pub used_up: Option<ServiceName>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Allocator {
     ranges: VipRanges,
     living: BTreeMap<ServiceName, Vip>,

@@ -1,0 +1,341 @@
+//! What operators see: the objects of the catalogue in the shape of Kubernetes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mesh_api::resource::{OUR_API, TRANSPORT_ANNOTATION};
+use mesh_core::identity::{Identity, SpiffeId};
+use mesh_core::names::{Account, Label, ServiceName};
+use mesh_core::service::{Health, Transport};
+use serde_json::{Map, Value, json};
+
+use crate::catalogue::Catalogue;
+use crate::catalogue::objects::{Host, Offer, Policy, Service, Source, Token};
+use crate::clock;
+use crate::control::Control;
+use crate::refusal::Refusal;
+
+/// The namespace of a path for objects that are in none.
+const NO_NAMESPACE: &str = "-";
+
+pub(crate) fn status(control: &Control) -> Value {
+    let now = control.writer.now();
+    let live = now.hosts.values().filter(|h| h.live).count();
+    let pin = control.ca.pin().map(crate::catalogue::objects::Digest);
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "trustDomain": now.settings.trust_domain.as_str(),
+        "dnsSuffix": now.settings.dns_suffix,
+        "addresses": now.settings.addresses,
+        "epoch": now.epoch.to_string(),
+        "revision": now.revision,
+        "hosts": {
+            "live": live,
+            "stale": now.hosts.len() - live,
+            "held": control.leases.held(),
+        },
+        "sessions": control.metrics.sessions.get(),
+        "services": now.services.len(),
+        "endpoints": now.endpoint_count(),
+        "policies": now.policies.len(),
+        "ca": {
+            "rootPin": pin.map(|p| p.to_string()).unwrap_or_default(),
+            "issuerEnds": clock::rfc3339(control.ca.issuer_ends_s()),
+        },
+        "autonomyHours": control.leaves.autonomy().as_secs() / 3600,
+    })
+}
+
+/// All objects of a kind, of one namespace if one is named.
+pub(super) fn list(
+    now: &Catalogue,
+    kind: &str,
+    namespace: Option<&str>,
+) -> Result<Vec<Value>, Refusal> {
+    let wanted =
+        |ns: Option<&Label>| namespace.is_none_or(|w| ns.is_some_and(|ns| ns.as_str() == w));
+    Ok(match kind {
+        "services" => {
+            let all = now.services.values();
+            all.filter(|s| wanted(Some(&s.name.namespace)))
+                .map(|s| service(now, s))
+                .collect()
+        }
+        "policies" => {
+            let all = now.policies.iter();
+            all.filter(|((ns, _), _)| wanted(ns.as_ref()))
+                .map(|(_, p)| policy(p))
+                .collect()
+        }
+        "workloads" => {
+            let all = workloads(now);
+            all.iter()
+                .filter(|(account, _)| wanted(Some(&account.namespace)))
+                .map(|(account, on)| workload(now, account, on))
+                .collect()
+        }
+        "hosts" => now.hosts.values().map(|h| host(now, h)).collect(),
+        "tokens" => now.tokens.values().map(|t| token(t)).collect(),
+        _ => return Err(unknown_kind(kind)),
+    })
+}
+
+fn unknown_kind(kind: &str) -> Refusal {
+    Refusal::not_found(&format!(
+        "kind {kind}; there are services, workloads, hosts, policies, tokens and audit"
+    ))
+}
+
+/// One object.
+pub(super) fn one(
+    now: &Catalogue,
+    kind: &str,
+    namespace: &str,
+    name: &str,
+) -> Result<Value, Refusal> {
+    let label = |text: &str| {
+        text.parse::<Label>()
+            .map_err(|e| Refusal::invalid(e.to_string()))
+    };
+    let found = match kind {
+        "services" => {
+            let name = ServiceName {
+                namespace: label(namespace)?,
+                name: label(name)?,
+            };
+            now.services.get(&name).map(|s| service(now, s))
+        }
+        "policies" => {
+            let namespace = (namespace != NO_NAMESPACE).then(|| label(namespace));
+            let key = (namespace.transpose()?, label(name)?);
+            now.policies.get(&key).map(|p| policy(p))
+        }
+        "workloads" => {
+            let account = Account {
+                namespace: label(namespace)?,
+                name: label(name)?,
+            };
+            let all = workloads(now);
+            all.get(&account).map(|on| workload(now, &account, on))
+        }
+        "hosts" => now.host_by_name(&label(name)?).map(|h| host(now, h)),
+        "tokens" => now.tokens.get(name).map(|t| token(t)),
+        _ => return Err(unknown_kind(kind)),
+    };
+    let of = if namespace == NO_NAMESPACE {
+        format!("{kind}/{name}")
+    } else {
+        format!("{kind}/{namespace}/{name}")
+    };
+    found.ok_or_else(|| Refusal::not_found(&of))
+}
+
+/// The common shape. `namespace` and an empty `status` are left out where there are none.
+fn object(api_version: &str, kind: &str, metadata: Value, spec: Value, status: Value) -> Value {
+    json!({
+        "apiVersion": api_version,
+        "kind": kind,
+        "metadata": metadata,
+        "spec": spec,
+        "status": status,
+    })
+}
+
+fn metadata(namespace: Option<&str>, name: &str, revision: u64, created_s: u64) -> Value {
+    let mut metadata = Map::new();
+    metadata.insert("name".to_owned(), name.into());
+    if let Some(namespace) = namespace {
+        metadata.insert("namespace".to_owned(), namespace.into());
+    }
+    metadata.insert("resourceVersion".to_owned(), revision.to_string().into());
+    metadata.insert(
+        "creationTimestamp".to_owned(),
+        clock::rfc3339(created_s).into(),
+    );
+    metadata.into()
+}
+
+fn source(now: &Catalogue, source: &Source) -> String {
+    match source {
+        Source::Operator => "operator".to_owned(),
+        Source::Host(uid) => now.host_label(uid),
+    }
+}
+
+fn service(now: &Catalogue, service: &Service) -> Value {
+    let (namespace, name) = (service.name.namespace.as_str(), service.name.name.as_str());
+    let mut metadata = metadata(Some(namespace), name, service.revision, service.created_s);
+    let mut annotations = service.annotations.clone();
+    if service.transport != Transport::default() {
+        let transport = service.transport.to_string();
+        annotations.insert(TRANSPORT_ANNOTATION.to_owned(), transport);
+    }
+    if !annotations.is_empty() {
+        metadata["annotations"] = json!(annotations);
+    }
+    if !service.labels.is_empty() {
+        metadata["labels"] = json!(service.labels);
+    }
+    let ports = service.ports.iter().map(|port| {
+        let mut shown = json!({
+            "port": port.number,
+            "protocol": "TCP",
+            "appProtocol": port.protocol.as_str(),
+        });
+        if let Some(name) = service.port_names.get(&port.number) {
+            shown["name"] = name.as_str().into();
+        }
+        shown
+    });
+    let ports: Vec<Value> = ports.collect();
+    let status = json!({
+        "vip4": service.vip.v4,
+        "vip6": service.vip.v6,
+        "source": source(now, &service.source),
+        "endpoints": endpoints(now, &service.name),
+        "conditions": conditions(now, &service.name),
+    });
+    object("v1", "Service", metadata, json!({"ports": ports}), status)
+}
+
+fn endpoints(now: &Catalogue, name: &ServiceName) -> Vec<Value> {
+    let list = now.endpoints_of(name).map_or(&[][..], |e| &e.list);
+    let show = |e: &mesh_core::service::Endpoint| {
+        json!({
+            "host": now.hosts.get(&e.host).map(|h| h.name.to_string()),
+            "network": e.network.as_str(),
+            "address": e.address,
+            "account": e.account.to_string(),
+            "state": match e.health {
+                Health::Healthy => "healthy",
+                Health::Stale => "stale",
+            },
+        })
+    };
+    list.iter().map(show).collect()
+}
+
+/// Why hosts that offer the service are not listed.
+fn conditions(now: &Catalogue, name: &ServiceName) -> Vec<Value> {
+    let mut conditions = Vec::new();
+    for host in now.servers_of(name) {
+        let problems = now.problems_of(host).into_iter();
+        let ours = problems.filter(|p| p.service.as_ref().is_none_or(|s| s == name));
+        conditions.extend(ours.map(|problem| {
+            json!({
+                "type": "NotListed",
+                "status": "True",
+                "reason": problem.reason.code(),
+                "host": host.name.as_str(),
+                "message": problem.message,
+            })
+        }));
+    }
+    conditions
+}
+
+fn policy(policy: &Policy) -> Value {
+    let mut shown = serde_json::to_value(&policy.object).unwrap_or_default();
+    if let Some(metadata) = shown.get_mut("metadata") {
+        metadata["resourceVersion"] = policy.revision.to_string().into();
+        metadata["creationTimestamp"] = clock::rfc3339(policy.created_s).into();
+    }
+    shown["status"] = json!({"source": "operator"});
+    shown
+}
+
+type Workloads<'a> = BTreeMap<Account, Vec<(&'a Arc<Host>, &'a [Offer])>>;
+
+fn workloads(now: &Catalogue) -> Workloads<'_> {
+    let mut all = Workloads::new();
+    for host in now.hosts.values() {
+        for workload in &host.workloads {
+            let on = all.entry(workload.account.clone()).or_default();
+            on.push((host, &workload.offers));
+        }
+    }
+    all
+}
+
+fn workload(now: &Catalogue, account: &Account, on: &[(&Arc<Host>, &[Offer])]) -> Value {
+    let created_s = on.iter().map(|(h, _)| h.created_s).min().unwrap_or(0);
+    let revision = on.iter().map(|(h, _)| h.revision).max().unwrap_or(0);
+    let (namespace, name) = (account.namespace.as_str(), account.name.as_str());
+    let identity = SpiffeId {
+        trust_domain: now.settings.trust_domain.clone(),
+        identity: Identity::Workload(account.clone()),
+    };
+    let hosts: Vec<&str> = on.iter().map(|(host, _)| host.name.as_str()).collect();
+    let offered = on.iter().flat_map(|(_, offers)| *offers);
+    let mut services: Vec<String> = offered.map(|o| o.service.name.to_string()).collect();
+    services.sort();
+    services.dedup();
+    let allowed = on.iter().all(|(h, _)| h.scope.allows_account(account));
+    object(
+        OUR_API,
+        "Workload",
+        metadata(Some(namespace), name, revision, created_s),
+        json!({"host": hosts, "services": services, "identity": identity.to_string()}),
+        json!({"inScope": allowed}),
+    )
+}
+
+fn host(now: &Catalogue, host: &Host) -> Value {
+    let problems = now.problems_of(host).into_iter().map(|problem| {
+        json!({
+            "account": problem.account.to_string(),
+            "service": problem.service.map(|s| s.to_string()),
+            "reason": problem.reason.code(),
+            "message": problem.message,
+        })
+    });
+    let problems: Vec<Value> = problems.collect();
+    let spec = json!({
+        "uid": host.uid.as_str(),
+        "network": host.network.as_str(),
+        "address": host.address,
+        "meshPort": host.mesh_port,
+        "token": host.token,
+    });
+    let status = json!({
+        "lease": if host.live { "live" } else { "stale" },
+        "since": clock::rfc3339(host.since_s),
+        "version": host.version,
+        "problems": problems,
+    });
+    let metadata = metadata(None, host.name.as_str(), host.revision, host.created_s);
+    object(OUR_API, "Host", metadata, spec, status)
+}
+
+fn token(token: &Token) -> Value {
+    let now_s = clock::now_s();
+    let state = if token.revoked {
+        "revoked"
+    } else if token.expires_s <= now_s {
+        "expired"
+    } else if token.uses <= token.used {
+        "used"
+    } else {
+        "usable"
+    };
+    let patterns = |list: &[mesh_core::service::Pattern]| {
+        list.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let networks: Vec<&str> = token.scope.networks.iter().map(|n| n.as_str()).collect();
+    let spec = json!({
+        "name": token.name,
+        "identities": patterns(&token.scope.identities),
+        "services": patterns(&token.scope.services),
+        "networks": networks,
+        "uses": token.uses,
+        "replace": token.replace,
+        "expires": clock::rfc3339(token.expires_s),
+    });
+    object(
+        OUR_API,
+        "Token",
+        metadata(None, &token.id, token.revision, token.created_s),
+        spec,
+        json!({"used": token.used, "state": state}),
+    )
+}

@@ -1,0 +1,240 @@
+//! What a session still has to tell its agent. Nothing is queued: the outbox holds what was sent last and makes
+//! the next message from the newest catalogue when the transport has room, so that a slow agent gets coalesced
+//! state.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mesh_api::proto;
+use mesh_core::names::{HostUid, ServiceName};
+use mesh_core::service::{Endpoint, Health, Port};
+
+use crate::catalogue::listing::Problem;
+use crate::catalogue::objects::{Host, Policy, Service};
+use crate::catalogue::{Catalogue, IndexChange};
+
+#[derive(Debug)]
+pub(super) struct Outbox {
+    uid: HostUid,
+    welcome: Option<proto::Welcome>,
+    bundle: Option<proto::TrustBundle>,
+    beat: Option<proto::Beat>,
+    /// The revision of the index that the agent has, of this epoch.
+    index: Option<u64>,
+    policies: Option<Vec<Arc<Policy>>>,
+    report: Option<Reported>,
+    subscriptions: BTreeMap<ServiceName, Sent>,
+    /// Endpoints up to this revision are sent, unless subscriptions changed.
+    endpoints: Option<u64>,
+}
+
+/// The last report and what the agent was told of it.
+#[derive(Debug)]
+struct Reported {
+    generation: u64,
+    /// What could not even be read.
+    unread: Vec<proto::Problem>,
+    told: Option<Vec<proto::Problem>>,
+}
+
+/// What was sent of a subscribed service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sent {
+    Nothing,
+    /// Revision of its endpoints; 0 when it had none.
+    Revision(u64),
+}
+
+impl Outbox {
+    /// The outbox of a session whose agent stands at `have` of the index, if that is of this epoch.
+    pub(super) fn new(
+        uid: HostUid,
+        have: Option<u64>,
+        welcome: proto::Welcome,
+        bundle: proto::TrustBundle,
+    ) -> Self {
+        Self {
+            uid,
+            welcome: Some(welcome),
+            bundle: Some(bundle),
+            beat: None,
+            index: have,
+            policies: None,
+            report: None,
+            subscriptions: BTreeMap::new(),
+            endpoints: None,
+        }
+    }
+
+    /// A beat is to be answered; an older one that was not is skipped.
+    pub(super) fn beat(&mut self, sequence: u64, time_ms: u64) {
+        self.beat = Some(proto::Beat { sequence, time_ms });
+    }
+
+    pub(super) fn reported(&mut self, generation: u64, unread: Vec<proto::Problem>) {
+        self.report = Some(Reported {
+            generation,
+            unread,
+            told: None,
+        });
+    }
+
+    /// The whole set of services whose endpoints are wanted.
+    pub(super) fn subscribe(&mut self, wanted: impl IntoIterator<Item = ServiceName>) {
+        let mut old = std::mem::take(&mut self.subscriptions);
+        let kept = wanted.into_iter().map(|name| {
+            let sent = old.remove(&name).unwrap_or(Sent::Nothing);
+            (name, sent)
+        });
+        self.subscriptions = kept.collect();
+        self.endpoints = None;
+    }
+
+    /// The next message; `None` when the agent knows all that `now` has for it.
+    pub(super) fn next(&mut self, now: &Catalogue) -> Option<proto::FromControl> {
+        use proto::from_control::Message;
+        let host = now.hosts.get(&self.uid)?;
+        let welcome = self.welcome.take().map(Message::Welcome);
+        let message = welcome
+            .or_else(|| self.beat.take().map(Message::Beat))
+            .or_else(|| self.bundle.take().map(Message::Bundle))
+            .or_else(|| self.next_index(now).map(Message::Index))
+            .or_else(|| self.next_policies(now, host).map(Message::Policies))
+            .or_else(|| self.next_status(now, host).map(Message::ReportStatus))
+            .or_else(|| self.next_endpoints(now).map(Message::Endpoints));
+        message.map(|message| proto::FromControl {
+            message: Some(message),
+        })
+    }
+
+    fn next_index(&mut self, now: &Catalogue) -> Option<proto::IndexUpdate> {
+        if self.index == Some(now.index_revision) {
+            return None;
+        }
+        let change = now.index_since(self.index);
+        let have = self.index.replace(now.index_revision);
+        let (snapshot, services, removed) = match change {
+            IndexChange::Snapshot(all) => (true, all, Vec::new()),
+            IndexChange::Delta { changed, removed } => (false, changed, removed),
+        };
+        log::trace!(host = self.uid.as_str(), snapshot; "index from {have:?}");
+        Some(proto::IndexUpdate {
+            revision: now.index_revision,
+            snapshot,
+            services: services.iter().map(|s| index_service(s)).collect(),
+            removed: removed.iter().map(service_ref).collect(),
+        })
+    }
+
+    fn next_policies(&mut self, now: &Catalogue, host: &Host) -> Option<proto::PolicyUpdate> {
+        let concerned = now.policies_of(host);
+        if let Some(sent) = &self.policies
+            && sent.len() == concerned.len()
+            && sent.iter().zip(&concerned).all(|(a, b)| Arc::ptr_eq(a, b))
+        {
+            return None;
+        }
+        let texts = concerned.iter().map(|policy| {
+            // Our own resources always are JSON.
+            serde_json::to_string(&policy.object).unwrap_or_default()
+        });
+        let update = proto::PolicyUpdate {
+            revision: now.revision,
+            policies: texts.collect(),
+        };
+        self.policies = Some(concerned.into_iter().cloned().collect());
+        Some(update)
+    }
+
+    fn next_status(&mut self, now: &Catalogue, host: &Host) -> Option<proto::ReportStatus> {
+        let reported = self.report.as_mut()?;
+        let found = now.problems_of(host);
+        let problems: Vec<_> = reported
+            .unread
+            .iter()
+            .cloned()
+            .chain(found.into_iter().map(problem))
+            .collect();
+        if reported.told.as_ref() == Some(&problems) {
+            return None;
+        }
+        reported.told = Some(problems.clone());
+        Some(proto::ReportStatus {
+            generation: reported.generation,
+            problems,
+        })
+    }
+
+    fn next_endpoints(&mut self, now: &Catalogue) -> Option<proto::EndpointsUpdate> {
+        if self.endpoints == Some(now.endpoints_revision) {
+            return None;
+        }
+        let newer = self.subscriptions.iter_mut().find_map(|(name, sent)| {
+            let endpoints = now.endpoints_of(name);
+            let revision = Sent::Revision(endpoints.map_or(0, |e| e.revision));
+            (*sent != revision).then(|| {
+                *sent = revision;
+                (name, endpoints)
+            })
+        });
+        let Some((name, endpoints)) = newer else {
+            self.endpoints = Some(now.endpoints_revision);
+            return None;
+        };
+        let list = endpoints.map_or(&[][..], |e| &e.list);
+        Some(proto::EndpointsUpdate {
+            service: Some(service_ref(name)),
+            revision: endpoints.map_or(now.revision, |e| e.revision),
+            endpoints: list.iter().map(endpoint).collect(),
+        })
+    }
+}
+
+fn service_ref(name: &ServiceName) -> proto::ServiceRef {
+    proto::ServiceRef {
+        namespace: name.namespace.to_string(),
+        name: name.name.to_string(),
+    }
+}
+
+fn index_service(service: &Service) -> proto::IndexService {
+    proto::IndexService {
+        namespace: service.name.namespace.to_string(),
+        name: service.name.name.to_string(),
+        vip4: service.vip.v4.to_string(),
+        vip6: service.vip.v6.to_string(),
+        ports: service.ports.iter().map(reported_port).collect(),
+        transport: service.transport.to_string(),
+    }
+}
+
+fn reported_port(port: &Port) -> proto::ReportedPort {
+    proto::ReportedPort {
+        number: port.number.into(),
+        protocol: port.protocol.to_string(),
+    }
+}
+
+fn endpoint(endpoint: &Endpoint) -> proto::Endpoint {
+    proto::Endpoint {
+        network: endpoint.network.to_string(),
+        address: endpoint.address.to_string(),
+        mesh_port: endpoint.mesh_port.into(),
+        namespace: endpoint.account.namespace.to_string(),
+        account: endpoint.account.name.to_string(),
+        host_uid: endpoint.host.to_string(),
+        stale: endpoint.health == Health::Stale,
+    }
+}
+
+fn problem(problem: Problem) -> proto::Problem {
+    proto::Problem {
+        namespace: problem.account.namespace.to_string(),
+        account: problem.account.name.to_string(),
+        service: problem
+            .service
+            .map_or_else(String::new, |s| s.name.to_string()),
+        reason: problem.reason.to_wire().into(),
+        message: problem.message,
+    }
+}

@@ -1,0 +1,179 @@
+//! Reading what a host says it serves.
+
+use std::collections::BTreeSet;
+
+use mesh_api::proto;
+use mesh_core::names::{Account, NameError, ServiceName};
+use mesh_core::reason::Reason;
+use mesh_core::service::{Port, Protocol, Transport};
+
+use crate::catalogue::objects::{Offer, Workload};
+use crate::refusal::Refusal;
+
+/// Most workloads of a host.
+const WORKLOADS_MAX: usize = 256;
+/// Most services of a workload.
+const SERVICES_MAX: usize = 64;
+/// Most ports of a service.
+const PORTS_MAX: usize = 64;
+
+/// A report, read: what can be read, and what is wrong with the rest.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Read {
+    pub workloads: Vec<Workload>,
+    pub problems: Vec<proto::Problem>,
+}
+
+/// Reads a report. One over its bounds is refused whole; a bad part leaves the others alone.
+pub(super) fn read(report: &proto::Report) -> Result<Read, Refusal> {
+    let bound = |what: &str, len: usize, max: usize| {
+        if len <= max {
+            return Ok(());
+        }
+        let message = format!("the report has {len} {what}; at most {max} may be");
+        Err(Refusal::invalid(message))
+    };
+    bound("workloads", report.workloads.len(), WORKLOADS_MAX)?;
+    let mut read = Read::default();
+    let mut seen = BTreeSet::new();
+    for reported in &report.workloads {
+        bound(
+            "services in one workload",
+            reported.services.len(),
+            SERVICES_MAX,
+        )?;
+        let account = match account(reported) {
+            Ok(account) if seen.insert(account.clone()) => account,
+            Ok(_) => {
+                read.problems
+                    .push(problem(reported, "", "the workload is reported twice"));
+                continue;
+            }
+            Err(error) => {
+                read.problems
+                    .push(problem(reported, "", &error.to_string()));
+                continue;
+            }
+        };
+        let mut offers = Vec::new();
+        for service in &reported.services {
+            bound("ports in one service", service.ports.len(), PORTS_MAX)?;
+            match offer(&account, service) {
+                Ok(offer) if offers.iter().any(|o: &Offer| o.service == offer.service) => {
+                    let message = "the service is reported twice";
+                    read.problems
+                        .push(problem(reported, &service.name, message));
+                }
+                Ok(offer) => offers.push(offer),
+                Err(message) => {
+                    read.problems
+                        .push(problem(reported, &service.name, &message));
+                }
+            }
+        }
+        read.workloads.push(Workload { account, offers });
+    }
+    read.workloads.sort_by(|a, b| a.account.cmp(&b.account));
+    Ok(read)
+}
+
+fn account(reported: &proto::ReportedWorkload) -> Result<Account, NameError> {
+    Ok(Account {
+        namespace: reported.namespace.parse()?,
+        name: reported.account.parse()?,
+    })
+}
+
+fn offer(account: &Account, reported: &proto::ReportedService) -> Result<Offer, String> {
+    let name = reported
+        .name
+        .parse()
+        .map_err(|e: NameError| e.to_string())?;
+    let ports = reported.ports.iter().map(|port| {
+        let number = u16::try_from(port.number).ok().filter(|n| *n != 0);
+        let number = number.ok_or_else(|| format!("{} is no port", port.number))?;
+        let protocol = Protocol::parse(&port.protocol)
+            .ok_or_else(|| format!("port {number} has no protocol that this version knows"))?;
+        Ok(Port { number, protocol })
+    });
+    let mut ports = ports.collect::<Result<Vec<Port>, String>>()?;
+    ports.sort();
+    if ports.is_empty() || ports.windows(2).any(|p| p[0].number == p[1].number) {
+        return Err("a service has at least one port, and each only once".to_owned());
+    }
+    let transport = match reported.transport.as_str() {
+        "" => Transport::default(),
+        text => Transport::parse(text).ok_or("transport is not permissive or strict")?,
+    };
+    Ok(Offer {
+        service: ServiceName {
+            namespace: account.namespace.clone(),
+            name,
+        },
+        ports,
+        transport,
+        healthy: reported.healthy,
+    })
+}
+
+fn problem(workload: &proto::ReportedWorkload, service: &str, message: &str) -> proto::Problem {
+    let cut = |text: &str| text.chars().take(63).collect();
+    proto::Problem {
+        namespace: cut(&workload.namespace),
+        account: cut(&workload.account),
+        service: cut(service),
+        reason: Reason::Invalid.to_wire().into(),
+        message: message.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workload(namespace: &str, service: &str, port: u32) -> proto::ReportedWorkload {
+        proto::ReportedWorkload {
+            namespace: namespace.to_owned(),
+            account: "web".to_owned(),
+            services: vec![proto::ReportedService {
+                name: service.to_owned(),
+                ports: vec![proto::ReportedPort {
+                    number: port,
+                    protocol: "http".to_owned(),
+                }],
+                transport: String::new(),
+                healthy: true,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_bad_part_leaves_the_others_alone() {
+        let report = proto::Report {
+            generation: 1,
+            workloads: vec![
+                workload("shop", "web", 80),
+                workload("Shop", "web", 80),
+                workload("data", "web", 70_000),
+                workload("shop", "other", 80),
+            ],
+        };
+        let read = read(&report).unwrap();
+        assert_eq!(read.workloads.len(), 2);
+        assert_eq!(read.problems.len(), 3);
+        assert!(
+            read.workloads
+                .iter()
+                .all(|w| w.account.name.as_str() == "web")
+        );
+    }
+
+    #[test]
+    fn a_report_over_its_bounds_is_refused() {
+        let report = proto::Report {
+            generation: 1,
+            workloads: vec![workload("shop", "web", 80); WORKLOADS_MAX + 1],
+        };
+        assert_eq!(super::read(&report).unwrap_err().reason, Reason::Invalid);
+    }
+}

@@ -1,0 +1,251 @@
+//! `Sync`: the session of one agent, one task each. It hears the agent, keeps its lease, and sends what the
+//! [`Outbox`] has whenever the transport has room.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::proto;
+use mesh_api::proto::from_agent::Message;
+use mesh_core::lease::{LEASE, SessionId};
+use mesh_core::names::{HostUid, ServiceName};
+use mesh_core::reason::Reason;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
+
+use super::join::version;
+use super::outbox::Outbox;
+use super::{name, port, report};
+use crate::audit::Actor;
+use crate::auth::Peer;
+use crate::catalogue::command::Command;
+use crate::catalogue::objects::Host;
+use crate::clock;
+use crate::control::Control;
+use crate::refusal::Refusal;
+
+/// How long an agent may take for its first message.
+const HELLO_MAX: Duration = Duration::from_secs(10);
+/// Messages between the session and the transport: one in the making, one under way. More would age there.
+const READY: usize = 2;
+/// Most services of a subscription.
+const SUBSCRIBE_MAX: usize = 10_000;
+/// Longest boot id, in bytes.
+const BOOT_ID_MAX: usize = 64;
+
+type Answers = mpsc::Sender<Result<proto::FromControl, Status>>;
+
+struct Session {
+    control: Arc<Control>,
+    uid: HostUid,
+    actor: Actor,
+    id: SessionId,
+    outbox: Outbox,
+}
+
+/// Starts the session's task and returns its answers.
+pub(super) fn start(
+    control: &Arc<Control>,
+    host: &Host,
+    peer: &Peer,
+    inbound: Streaming<proto::FromAgent>,
+) -> ReceiverStream<Result<proto::FromControl, Status>> {
+    let (answers, stream) = mpsc::channel(READY);
+    let actor = Actor {
+        who: format!("host/{}", host.name),
+        from: peer.from(),
+    };
+    let control = Arc::clone(control);
+    let uid = host.uid.clone();
+    let tasks = control.sessions.clone();
+    tasks.spawn(async move {
+        if let Err(refusal) = serve(&control, &uid, &actor, inbound, &answers).await {
+            control.refused(&actor, "sync", uid.as_str(), &refusal);
+            // The agent may be gone, or read nothing: it is not waited for.
+            let _ = answers.try_send(Err(refusal.into()));
+        }
+    });
+    ReceiverStream::new(stream)
+}
+
+async fn serve(
+    control: &Arc<Control>,
+    uid: &HostUid,
+    actor: &Actor,
+    mut inbound: Streaming<proto::FromAgent>,
+    answers: &Answers,
+) -> Result<(), Refusal> {
+    let Some(hello) = hello(&mut inbound).await? else {
+        return Ok(());
+    };
+    let end = CancellationToken::new();
+    let id = control
+        .leases
+        .opened(uid, &hello.boot_id, end.clone())
+        .await?;
+    control.metrics.sessions.inc();
+    let result = match greet(control, uid, actor, id, &hello).await {
+        Ok(mut session) => session.run(inbound, answers, &end).await,
+        Err(refusal) => Err(refusal),
+    };
+    control.metrics.sessions.dec();
+    control.leases.closed(uid, id).await;
+    result
+}
+
+/// The first message. `None` when the agent went away before it.
+async fn hello(inbound: &mut Streaming<proto::FromAgent>) -> Result<Option<proto::Hello>, Refusal> {
+    let first = timeout(HELLO_MAX, inbound.message()).await;
+    let first = first.map_err(|_| Refusal::new(Reason::Timeout, "no Hello came in time"))?;
+    let Ok(Some(first)) = first else {
+        return Ok(None);
+    };
+    match first.message {
+        Some(Message::Hello(hello)) if hello.boot_id.len() <= BOOT_ID_MAX => Ok(Some(hello)),
+        _ => Err(Refusal::invalid("the first message is not a Hello")),
+    }
+}
+
+/// Takes over what the agent says of itself and makes its session.
+async fn greet(
+    control: &Arc<Control>,
+    uid: &HostUid,
+    actor: &Actor,
+    id: SessionId,
+    hello: &proto::Hello,
+) -> Result<Session, Refusal> {
+    let address = (!hello.address.is_empty()).then(|| hello.address.parse::<IpAddr>());
+    let address = address
+        .transpose()
+        .map_err(|_| Refusal::invalid("the address of the Hello is no IP address"))?;
+    let command = Command::Hello {
+        uid: uid.clone(),
+        version: version(&hello.version),
+        address: address.map(|a| a.to_canonical()),
+        mesh_port: port(hello.mesh_port)?,
+    };
+    control.writer.ask(actor.clone(), command).await?;
+    let now = control.writer.now();
+    let host = now.hosts.get(uid).ok_or(Reason::HostRevoked)?;
+    log::info!(host = host.name.as_str(), version = host.version.as_str(); "session opened");
+    let welcome = proto::Welcome {
+        epoch: now.epoch,
+        capabilities: Vec::new(),
+        host_name: host.name.to_string(),
+        mesh: Some(control.mesh_settings()),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let have = (hello.epoch == now.epoch).then_some(hello.index_revision);
+    Ok(Session {
+        control: Arc::clone(control),
+        uid: uid.clone(),
+        actor: actor.clone(),
+        id,
+        outbox: Outbox::new(uid.clone(), have, welcome, control.bundle.clone()),
+    })
+}
+
+impl Session {
+    async fn run(
+        &mut self,
+        mut inbound: Streaming<proto::FromAgent>,
+        answers: &Answers,
+        end: &CancellationToken,
+    ) -> Result<(), Refusal> {
+        let mut catalogue = self.control.writer.watch();
+        let mut news = true;
+        let mut silent_at = Instant::now() + LEASE;
+        loop {
+            tokio::select! {
+                message = inbound.message() => {
+                    let Ok(Some(message)) = message else {
+                        return Ok(());
+                    };
+                    silent_at = Instant::now() + LEASE;
+                    self.control.leases.beat(&self.uid, self.id).await;
+                    self.handle(message).await?;
+                    news = true;
+                }
+                changed = catalogue.changed() => {
+                    let gone = !catalogue.borrow_and_update().hosts.contains_key(&self.uid);
+                    if changed.is_err() || gone {
+                        return Err(self.ended());
+                    }
+                    news = true;
+                }
+                room = answers.reserve(), if news => {
+                    let Ok(room) = room else {
+                        return Ok(());
+                    };
+                    let now = self.control.writer.now();
+                    match self.outbox.next(&now) {
+                        Some(message) => room.send(Ok(message)),
+                        None => news = false,
+                    }
+                }
+                () = end.cancelled() => return Err(self.ended()),
+                () = self.control.stopping.cancelled() => {
+                    return Err(Refusal::new(Reason::Draining, "control is stopping; connect again"));
+                }
+                () = tokio::time::sleep_until(silent_at) => {
+                    return Err(Refusal::new(Reason::Timeout, "the agent was silent for a lease"));
+                }
+            }
+        }
+    }
+
+    /// Why control ends the session.
+    fn ended(&self) -> Refusal {
+        if !self.control.writer.now().hosts.contains_key(&self.uid) {
+            return Reason::HostRevoked.into();
+        }
+        Refusal::new(
+            Reason::Draining,
+            "a newer session of this host took the place of this one",
+        )
+    }
+
+    async fn handle(&mut self, message: proto::FromAgent) -> Result<(), Refusal> {
+        match message.message {
+            Some(Message::Hello(_)) => Err(Refusal::invalid("a second Hello in one session")),
+            Some(Message::Beat(beat)) => {
+                self.outbox.beat(beat.sequence, clock::now_ms());
+                Ok(())
+            }
+            Some(Message::Report(report)) => {
+                let read = report::read(&report)?;
+                let command = Command::Report {
+                    uid: self.uid.clone(),
+                    workloads: read.workloads,
+                };
+                self.control.writer.ask(self.actor.clone(), command).await?;
+                self.outbox.reported(report.generation, read.problems);
+                Ok(())
+            }
+            Some(Message::Subscribe(subscribe)) => self.subscribe(&subscribe),
+            // What the agent uses is for the rotation of roots; a newer agent may say more.
+            Some(Message::Ack(_)) | None => Ok(()),
+        }
+    }
+
+    fn subscribe(&mut self, subscribe: &proto::Subscribe) -> Result<(), Refusal> {
+        let count = subscribe.services.len();
+        if SUBSCRIBE_MAX < count {
+            return Err(Refusal::invalid(format!(
+                "a subscription to {count} services; at most {SUBSCRIBE_MAX} may be"
+            )));
+        }
+        let wanted = subscribe.services.iter().map(|service| {
+            Ok(ServiceName {
+                namespace: name(&service.namespace)?,
+                name: name(&service.name)?,
+            })
+        });
+        let wanted = wanted.collect::<Result<Vec<_>, Refusal>>()?;
+        self.outbox.subscribe(wanted);
+        Ok(())
+    }
+}

@@ -1,0 +1,220 @@
+//! `mesh-control run`: opens what is stored, binds, serves, and ends in order.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use http::{Method, StatusCode};
+use mesh_runtime::admin::{self, Answer};
+use mesh_runtime::signals;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::api;
+use crate::audit::Audit;
+use crate::ca::Ca;
+use crate::config::Config;
+use crate::control::Control;
+use crate::lease::LeaseHandle;
+use crate::limits::Limits;
+use crate::metrics::Metrics;
+use crate::server::{Bound, Own};
+use crate::store::Store;
+use crate::writer::{Writer, WriterLoop};
+use crate::{exporter, init, server_names};
+
+/// How long what is under way may take when control stops: the drain of the port, a commit, an export.
+const STOP_MAX: Duration = Duration::from_secs(20);
+/// Below this, the end of the issuer is said at each start.
+const ISSUER_WARN_S: u64 = 60 * 24 * 3600;
+
+pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
+    let state = config.state_dir.clone();
+    let ca = Ca::load(&state).with_context(|| {
+        format!(
+            "no certificate authority in {}; run `mesh-control init` first",
+            state.display()
+        )
+    })?;
+    let opened = Store::open(&state, init::new_epoch())?;
+    if let Some(lost) = &opened.lost {
+        log::error!("{lost}");
+    }
+    let audit = Arc::new(Audit::open(&state).context("cannot open the audit log")?);
+    let metrics = Metrics::new();
+    let settings = Arc::clone(&opened.catalogue.settings);
+    let (writer, writer_loop) = Writer::new(
+        opened.store,
+        opened.catalogue,
+        Arc::clone(&audit),
+        Arc::clone(&metrics),
+    )
+    .map_err(anyhow::Error::msg)?;
+    let (leases, lease_loop) = LeaseHandle::new(&writer);
+    let control = Arc::new(Control {
+        bundle: ca.bundle(&settings.trust_domain, settings.bundle),
+        settings,
+        leaves: config.leaves,
+        ca,
+        writer,
+        leases,
+        limits: Limits::default(),
+        audit,
+        metrics,
+        sessions: TaskTracker::new(),
+        stopping: CancellationToken::new(),
+    });
+    warn_of_the_end(&control);
+    let names = server_names::all(&config.names, &config.listen, &control.settings.addresses);
+    let own = Arc::new(Own::new(&control, names)?);
+    let bound = Bound::bind(Arc::clone(&control), Arc::clone(&own), &config.listen).await?;
+    let admin = admin::bind(&config.admin_socket()).with_context(|| {
+        format!(
+            "cannot bind the admin socket {}; set admin_socket",
+            config.admin_socket().display()
+        )
+    })?;
+    let addresses: Vec<String> = bound.addresses().iter().map(ToString::to_string).collect();
+    log::info!(
+        addresses = addresses.join(","), trust_domain = control.settings.trust_domain.as_str();
+        "control serves; hosts run on without it for {} h", control.leaves.autonomy().as_secs() / 3600
+    );
+
+    let mut tasks = JoinSet::new();
+    let renewing = Arc::clone(&control);
+    tasks.spawn(async move { ended("the renewal", own.renew(&renewing).await) });
+    tasks.spawn(async move { ended("the leases", lease_loop.run().await) });
+    let handler = admin_handler(&control);
+    tasks.spawn(async move { ended("the admin socket", admin::serve(admin, handler).await) });
+    let writing = spawn_writer(writer_loop)?;
+    tasks.spawn(writing);
+    let exporting = tokio::spawn(exporter::run(
+        state,
+        control.writer.watch(),
+        control.stopping.clone(),
+    ));
+    let mut serving = tokio::spawn(bound.run());
+    let result = tokio::select! {
+        signal = signals::shutdown() => signal.context("cannot wait for signals"),
+        task = tasks.join_next() => match task {
+            Some(Ok(result)) => result,
+            Some(Err(panicked)) => Err(panicked.into()),
+            None => Ok(()),
+        },
+        served = &mut serving => {
+            served.map_err(anyhow::Error::from).flatten()?;
+            anyhow::bail!("the port ended")
+        }
+    };
+    log::info!("control stops");
+    control.stopping.cancel();
+    control.sessions.close();
+    let ending = async {
+        let served = serving.await.map_err(anyhow::Error::from).flatten();
+        control.sessions.wait().await;
+        let exported = exporting.await.map_err(anyhow::Error::from);
+        served.and(exported)
+    };
+    let stopped = timeout(STOP_MAX, ending).await;
+    // The socket goes with the daemon, so that nobody takes it for a living one.
+    let _ = std::fs::remove_file(config.admin_socket());
+    result.and(
+        stopped.unwrap_or_else(|_| anyhow::bail!("not all ended within {} s", STOP_MAX.as_secs())),
+    )
+}
+
+/// A task that should never end did.
+fn ended(what: &str, (): ()) -> anyhow::Result<()> {
+    anyhow::bail!("{what} ended")
+}
+
+/// The writer blocks on the disk, so it has a thread of its own.
+fn spawn_writer(
+    writer: WriterLoop,
+) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + use<>> {
+    let (tell, told) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("writer".to_owned())
+        .spawn(move || {
+            let _ = tell.send(writer.run());
+        })
+        .context("cannot start the writer's thread")?;
+    Ok(async move {
+        match told.await {
+            Ok(Ok(())) => anyhow::bail!("the writer ended"),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => anyhow::bail!("the writer panicked"),
+        }
+    })
+}
+
+fn warn_of_the_end(control: &Control) {
+    let ends_s = control.ca.issuer_ends_s();
+    if ends_s < crate::clock::now_s() + ISSUER_WARN_S {
+        log::warn!(
+            "the issuing certificate ends at {}; have the root sign a new one",
+            crate::clock::rfc3339(ends_s)
+        );
+    }
+}
+
+fn admin_handler(control: &Arc<Control>) -> admin::Handler {
+    let control = Arc::clone(control);
+    Arc::new(move |method, path| {
+        let control = Arc::clone(&control);
+        Box::pin(async move { answer(&control, &method, &path) })
+    })
+}
+
+fn answer(control: &Control, method: &Method, path: &str) -> Answer {
+    let (path, query) = path.split_once('?').unwrap_or((path, ""));
+    match (method, path) {
+        (&Method::GET, "/health" | "/ready") => Answer::text("ok\n"),
+        (&Method::GET, "/metrics") => Answer::text(control.metrics.render(&control.writer.now())),
+        (&Method::GET, "/state") => Answer::json(&api::status_value(control)),
+        (&Method::PUT | &Method::POST, "/log") => {
+            match mesh_runtime::log::set_level(query.trim_start_matches("level=")) {
+                Ok(()) => Answer::text("ok\n"),
+                Err(error) => Answer::error(StatusCode::BAD_REQUEST, &error),
+            }
+        }
+        _ => Answer::error(
+            StatusCode::NOT_FOUND,
+            "there are /health, /ready, /metrics, /state and PUT /log?level=LEVEL",
+        ),
+    }
+}
+
+/// `mesh-control restore`: puts a backup in the place of a store, under a new epoch.
+pub(crate) fn restore(file: &Path, state: &Path, force: bool) -> anyhow::Result<String> {
+    let mut catalogue = crate::export::read(file)?;
+    if Store::exists(state) {
+        if !force {
+            anyhow::bail!(
+                "{} has a store; stop mesh-control and say --force to put the backup in its place",
+                state.display()
+            );
+        }
+        Store::set_aside(state)?;
+    }
+    catalogue.epoch = init::new_epoch();
+    mesh_runtime::files::create_private_dir(state)?;
+    drop(Store::create(state, &catalogue)?);
+    crate::export::write(state, &catalogue)?;
+    let ca = if state.join("ca/issuer.key").exists() {
+        ""
+    } else {
+        "\nits certificate authority is not in a backup: copy the directory ca/ here before you start control"
+    };
+    Ok(format!(
+        "restored revision {} of the mesh {}: {} hosts, {} services, {} policies{ca}\n",
+        catalogue.revision,
+        catalogue.settings.trust_domain,
+        catalogue.hosts.len(),
+        catalogue.services.len(),
+        catalogue.policies.len(),
+    ))
+}
