@@ -75,13 +75,19 @@ impl Control {
 
     #[track_caller]
     pub fn stop(&mut self) {
-        let process = self.process.take().expect("control runs");
+        let process = self.take();
         assert!(process.stop().success(), "control did not end well");
     }
 
     #[track_caller]
     pub fn kill9(&mut self) {
-        self.process.take().expect("control runs").kill9();
+        self.take().kill9();
+    }
+
+    /// The running process, to be killed from elsewhere; [`Control::run`] starts another.
+    #[track_caller]
+    pub fn take(&mut self) -> Process {
+        self.process.take().expect("control runs")
     }
 
     /// Runs `meshctl` as the administrator that `init` made.

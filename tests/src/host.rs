@@ -118,6 +118,30 @@ impl Host {
         );
     }
 
+    /// Runs a Python script of the system's interpreter, which `apt` has libraries for.
+    pub fn python(&self, name: &str, script: &str) -> Cmd {
+        let path = self.dir().join(format!("{name}.py"));
+        fs::write(&path, script).expect("a script");
+        self.program(["/usr/bin/python3".to_owned(), path.display().to_string()])
+    }
+
+    /// Runs `what` on a thread whose sockets are this host's.
+    #[track_caller]
+    pub fn inside<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
+        let path = format!("/run/netns/{}", self.namespace());
+        let inside = || {
+            let namespace = fs::File::open(&path).expect("the host's namespace");
+            nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).expect("setns");
+            what()
+        };
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(inside);
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
     /// Takes the link to the others down or up.
     #[track_caller]
     pub fn set_link(&self, up: bool) {

@@ -100,6 +100,26 @@ impl Authority {
     }
 }
 
+impl Credential {
+    /// The credential for control of an agent, from its state directory.
+    #[track_caller]
+    pub fn of_agent(state_dir: &Path) -> Self {
+        use rustls_pki_types::pem::PemObject as _;
+        let read = |name: &str| {
+            let path = state_dir.join(name);
+            fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+        };
+        let chain = CertificateDer::pem_slice_iter(&read("agent.pem"))
+            .collect::<Result<_, _>>()
+            .expect("the agent's chain");
+        let key = PrivateKeyDer::from_pem_slice(&read("agent.key")).expect("the agent's key");
+        Self {
+            chain,
+            key: key.secret_der().to_vec(),
+        }
+    }
+}
+
 /// Offers a TLS 1.3 connection to a mesh port and returns how it ended, once the peer has ended it.
 #[track_caller]
 pub fn knock(port: SocketAddr, sni: &str, credential: Option<&Credential>) -> String {

@@ -43,7 +43,7 @@ pub fn nginx_at(
         "daemon off; master_process off; worker_processes 1; pid {dir}/pid; error_log stderr warn;\n\
          events {{ worker_connections 4096; }}\n\
          http {{\n\
-         log_format seen '$remote_addr $request_method $request_uri $status \"$http_x_meshwork_peer\" $http_x_note';\n\
+         log_format seen '$remote_addr $request_method $request_uri $status \"$http_x_meshwork_client_id\" $http_x_note';\n\
          access_log {dir}/access.log seen;\n\
          client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/fastcgi;\n\
          uwsgi_temp_path {dir}/uwsgi; scgi_temp_path {dir}/scgi;\n\

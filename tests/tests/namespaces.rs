@@ -1,5 +1,35 @@
 //! The whole mesh on hosts that are network namespaces: real binaries, real servers and clients. Needs root.
 //! A refused case is proven by its reason code and counter, never by mere failure.
 
+#![expect(clippy::unwrap_used, reason = "a test helper may panic")]
+
+#[path = "namespaces/capture.rs"]
+mod capture;
+#[path = "namespaces/certificates.rs"]
+mod certificates;
+#[path = "namespaces/control_down.rs"]
+mod control_down;
+#[path = "namespaces/denial.rs"]
+mod denial;
 #[path = "namespaces/harness.rs"]
 mod harness;
+#[path = "namespaces/http.rs"]
+mod http;
+#[path = "namespaces/identity.rs"]
+mod identity;
+#[path = "namespaces/join.rs"]
+mod join;
+#[path = "namespaces/packet_capture.rs"]
+mod packet_capture;
+#[path = "namespaces/pair.rs"]
+mod pair;
+#[path = "namespaces/removal.rs"]
+mod removal;
+#[path = "namespaces/services.rs"]
+mod services;
+#[path = "namespaces/store.rs"]
+mod store;
+#[path = "namespaces/tcp.rs"]
+mod tcp;
+#[path = "namespaces/tokens.rs"]
+mod tokens;

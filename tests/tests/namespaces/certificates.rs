@@ -1,0 +1,166 @@
+//! Who may not speak at the mesh port, each refused by its reason.
+
+use std::net::SocketAddr;
+
+use meshwork_tests::agent::MESH_PORT;
+use meshwork_tests::control::TRUST_DOMAIN;
+use meshwork_tests::mesh::{Authority, Credential, knock, knock_plaintext};
+
+use crate::pair::{Pair, spiffe};
+
+const UID: &str = "00112233445566778899aabbccddeeff";
+/// Valid since yesterday, until tomorrow.
+const NOW: (i64, i64) = (-1, 1);
+
+struct Port<'a> {
+    pair: &'a Pair,
+    address: SocketAddr,
+    sni: String,
+}
+
+impl Port<'_> {
+    /// Knocks with a credential, which must be refused for `reason`.
+    #[track_caller]
+    fn refuses(&self, reason: &str, sni: &str, credential: Option<&Credential>) {
+        let before = self.pair.server.refused(reason);
+        let client = &self.pair.client.host;
+        let end = client.inside(|| knock(self.address, sni, credential));
+        assert_ne!(end, "accepted", "{reason}");
+        self.pair.server.wait_refused(reason, before);
+    }
+}
+
+fn port(pair: &Pair) -> Port<'_> {
+    Port {
+        pair,
+        address: SocketAddr::from((pair.server.host.v4(), MESH_PORT)),
+        sni: format!("web.shop.{TRUST_DOMAIN}"),
+    }
+}
+
+#[test]
+fn certificates_that_prove_nothing_are_refused_by_reason() {
+    let pair = Pair::new("certificates_that_prove_nothing");
+    let _web = pair.web("http", "");
+    let port = port(&pair);
+    let ours = Authority::of_control(&pair.control.state_dir());
+    let foreign = Authority::foreign(TRUST_DOMAIN);
+    let client = spiffe("client");
+    let refuses = |reason: &str, credential: Credential| {
+        port.refuses(reason, &port.sni, Some(&credential));
+    };
+    refuses("untrusted_issuer", foreign.leaf(&[&client], NOW, Some(UID)));
+    refuses(
+        "certificate_expired",
+        ours.leaf(&[&client], (-3, -2), Some(UID)),
+    );
+    refuses(
+        "certificate_expired",
+        ours.leaf(&[&client], (2, 3), Some(UID)),
+    );
+    refuses(
+        "certificate_malformed",
+        ours.leaf(&[&client, &spiffe("boss")], NOW, Some(UID)),
+    );
+    refuses(
+        "certificate_malformed",
+        ours.leaf(&["https://corp.test/"], NOW, Some(UID)),
+    );
+    let elsewhere = "spiffe://evil.test/ns/shop/sa/client";
+    refuses(
+        "unknown_trust_domain",
+        ours.leaf(&[elsewhere], NOW, Some(UID)),
+    );
+    for kind in [
+        format!("agent/{UID}"),
+        "control".to_owned(),
+        "operator/admin".to_owned(),
+    ] {
+        let uri = format!("spiffe://{TRUST_DOMAIN}/{kind}");
+        refuses("identity_kind", ours.leaf(&[&uri], NOW, Some(UID)));
+    }
+    port.refuses("no_certificate", &port.sni, None);
+}
+
+/// The credential that the client's agent really has for control, taken from its disk.
+#[test]
+fn an_agents_own_credential_opens_no_mesh_port() {
+    let pair = Pair::new("an_agents_own_credential");
+    let _web = pair.web("http", "");
+    let port = port(&pair);
+    let credential = Credential::of_agent(&pair.client.host.dir().join("state"));
+    port.refuses("identity_kind", &port.sni, Some(&credential));
+}
+
+#[test]
+fn bytes_that_are_no_tls_are_refused_by_reason() {
+    let pair = Pair::new("bytes_that_are_no_tls");
+    let _web = pair.web("http", "");
+    let port = port(&pair);
+    for bytes in [
+        &b"GET / HTTP/1.1\r\nHost: web\r\n\r\n"[..],
+        b"SSH-2.0-x\r\n",
+        &[0; 64],
+    ] {
+        let before = pair.server.refused("not_tls");
+        pair.client
+            .host
+            .inside(|| knock_plaintext(port.address, bytes));
+        pair.server.wait_refused("not_tls", before);
+    }
+}
+
+/// Right in all but whom it asks for: identities that are not of this host, or of nobody.
+#[test]
+fn a_server_name_that_is_not_of_this_host_is_refused() {
+    let pair = Pair::new("a_server_name_that_is_not_of_this_host");
+    let _web = pair.web("http", "");
+    let port = port(&pair);
+    let ours = Authority::of_control(&pair.control.state_dir());
+    let credential = ours.leaf(&[&spiffe("client")], NOW, Some(UID));
+    for name in ["client.shop.corp.test", "web.shop.evil.test", "web.shop"] {
+        port.refuses("unknown_server_name", name, Some(&credential));
+    }
+}
+
+/// A host that answers at the address of another one, with a certificate of its own, is not believed.
+#[test]
+fn a_server_with_another_identity_is_not_called() {
+    let pair = Pair::new("a_server_with_another_identity");
+    let _web = pair.web("http", "");
+    let url = format!("http://{}/", crate::pair::mesh_name("web"));
+    assert_eq!(pair.ok(&format!("curl -sS -m 10 {url}")), "hello\n");
+    // The same identity, but from another host: the right name under another Source.
+    let token = meshwork_tests::control::TokenOptions::default();
+    let mut other = pair.control.join(&pair.site.host("other"), &token);
+    other.serve("web", &crate::pair::owner("web"), &[(80, "http")]);
+    pair.control.wait_endpoints("shop/web", 1);
+    let _gotcha = meshwork_tests::servers::nginx(&other.host, "gotcha", 81, "");
+    let mut server = pair.server;
+    server.stop();
+    // It takes over the address of the host that is gone.
+    let address = server.host.v4();
+    server
+        .host
+        .ok(&format!("ip address del {address}/24 dev eth0"));
+    other
+        .host
+        .ok(&format!("ip address add {address}/24 dev eth0"));
+    let flush = "ip neighbour flush all";
+    pair.client.host.ok(flush);
+    let before = pair.client.refused("peer_identity");
+    let answer = pair
+        .client
+        .host
+        .cmd(&format!("curl -sS -m 20 -i {url}"))
+        .cgroup("client")
+        .ok();
+    assert!(
+        answer
+            .to_lowercase()
+            .contains("x-meshwork-reason: peer_identity"),
+        "{answer}"
+    );
+    pair.client.wait_refused("peer_identity", before);
+    other.stop();
+}

@@ -1,0 +1,143 @@
+//! Policy at the receiver: what is denied, with what words, and where it is counted.
+
+use meshwork_tests::servers;
+use meshwork_tests::wait::{SOON, check, wait_until};
+
+use crate::pair::{Pair, mesh_name, spiffe, spiffe_host};
+
+const ONLY_BOSS: &str = "\
+apiVersion: meshwork.io/v1alpha1
+kind: Policy
+metadata: {name: only-boss, namespace: shop}
+spec:
+  rules:
+  - name: boss
+    from: [{identity: shop/boss}]
+";
+
+const TRY: &str = "\
+import socket
+c = socket.create_connection(('cache.shop.mesh.internal', 6379), 20)
+try:
+    c.sendall(b'PING\\r\\n')
+    print('got', c.recv(100))
+except ConnectionResetError:
+    print('reset')
+";
+
+#[test]
+fn a_denied_http_call_says_why_and_is_counted_and_logged() {
+    let pair = Pair::new("a_denied_http_call");
+    let _web = pair.web("http", "");
+    let line = format!("curl -sS -m 10 -i http://{}/", mesh_name("web"));
+    assert!(pair.ok(&line).contains("hello"));
+    let before = pair.server.refused("not_allowed");
+    pair.control.apply(ONLY_BOSS).ok();
+    let answer = wait_until("the denial", SOON, || {
+        let answer = pair.ok(&line);
+        check(answer.contains(" 403 "), answer.clone()).map(|()| answer)
+    });
+    let lower = answer.to_lowercase();
+    assert!(lower.contains("x-meshwork-reason: not_allowed"), "{answer}");
+    assert!(!answer.contains("hello"), "{answer}");
+    pair.server.wait_refused("not_allowed", before);
+    let log = servers::access_log(&pair.server.host, "web");
+    assert_eq!(
+        log.matches(" 200 ").count(),
+        1,
+        "the app saw a denied call: {log}"
+    );
+    let log = pair.server.log();
+    let told = log.lines().any(|line| {
+        line.contains(&spiffe("client")) && line.contains("shop/web") && line.contains("only-boss")
+    });
+    assert!(told, "no line names both and the policy:\n{log}");
+}
+
+#[test]
+fn a_denied_connection_is_reset_and_counted() {
+    let pair = Pair::new("a_denied_connection_is_reset");
+    let _redis = servers::redis(&pair.server.host, "cache", 6379);
+    pair.declare("cache", 6379, "tcp");
+    let attempt = || pair.client.host.python("try", TRY).cgroup("client").ok();
+    assert!(attempt().contains("PONG"));
+    let before = pair.server.refused("not_allowed");
+    pair.control.apply(ONLY_BOSS).ok();
+    wait_until("the reset", SOON, || {
+        let text = attempt();
+        check(text == "reset\n", text)
+    });
+    pair.server.wait_refused("not_allowed", before);
+}
+
+#[test]
+fn the_nearest_level_decides_and_audit_lets_pass() {
+    let pair = Pair::new("the_nearest_level_decides");
+    let _web = pair.web("http", "");
+    let line = format!(
+        "curl -sS -m 10 -o /dev/null -w '%{{http_code}}' http://{}/",
+        mesh_name("web")
+    );
+    let wait_status = |status: &str| {
+        wait_until(&format!("status {status}"), SOON, || {
+            let text = pair.ok(&line);
+            check(text == status, text)
+        });
+    };
+    wait_status("200");
+    pair.control.apply(ONLY_BOSS).ok();
+    wait_status("403");
+    let service = "\
+apiVersion: meshwork.io/v1alpha1
+kind: Policy
+metadata: {name: web-for-clients, namespace: shop}
+spec:
+  service: web
+  rules:
+  - name: clients
+    from: [{identity: 'shop/cli*'}]
+";
+    pair.control.apply(service).ok();
+    wait_status("200");
+    pair.control
+        .meshctl("delete policy web-for-clients -n shop")
+        .ok();
+    wait_status("403");
+    let audit = ONLY_BOSS.replace("spec:\n", "spec:\n  enforce: audit\n");
+    pair.control.apply(&audit).ok();
+    wait_status("200");
+    pair.control.meshctl("delete policy only-boss -n shop").ok();
+    // Nothing is left but `everyone`; without it nobody may.
+    pair.control.meshctl("delete policy everyone").ok();
+    wait_status("403");
+}
+
+#[test]
+fn a_process_that_is_no_workload_is_its_host_and_no_more() {
+    let pair = Pair::new("a_process_that_is_no_workload");
+    let _web = pair.web("http", "");
+    let line = format!("curl -sS -m 10 -i http://{}/", mesh_name("web"));
+    assert!(pair.client.host.ok(&line).contains("hello"));
+    let host = spiffe_host(&pair.client.host);
+    wait_until("its identity", SOON, || {
+        let count = pair.calls(&host, "shop/web");
+        check(count == 1.0, format!("{count}"))
+    });
+    let clients = "\
+apiVersion: meshwork.io/v1alpha1
+kind: Policy
+metadata: {name: clients, namespace: shop}
+spec: {rules: [{name: r, from: [{namespace: shop}]}]}
+";
+    pair.control.apply(clients).ok();
+    wait_until("the denial", SOON, || {
+        let answer = pair.client.host.ok(&line);
+        check(
+            answer
+                .to_lowercase()
+                .contains("x-meshwork-reason: not_allowed"),
+            answer,
+        )
+    });
+    assert!(pair.ok(&line).contains("hello"));
+}

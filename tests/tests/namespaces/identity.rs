@@ -1,0 +1,173 @@
+//! Whose a connection is, is decided by the kernel at its SYN, however short it lives.
+
+use std::time::Duration;
+
+use meshwork_tests::agent::Owner;
+use meshwork_tests::servers;
+use meshwork_tests::wait::{SOON, check, wait_until};
+
+use crate::pair::{Pair, mesh_name, owner, spiffe, spiffe_host};
+
+/// Connections of the burst: with one wrong in a thousand, it would be found 6 times of 7.
+const BURST: u32 = 2_000;
+const BURST_MAX: Duration = Duration::from_secs(120);
+/// A user that no file names.
+const NOBODY_WE_KNOW: u32 = 20_999;
+
+const SINK: &str = "\
+import os, socket, threading
+count, lock = 0, threading.Lock()
+def serve(c):
+    global count
+    data = b''
+    try:
+        while True:
+            part = c.recv(4096)
+            if not part: break
+            data += part
+    except OSError: pass
+    c.close()
+    with lock:
+        count += data.count(b'hello\\n')
+        open(os.environ['COUNT'] + '.new', 'w').write(str(count))
+        os.rename(os.environ['COUNT'] + '.new', os.environ['COUNT'])
+s = socket.create_server(('0.0.0.0', 9000), backlog=1024)
+while True: threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+";
+
+#[test]
+fn two_callers_and_two_servers_of_a_host_are_four_identities() {
+    let pair = Pair::new("two_callers_and_two_servers");
+    let host = &pair.server.host;
+    let answer = |text: &str| format!("location / {{ return 200 \"{text}\\n\"; }}");
+    let _red = servers::nginx(host, "red", 8001, &answer("red"));
+    let _blue = servers::nginx(host, "blue", 8002, &answer("blue"));
+    pair.declare("red", 8001, "http");
+    pair.declare("blue", 8002, "http");
+    let by_user = Owner::User(20_001);
+    pair.client.serve("batch", &by_user, &[]);
+    pair.client.serve("nested", &owner("client/nested"), &[]);
+    let red = format!("curl -sS -m 10 http://{}:8001/", mesh_name("red"));
+    let blue = format!("curl -sS -m 10 http://{}:8002/", mesh_name("blue"));
+    let client = &pair.client.host;
+    wait_until("the workloads of the client to be known", SOON, || {
+        client.cmd(&red).user(20_001).ok();
+        client.cmd(&red).cgroup("client/nested").ok();
+        let batch = pair.calls(&spiffe("batch"), "shop/red");
+        let nested = pair.calls(&spiffe("nested"), "shop/red");
+        check(
+            0.0 < batch && 0.0 < nested,
+            format!("{batch} and {nested} calls"),
+        )
+    });
+    assert_eq!(pair.ok(&blue), "blue\n");
+    assert_eq!(client.cmd(&blue).user(20_001).ok(), "blue\n");
+    // The deepest cgroup wins, then the user.
+    assert_eq!(
+        client.cmd(&blue).user(20_001).cgroup("client/nested").ok(),
+        "blue\n"
+    );
+    let metrics = pair.server.metrics();
+    for account in ["client", "batch", "nested"] {
+        let labels = [
+            ("src", spiffe(account)),
+            ("dst", "shop/blue".to_owned()),
+            ("tls", spiffe("blue")),
+        ];
+        let labels = labels.each_ref().map(|(n, v)| (*n, v.as_str()));
+        let count = metrics.sum("mesh_requests_total", &labels);
+        assert_eq!(count, 1.0, "calls of {account} to blue");
+    }
+}
+
+/// The race that looking up the socket after the accept loses.
+#[test]
+fn who_connects_writes_and_exits_is_known_every_time() {
+    let pair = Pair::new("who_connects_writes_and_exits");
+    let host = &pair.server.host;
+    let count = host.dir().join("count");
+    let sink = host
+        .python("sink", SINK)
+        .cgroup("sink")
+        .env("COUNT", &count.display().to_string());
+    let _sink = sink.spawn("sink");
+    host.wait_listening(9000, SOON);
+    pair.declare("sink", 9000, "tcp");
+    let [vip, _] = pair.vips("sink");
+    // Each in a process of its own, which is gone when the agent accepts.
+    let burst = |number: u32| {
+        let line = format!(
+            "bash -c 'for i in $(seq {number}); do (echo hello > /dev/tcp/{vip}/9000); done' 2>&1"
+        );
+        pair.client.host.cmd(&line).deadline(BURST_MAX)
+    };
+    let counted = || {
+        let metrics = pair.server.metrics();
+        let refused = pair.client.refused("caller_unknown") + pair.server.refused("caller_unknown");
+        let of = |src: &str| crate::pair::calls(&metrics, src, "shop/sink");
+        let all = metrics.all(
+            "mesh_requests_total",
+            &[("direction", "Inbound"), ("dst", "shop/sink")],
+        );
+        let all: f64 = all.map(|sample| sample.value).sum();
+        (
+            of(&spiffe("client")),
+            of(&spiffe_host(&pair.client.host)),
+            refused,
+            all,
+        )
+    };
+    burst(BURST).cgroup("client").ok();
+    wait_until("every connection to be counted", SOON, || {
+        let now = counted();
+        let expected = (f64::from(BURST), 0.0, 0.0, f64::from(BURST));
+        check(now == expected, format!("{now:?}"))
+    });
+    wait_until("every line to arrive", SOON, || {
+        let text = std::fs::read_to_string(&count).unwrap_or_default();
+        check(text == BURST.to_string(), text)
+    });
+    // Nobody's: it is the host's or it is refused, and never somebody else's.
+    let few = BURST / 10;
+    burst(few).user(NOBODY_WE_KNOW).output();
+    wait_until("every connection to be counted or refused", SOON, || {
+        let (client, host, refused, all) = counted();
+        let is_right = client == f64::from(BURST)
+            && host + refused == f64::from(few)
+            && all == f64::from(BURST) + host;
+        check(is_right, format!("{client} {host} {refused} {all}"))
+    });
+}
+
+#[test]
+fn a_port_that_another_program_holds_is_not_served() {
+    let pair = Pair::new("a_port_that_another_program_holds");
+    let web = pair.web("http", "");
+    assert_eq!(
+        pair.ok(&format!("curl -sS -m 10 http://{}/", mesh_name("web"))),
+        "hello\n"
+    );
+    web.kill9();
+    let host = &pair.server.host;
+    let _impostor = servers::nginx(
+        host,
+        "impostor",
+        80,
+        "location / { return 200 \"gotcha\\n\"; }",
+    );
+    let before = pair.server.refused("app_not_owner");
+    let line = format!("curl -sS -m 10 -i http://{}/", mesh_name("web"));
+    let answer = wait_until("the refusal", SOON, || {
+        let answer = pair.cmd(&line).output().stdout;
+        assert!(
+            !answer.contains("gotcha"),
+            "another program was called: {answer}"
+        );
+        let is_there = answer
+            .to_lowercase()
+            .contains("x-meshwork-reason: app_not_owner");
+        check(is_there, answer.clone()).map(|()| answer)
+    });
+    assert!(answer.contains(" 503 "), "{answer}");
+    pair.server.wait_refused("app_not_owner", before);
+}

@@ -1,0 +1,95 @@
+//! Leaving a host leaves it as it was.
+
+use std::collections::BTreeSet;
+
+use meshwork_tests::agent::Agent;
+use meshwork_tests::control::{Control, TokenOptions};
+use meshwork_tests::host::Host;
+use meshwork_tests::servers;
+use meshwork_tests::site::Site;
+
+use crate::pair::{mesh_name, owner};
+
+/// All that the kernel and the host's files say, one fact a line.
+fn facts(host: &Host) -> BTreeSet<String> {
+    let mut facts = BTreeSet::new();
+    for line in [
+        "nft list ruleset",
+        "ip -o link",
+        "ip -o address",
+        "ip rule",
+        "ip -6 rule",
+        "ip route show table all",
+        "ip -6 route show table all",
+        "sysctl -a 2>/dev/null | grep -E '^net\\.(ipv4|ipv6)\\.(conf|ip_|tcp_)' | grep -v stable_secret",
+        "cat /etc/resolv.conf",
+        "find /etc /usr /lib /opt /var/lib /root -xdev -newer /etc/resolv.conf -type f 2>/dev/null | head -100",
+        "ss -Hltun",
+    ] {
+        let text = host.run(line).stdout;
+        // Interface numbers and lifetimes are not ours to keep.
+        facts.extend(text.lines().map(|fact| format!("{line}: {}", fact.trim())));
+    }
+    facts
+}
+
+#[test]
+fn leaving_removes_every_trace() {
+    let site = Site::new("leaving_removes_every_trace");
+    let control = Control::start(&site);
+    let host = site.host("vm1");
+    let before = facts(&host);
+    let mut agent = control.join(&host, &TokenOptions::default());
+    agent.serve("web", &owner("web"), &[(80, "http")]);
+    let web = servers::nginx(&host, "web", 80, "location / { return 200 \"hello\\n\"; }");
+    control.wait_endpoints("shop/web", 1);
+    assert!(
+        host.ok(&format!("curl -sS -m 10 http://{}/", mesh_name("web")))
+            .contains("hello")
+    );
+    assert_ne!(
+        facts(&host),
+        before,
+        "an agent that changes nothing captures nothing"
+    );
+    agent.stop();
+    let fail_closed = host.run(&format!("ip route get {}", "252.64.0.2")).stdout;
+    assert!(
+        fail_closed.contains("mesh0"),
+        "a stopped agent opens the range: {fail_closed}"
+    );
+    let leave = agent.command("leave");
+    leave.ok();
+    drop(web);
+    let after = facts(&host);
+    let left: Vec<&String> = after.difference(&before).collect();
+    let lost: Vec<&String> = before.difference(&after).collect();
+    assert!(
+        left.is_empty() && lost.is_empty(),
+        "left: {left:#?}\nlost: {lost:#?}"
+    );
+    // Control knows it too.
+    let hosts = control.get("hosts");
+    assert!(
+        hosts.iter().all(|h| h["metadata"]["name"] != "vm1"),
+        "{hosts:?}"
+    );
+}
+
+#[test]
+fn a_killed_agent_is_cleaned_up_by_leaving() {
+    let site = Site::new("a_killed_agent_is_cleaned_up");
+    let control = Control::start(&site);
+    let host = site.host("vm1");
+    let before = facts(&host);
+    let mut agent: Agent = control.join(&host, &TokenOptions::default());
+    agent.kill9();
+    agent.command("leave").ok();
+    let after = facts(&host);
+    let left: Vec<&String> = after.difference(&before).collect();
+    let lost: Vec<&String> = before.difference(&after).collect();
+    assert!(
+        left.is_empty() && lost.is_empty(),
+        "left: {left:#?}\nlost: {lost:#?}"
+    );
+}

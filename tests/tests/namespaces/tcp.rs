@@ -1,0 +1,238 @@
+//! Protocols that are bytes to the mesh, with their real servers and clients.
+
+use std::time::Duration;
+
+use meshwork_tests::servers;
+use meshwork_tests::wait::SOON;
+
+use crate::pair::{Pair, mesh_name, spiffe};
+
+/// Enough to fill every window several times, in one direction at a time.
+const PIPELINED: u32 = 100_000;
+
+#[test]
+fn redis_answers_one_by_one_and_in_a_pipeline() {
+    let pair = Pair::new("redis");
+    let _redis = servers::redis(&pair.server.host, "cache", 6379);
+    pair.declare("cache", 6379, "tcp");
+    let cli = format!("redis-cli -h {}", mesh_name("cache"));
+    assert_eq!(pair.ok(&format!("{cli} set greeting hello")), "OK\n");
+    assert_eq!(pair.ok(&format!("{cli} get greeting")), "hello\n");
+    let text = pair
+        .cmd(&format!(
+            "yes incr\\ counter | head -n {PIPELINED} | {cli} --pipe"
+        ))
+        .deadline(Duration::from_secs(60))
+        .ok();
+    assert!(
+        text.contains(&format!("errors: 0, replies: {PIPELINED}")),
+        "{text}"
+    );
+    assert_eq!(
+        pair.ok(&format!("{cli} get counter")),
+        format!("{PIPELINED}\n")
+    );
+    let peers = pair.server.host.ok("redis-cli client list");
+    assert!(0.0 < pair.calls(&spiffe("client"), "shop/cache"), "{peers}");
+}
+
+#[test]
+fn postgresql_sees_the_callers_host_and_not_the_loopback() {
+    let pair = Pair::new("postgresql");
+    let _postgresql = servers::postgresql(&pair.server.host, "db", 5432);
+    pair.declare("db", 5432, "tcp");
+    let psql = format!(
+        "psql -h {} -U postgres -X -A -t -v ON_ERROR_STOP=1",
+        mesh_name("db")
+    );
+    let text = pair.ok(&format!(
+        "{psql} -c 'create table t as select g, md5(g::text) from generate_series(1, 100000) g' \
+         -c 'select count(*) from t' -c 'select inet_client_addr()'"
+    ));
+    let lines: Vec<&str> = text.lines().collect();
+    let address = pair.client.host.v4().to_string();
+    assert_eq!(
+        lines,
+        ["SELECT 100000", "100000", &address],
+        "trust by address is by the peer's"
+    );
+    let digest = "select md5(string_agg(md5, '' order by g)) from t";
+    let copied = pair.ok(&format!("{psql} -c 'copy t to stdout' | wc -l"));
+    assert_eq!(copied.trim(), "100000");
+    let here = pair.ok(&format!("{psql} -c \"{digest}\""));
+    let there = pair.server.host.ok(&format!(
+        "psql -h {} -U postgres -X -A -t -c \"{digest}\"",
+        pair.server.host.v4()
+    ));
+    assert_eq!(here, there);
+}
+
+/// The server speaks first: nobody may wait for the client's first bytes.
+#[test]
+fn mariadb_speaks_first_on_a_port_of_either_kind() {
+    let pair = Pair::new("mariadb");
+    let _mariadb = servers::mariadb(&pair.server.host, "sql", 3306);
+    for protocol in ["auto", "tcp"] {
+        pair.declare("sql", 3306, protocol);
+        let text = pair.ok(&format!(
+            "mariadb --no-defaults --skip-ssl -h {} -u mesh -N -e 'select user(), repeat(\"x\", 100000)'",
+            mesh_name("sql")
+        ));
+        let user = format!("mesh@{}", pair.client.host.v4());
+        assert!(
+            text.starts_with(&user) && 100_000 < text.len(),
+            "{protocol}: {text:.100}"
+        );
+    }
+}
+
+#[test]
+fn http2_passes_as_bytes() {
+    let pair = Pair::new("http2");
+    let _server = servers::nghttpd(&pair.server.host, "h2", 8080);
+    let file = pair.server.host.dir().join("h2/www/index.html");
+    std::fs::write(file, "over h2\n").unwrap();
+    for protocol in ["http2", "auto"] {
+        pair.server
+            .serve("h2", &crate::pair::owner("h2"), &[(8080, protocol)]);
+        pair.declare("h2", 8080, protocol);
+        let url = format!("http://{}:8080/", mesh_name("h2"));
+        assert_eq!(
+            pair.ok(&format!("curl -sS -m 20 --http2-prior-knowledge {url}")),
+            "over h2\n"
+        );
+        let text = pair.ok(&format!("nghttp -v {url}"));
+        assert!(text.contains("x-sum: 7"), "the trailer was lost: {text}");
+        let text = pair.ok(&format!("h2load -n 2000 -c 4 -m 50 {url}"));
+        assert!(
+            text.contains("2000 succeeded, 0 failed"),
+            "{protocol}: {text}"
+        );
+    }
+}
+
+#[test]
+fn grpc_calls_and_streams() {
+    const SERVER: &str = "\
+import grpc
+from concurrent import futures
+def upper(request, context):
+    context.set_trailing_metadata((('x-length', str(len(request))),))
+    return request.upper()
+def chat(requests, context):
+    for request in requests: yield request[::-1]
+def fail(request, context): context.abort(grpc.StatusCode.FAILED_PRECONDITION, 'not today')
+handlers = {
+    'Upper': grpc.unary_unary_rpc_method_handler(upper),
+    'Chat': grpc.stream_stream_rpc_method_handler(chat),
+    'Fail': grpc.unary_unary_rpc_method_handler(fail),
+}
+server = grpc.server(futures.ThreadPoolExecutor(8))
+server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler('t.T', handlers),))
+server.add_insecure_port('0.0.0.0:50051')
+server.start()
+server.wait_for_termination()
+";
+    const CLIENT: &str = "\
+import grpc
+with grpc.insecure_channel('greeter.shop.mesh.internal:50051') as channel:
+    upper = channel.unary_unary('/t.T/Upper')
+    reply, call = upper.with_call(b'a' * 1000000, timeout=20)
+    assert reply == b'A' * 1000000
+    assert dict(call.trailing_metadata())['x-length'] == '1000000'
+    words = [b'abc', b'', b'xyz' * 10000]
+    replies = list(channel.stream_stream('/t.T/Chat')(iter(words), timeout=20))
+    assert replies == [w[::-1] for w in words]
+    try:
+        channel.unary_unary('/t.T/Fail')(b'', timeout=20)
+        raise AssertionError('it did not fail')
+    except grpc.RpcError as error:
+        assert error.code() == grpc.StatusCode.FAILED_PRECONDITION and error.details() == 'not today', error
+print('ok')
+";
+    let pair = Pair::new("grpc");
+    let server = &pair.server.host;
+    let _greeter = server
+        .python("greeter", SERVER)
+        .cgroup("greeter")
+        .spawn("greeter");
+    server.wait_listening(50051, SOON);
+    pair.declare("greeter", 50051, "grpc");
+    let text = pair
+        .client
+        .host
+        .python("calls", CLIENT)
+        .cgroup("client")
+        .ok();
+    assert_eq!(text, "ok\n");
+}
+
+/// Each direction ends on its own: the server answers after the client has said that it is done.
+#[test]
+fn half_closed_connections_go_on() {
+    const SERVER: &str = "\
+import hashlib, socket, threading
+def serve(c):
+    digest, data = hashlib.sha256(), c.recv(65536)
+    while data:
+        digest.update(data)
+        data = c.recv(65536)
+    c.sendall(digest.hexdigest().encode() + b'x' * 1000000)
+    c.close()
+s = socket.create_server(('0.0.0.0', 9000))
+while True: threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+";
+    const CLIENT: &str = "\
+import hashlib, os, socket
+c = socket.create_connection(('sink.shop.mesh.internal', 9000), 20)
+data = os.urandom(3000000)
+c.sendall(data)
+c.shutdown(socket.SHUT_WR)
+got = b''
+while True:
+    part = c.recv(65536)
+    if not part: break
+    got += part
+assert got == hashlib.sha256(data).hexdigest().encode() + b'x' * 1000000, len(got)
+print('ok')
+";
+    for protocol in ["tcp", "auto"] {
+        let pair = Pair::new(&format!("half_close_{protocol}"));
+        let server = &pair.server.host;
+        let _sink = server.python("sink", SERVER).cgroup("sink").spawn("sink");
+        server.wait_listening(9000, SOON);
+        pair.declare("sink", 9000, protocol);
+        let text = pair
+            .client
+            .host
+            .python("half", CLIENT)
+            .cgroup("client")
+            .ok();
+        assert_eq!(text, "ok\n", "{protocol}");
+    }
+}
+
+/// The mesh's TLS is around the application's own, not instead of it.
+#[test]
+fn an_applications_own_tls_passes_inside() {
+    let pair = Pair::new("own_tls");
+    let host = &pair.server.host;
+    let dir = host.subdir("secure", None);
+    host.ok(&format!(
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=app.test -keyout {0}/key -out {0}/cert",
+        dir.display()
+    ));
+    let line = format!(
+        "exec openssl s_server -quiet -accept 8443 -cert {0}/cert -key {0}/key -www",
+        dir.display()
+    );
+    let _server = host.cmd(&line).cgroup("secure").spawn("secure");
+    host.wait_listening(8443, SOON);
+    pair.declare("secure", 8443, "auto");
+    let text = pair.ok(&format!(
+        "curl -sS -m 20 --cacert {}/cert --connect-to app.test:443:{}:8443 https://app.test/",
+        dir.display(),
+        mesh_name("secure")
+    ));
+    assert!(text.contains("TLSv1.3"), "{text}");
+}
