@@ -9,8 +9,8 @@ use crate::host::Host;
 use crate::process::{Cmd, Process};
 use crate::wait::SOON;
 
-/// The user of servers that refuse to be root.
-pub const SERVER_USER: u32 = 21_000;
+/// The user of servers that refuse to be root: `nobody`, since they look for their user's name.
+pub const SERVER_USER: u32 = 65_534;
 /// A database makes its files first.
 const DATABASE_START: Duration = Duration::from_secs(60);
 
@@ -140,7 +140,7 @@ pub fn mariadb(host: &Host, name: &str, port: u16) -> Process {
     let init = dir.join("init.sql");
     fs::write(
         &init,
-        "CREATE USER mesh@'%'; GRANT ALL ON *.* TO mesh@'%';\n",
+        "CREATE USER mesh@'%';\nGRANT ALL ON *.* TO mesh@'%';\n",
     )
     .expect("its user");
     let process = server(host.cmd(&format!(

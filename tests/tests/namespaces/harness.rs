@@ -64,3 +64,31 @@ fn a_command_that_hangs_fails_its_test() {
         .deadline(Duration::from_millis(200));
     drop(command.output());
 }
+
+/// So that a failure of the same call through the mesh says something about the mesh.
+#[test]
+fn servers_and_clients_work_without_the_mesh() {
+    let site = Site::new("servers_and_clients_work_without_the_mesh");
+    let (a, b) = (site.host("a"), site.host("b"));
+    let to = b.v4();
+    let _redis = servers::redis(&b, "redis", 6379);
+    assert_eq!(a.ok(&format!("redis-cli -h {to} ping")), "PONG\n");
+    let _postgresql = servers::postgresql(&b, "postgresql", 5432);
+    let text = a.ok(&format!(
+        "psql -h {to} -U postgres -X -A -t -c 'select inet_client_addr()'"
+    ));
+    assert_eq!(text.trim(), a.v4().to_string());
+    let _mariadb = servers::mariadb(&b, "mariadb", 3306);
+    let text = a.ok(&format!(
+        "mariadb --no-defaults --skip-ssl -h {to} -u mesh -N -e 'select user()'"
+    ));
+    assert_eq!(text.trim(), format!("mesh@{}", a.v4()));
+    let _nghttpd = servers::nghttpd(&b, "nghttpd", 8080);
+    std::fs::write(b.dir().join("nghttpd/www/index.html"), "over h2\n").unwrap();
+    let text = a.ok(&format!("nghttp -v http://{to}:8080/"));
+    assert!(text.contains("x-sum: 7"), "{text}");
+    let text = a.ok(&format!(
+        "curl -sS --http2-prior-knowledge http://{to}:8080/"
+    ));
+    assert_eq!(text, "over h2\n");
+}
