@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use mesh_api::proto;
+use mesh_api::token::JoinToken;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::HostUid;
 use mesh_core::reason::Reason;
@@ -81,7 +82,8 @@ fn command(request: &proto::JoinRequest, key: Digest, from: IpAddr) -> Result<Jo
     let network = (!request.network.is_empty()).then(|| name(&request.network));
     Ok(Join {
         token: request.token_id.clone(),
-        secret: Digest::of(request.token_secret.as_bytes()),
+        // A text that is no secret has the digest of none.
+        secret: Digest::of(&JoinToken::read_secret(&request.token_secret).unwrap_or_default()),
         key,
         uid: new_uid()?,
         host_name: name(&request.host_name)?,

@@ -83,6 +83,16 @@ impl JoinToken {
         })
     }
 
+    /// The secret as `JoinRequest.token_secret` carries it.
+    pub fn secret_text(&self) -> String {
+        URL_SAFE_NO_PAD.encode(self.secret)
+    }
+
+    /// Reads what [`JoinToken::secret_text`] wrote.
+    pub fn read_secret(text: &str) -> Option<[u8; SECRET_LEN]> {
+        URL_SAFE_NO_PAD.decode(text).ok()?.try_into().ok()
+    }
+
     /// The token as the operator copies it. It holds the secret.
     pub fn reveal(&self) -> String {
         let wire = Wire {
@@ -124,6 +134,9 @@ mod tests {
     fn reads_back_and_hides_its_secret() {
         let text = token().reveal();
         assert_eq!(JoinToken::parse(&format!(" {text}\n")).unwrap(), token());
+        let secret = token().secret_text();
+        assert_eq!(JoinToken::read_secret(&secret), Some(token().secret));
+        assert_eq!(JoinToken::read_secret(&secret[1..]), None);
         assert!(!format!("{:?}", token()).contains('9'));
     }
 
