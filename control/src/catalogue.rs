@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet, Vector};
 use mesh_core::names::{HostUid, Label, Network, ServiceName};
-use mesh_core::service::Endpoint;
+use mesh_core::service::{Endpoint, Pattern};
 
 pub(crate) mod command;
 pub(crate) mod draft;
@@ -38,6 +38,8 @@ pub(crate) const SERVICES_MAX: usize = 20_000;
 pub(crate) const TOKENS_MAX: usize = 10_000;
 /// Most policies.
 pub(crate) const POLICIES_MAX: usize = 10_000;
+/// Bytes of all policies as JSON: an agent may get all of them in one message of 4 MiB.
+pub(crate) const POLICIES_BYTES_MAX: usize = 3 * 1024 * 1024;
 
 /// One moment of the catalogue. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -169,25 +171,28 @@ impl Catalogue {
         IndexChange::Delta { changed, removed }
     }
 
-    /// The policies that decide about what `host` serves: the mesh's, and those of its namespaces and services.
+    /// The policies that decide about what `host` serves or may come to serve: the mesh's, and those of its
+    /// namespaces and services. The agent has them before it serves something new, so that there is no moment in
+    /// which only a wider policy is known.
     pub(crate) fn policies_of(&self, host: &Host) -> Vec<&Arc<Policy>> {
         let served: BTreeSet<&ServiceName> = host.offers().map(|(_, o)| &o.service).collect();
-        let concerns = |(namespace, _): &PolicyKey, policy: &Policy| match namespace {
-            None => true,
-            Some(namespace) => served.iter().any(|s| {
-                s.namespace == *namespace
-                    && policy
-                        .object
-                        .spec
-                        .service
-                        .as_deref()
-                        .is_none_or(|name| name == s.name.as_str())
-            }),
+        let concerns = |namespace: &Label, service: Option<&str>| {
+            let is = |name: &Label| service.is_none_or(|service| service == name.as_str());
+            let reported = |s: &&ServiceName| s.namespace == *namespace && is(&s.name);
+            let allowed = |p: &Pattern| {
+                let service = service.map(str::parse::<Label>);
+                p.namespace.matches(namespace)
+                    && service.is_none_or(|s| s.is_ok_and(|s| p.name.matches(&s)))
+            };
+            served.iter().any(|s| reported(s)) || host.scope.services.iter().any(allowed)
         };
         let all = self.policies.iter();
-        all.filter(|(key, policy)| concerns(key, policy))
-            .map(|(_, policy)| policy)
-            .collect()
+        all.filter(|((namespace, _), policy)| {
+            let service = policy.object.spec.service.as_deref();
+            namespace.as_ref().is_none_or(|ns| concerns(ns, service))
+        })
+        .map(|(_, policy)| policy)
+        .collect()
     }
 
     /// Remembers that the index shows `name` anew, or no more.
@@ -229,3 +234,6 @@ impl Catalogue {
         self.hosts.remove(&host.uid);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use bytes::Bytes;
 use mesh_api::proto;
 use mesh_core::reason::Fault;
@@ -12,13 +13,14 @@ use tokio_util::task::TaskTracker;
 use crate::audit::{Actor, Audit};
 use crate::ca::{Ca, LeafOrder};
 use crate::catalogue::objects::Settings;
-use crate::clock;
-use crate::config::Leaves;
-use crate::lease::LeaseHandle;
+use crate::config::{Config, Leaves};
+use crate::lease::{LeaseHandle, LeaseLoop};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
-use crate::writer::Writer;
+use crate::store::Store;
+use crate::writer::{Writer, WriterLoop};
+use crate::{clock, init};
 
 #[derive(Debug)]
 pub(crate) struct Control {
@@ -36,7 +38,58 @@ pub(crate) struct Control {
     pub stopping: CancellationToken,
 }
 
+/// A control that is open but does not serve yet, and the loops of its owners.
+pub(crate) struct Opened {
+    pub control: Arc<Control>,
+    pub writer_loop: WriterLoop,
+    pub lease_loop: LeaseLoop,
+}
+
 impl Control {
+    /// Opens all that is stored.
+    pub(crate) fn open(config: &Config) -> anyhow::Result<Opened> {
+        let state = &config.state_dir;
+        let ca = Ca::load(state).with_context(|| {
+            format!(
+                "no certificate authority in {}; run `mesh-control init` first",
+                state.display()
+            )
+        })?;
+        let stored = Store::open(state, init::new_epoch())?;
+        if let Some(lost) = &stored.lost {
+            log::error!("{lost}");
+        }
+        let audit = Arc::new(Audit::open(state).context("cannot open the audit log")?);
+        let metrics = Metrics::new();
+        let settings = Arc::clone(&stored.catalogue.settings);
+        let (writer, writer_loop) = Writer::new(
+            stored.store,
+            stored.catalogue,
+            Arc::clone(&audit),
+            Arc::clone(&metrics),
+        )
+        .map_err(anyhow::Error::msg)?;
+        let (leases, lease_loop) = LeaseHandle::new(&writer);
+        let control = Arc::new(Self {
+            bundle: ca.bundle(&settings.trust_domain, settings.bundle),
+            settings,
+            leaves: config.leaves,
+            ca,
+            writer,
+            leases,
+            limits: Limits::default(),
+            audit,
+            metrics,
+            sessions: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+        });
+        Ok(Opened {
+            control,
+            writer_loop,
+            lease_loop,
+        })
+    }
+
     pub(crate) fn mesh_settings(&self) -> proto::MeshSettings {
         proto::MeshSettings {
             dns_suffix: self.settings.dns_suffix.clone(),

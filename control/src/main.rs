@@ -27,6 +27,7 @@ mod init;
 mod lease;
 mod limits;
 mod metrics;
+mod prover;
 mod refusal;
 mod rpc;
 mod run;

@@ -10,20 +10,14 @@ use mesh_runtime::admin::{self, Answer};
 use mesh_runtime::signals;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use crate::api;
-use crate::audit::Audit;
-use crate::ca::Ca;
 use crate::config::Config;
-use crate::control::Control;
-use crate::lease::LeaseHandle;
-use crate::limits::Limits;
-use crate::metrics::Metrics;
+use crate::control::{Control, Opened};
+use crate::prover::Prover;
 use crate::server::{Bound, Own};
 use crate::store::Store;
-use crate::writer::{Writer, WriterLoop};
+use crate::writer::WriterLoop;
 use crate::{exporter, init, server_names};
 
 /// How long what is under way may take when control stops: the drain of the port, a commit, an export.
@@ -32,41 +26,11 @@ const STOP_MAX: Duration = Duration::from_secs(20);
 const ISSUER_WARN_S: u64 = 60 * 24 * 3600;
 
 pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
-    let state = config.state_dir.clone();
-    let ca = Ca::load(&state).with_context(|| {
-        format!(
-            "no certificate authority in {}; run `mesh-control init` first",
-            state.display()
-        )
-    })?;
-    let opened = Store::open(&state, init::new_epoch())?;
-    if let Some(lost) = &opened.lost {
-        log::error!("{lost}");
-    }
-    let audit = Arc::new(Audit::open(&state).context("cannot open the audit log")?);
-    let metrics = Metrics::new();
-    let settings = Arc::clone(&opened.catalogue.settings);
-    let (writer, writer_loop) = Writer::new(
-        opened.store,
-        opened.catalogue,
-        Arc::clone(&audit),
-        Arc::clone(&metrics),
-    )
-    .map_err(anyhow::Error::msg)?;
-    let (leases, lease_loop) = LeaseHandle::new(&writer);
-    let control = Arc::new(Control {
-        bundle: ca.bundle(&settings.trust_domain, settings.bundle),
-        settings,
-        leaves: config.leaves,
-        ca,
-        writer,
-        leases,
-        limits: Limits::default(),
-        audit,
-        metrics,
-        sessions: TaskTracker::new(),
-        stopping: CancellationToken::new(),
-    });
+    let Opened {
+        control,
+        writer_loop,
+        lease_loop,
+    } = Control::open(&config)?;
     warn_of_the_end(&control);
     let names = server_names::all(&config.names, &config.listen, &control.settings.addresses);
     let own = Arc::new(Own::new(&control, names)?);
@@ -84,15 +48,22 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     );
 
     let mut tasks = JoinSet::new();
-    let renewing = Arc::clone(&control);
-    tasks.spawn(async move { ended("the renewal", own.renew(&renewing).await) });
+    let (renewing, its) = (Arc::clone(&control), Arc::clone(&own));
+    tasks.spawn(async move { ended("the renewal", its.renew(&renewing).await) });
     tasks.spawn(async move { ended("the leases", lease_loop.run().await) });
+    let prover = Prover::new(
+        Arc::clone(&control),
+        Arc::clone(&own),
+        bound.trust(),
+        !config.prove_addresses,
+    );
+    tasks.spawn(async move { ended("the prover", prover.run().await) });
     let handler = admin_handler(&control);
     tasks.spawn(async move { ended("the admin socket", admin::serve(admin, handler).await) });
     let writing = spawn_writer(writer_loop)?;
     tasks.spawn(writing);
     let exporting = tokio::spawn(exporter::run(
-        state,
+        config.state_dir.clone(),
         control.writer.watch(),
         control.stopping.clone(),
     ));

@@ -246,3 +246,6 @@ fn drop_old(state: &Path) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

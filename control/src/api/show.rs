@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use mesh_api::resource::{OUR_API, TRANSPORT_ANNOTATION};
 use mesh_core::identity::{Identity, SpiffeId};
-use mesh_core::names::{Account, Label, ServiceName};
-use mesh_core::service::{Health, Transport};
+use mesh_core::names::{Account, Label, Network, ServiceName};
+use mesh_core::service::{Health, Pattern, Transport};
 use serde_json::{Map, Value, json};
 
 use crate::catalogue::Catalogue;
-use crate::catalogue::objects::{Host, Offer, Policy, Service, Source, Token};
+use crate::catalogue::objects::{Host, Offer, Policy, Scope, Service, Source, Token};
 use crate::clock;
 use crate::control::Control;
 use crate::refusal::Refusal;
@@ -295,12 +295,14 @@ fn host(now: &Catalogue, host: &Host) -> Value {
         "network": host.network.as_str(),
         "address": host.address,
         "meshPort": host.mesh_port,
+        "scope": scope(&host.scope),
         "token": host.token,
     });
     let status = json!({
         "lease": if host.live { "live" } else { "stale" },
         "since": clock::rfc3339(host.since_s),
         "version": host.version,
+        "addressProven": host.proven,
         "problems": problems,
     });
     let metadata = metadata(None, host.name.as_str(), host.revision, host.created_s);
@@ -318,15 +320,12 @@ fn token(token: &Token) -> Value {
     } else {
         "usable"
     };
-    let patterns = |list: &[mesh_core::service::Pattern]| {
-        list.iter().map(ToString::to_string).collect::<Vec<_>>()
-    };
-    let networks: Vec<&str> = token.scope.networks.iter().map(|n| n.as_str()).collect();
+    let scope = scope(&token.scope);
     let spec = json!({
         "name": token.name,
-        "identities": patterns(&token.scope.identities),
-        "services": patterns(&token.scope.services),
-        "networks": networks,
+        "identities": scope["identities"],
+        "services": scope["services"],
+        "networks": scope["networks"],
         "uses": token.uses,
         "replace": token.replace,
         "expires": clock::rfc3339(token.expires_s),
@@ -338,4 +337,14 @@ fn token(token: &Token) -> Value {
         spec,
         json!({"used": token.used, "state": state}),
     )
+}
+
+fn scope(scope: &Scope) -> Value {
+    let texts = |list: &[Pattern]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let networks: Vec<&str> = scope.networks.iter().map(Network::as_str).collect();
+    json!({
+        "identities": texts(&scope.identities),
+        "services": texts(&scope.services),
+        "networks": networks,
+    })
 }

@@ -37,6 +37,12 @@ pub(crate) enum Command {
         uid: HostUid,
         live: bool,
     },
+    /// Control reached a host's agent where the host says it is.
+    Proven {
+        uid: HostUid,
+        address: IpAddr,
+        mesh_port: u16,
+    },
     RemoveHost {
         name: Label,
     },
@@ -122,6 +128,7 @@ impl Command {
             Self::Report { .. } => "report",
             Self::Lease { live: true, .. } => "lease live",
             Self::Lease { live: false, .. } => "lease stale",
+            Self::Proven { .. } => "prove address",
             Self::RemoveHost { .. } => "remove host",
             Self::Apply { dry_run: true, .. } => "apply (dry run)",
             Self::Apply { .. } => "apply",
@@ -136,9 +143,10 @@ impl Command {
             Self::CreateToken(new) => format!("token/{}", new.id),
             Self::RevokeToken { id } => format!("token/{id}"),
             Self::Join(join) => format!("host/{}", join.host_name),
-            Self::Hello { uid, .. } | Self::Report { uid, .. } | Self::Lease { uid, .. } => {
-                catalogue.host_label(uid)
-            }
+            Self::Hello { uid, .. }
+            | Self::Report { uid, .. }
+            | Self::Lease { uid, .. }
+            | Self::Proven { uid, .. } => catalogue.host_label(uid),
             Self::RemoveHost { name } => format!("host/{name}"),
             Self::Apply { resources, .. } => match resources.as_slice() {
                 [one] => one.object(),
@@ -203,6 +211,11 @@ fn reduce(draft: &mut Draft<'_>, command: &Command) -> Result<Outcome, Refusal> 
         } => host::hello(draft, uid, version, *address, *mesh_port),
         Command::Report { uid, workloads } => host::report(draft, uid, workloads),
         Command::Lease { uid, live } => host::lease(draft, uid, *live),
+        Command::Proven {
+            uid,
+            address,
+            mesh_port,
+        } => host::proven(draft, uid, *address, *mesh_port),
         Command::RemoveHost { name } => host::remove(draft, name),
         Command::Apply { resources, .. } => {
             let applied = resources.iter().map(|resource| match resource {

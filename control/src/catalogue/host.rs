@@ -39,13 +39,14 @@ pub(super) fn join(draft: &mut Draft<'_>, join: &Join) -> Result<Outcome, Refusa
     used.used += 1;
     draft.put_token(used);
     let old = known.as_deref();
-    let host = Host {
+    let mut host = Host {
         uid: old.map_or_else(|| join.uid.clone(), |h| h.uid.clone()),
         name: join.host_name.clone(),
         network,
         address: join.address,
         mesh_port: join.mesh_port,
         version: join.version.clone(),
+        proven: false,
         key: join.key,
         token: token.id.clone(),
         scope: token.scope.clone(),
@@ -55,6 +56,7 @@ pub(super) fn join(draft: &mut Draft<'_>, join: &Join) -> Result<Outcome, Refusa
         created_s: old.map_or(draft.now_s, |h| h.created_s),
         revision: draft.revision,
     };
+    host.proven = old.is_some_and(|old| old.proven && old.same_place(&host));
     draft.put_host(host.clone());
     Ok(Outcome::Joined(Arc::new(host)))
 }
@@ -147,7 +149,9 @@ fn rejoin(
     Ok(Outcome::Joined(put_if_changed(draft, host, next)))
 }
 
-fn put_if_changed(draft: &mut Draft<'_>, old: &Arc<Host>, next: Host) -> Arc<Host> {
+/// What moved must be proven again.
+fn put_if_changed(draft: &mut Draft<'_>, old: &Arc<Host>, mut next: Host) -> Arc<Host> {
+    next.proven &= old.same_place(&next);
     if **old != next {
         draft.put_host(next.clone());
     }
@@ -184,6 +188,22 @@ pub(super) fn lease(draft: &mut Draft<'_>, uid: &HostUid, live: bool) -> Result<
         let mut next = Host::clone(&host);
         next.live = live;
         next.since_s = draft.now_s;
+        draft.put_host(next);
+    }
+    Ok(Outcome::Done)
+}
+
+/// Control reached the host's agent at `address` and `mesh_port`. It may have moved since.
+pub(super) fn proven(
+    draft: &mut Draft<'_>,
+    uid: &HostUid,
+    address: IpAddr,
+    mesh_port: u16,
+) -> Result<Outcome, Refusal> {
+    let host = get(draft, uid)?;
+    if (host.address, host.mesh_port) == (address, mesh_port) && !host.proven {
+        let mut next = Host::clone(&host);
+        next.proven = true;
         draft.put_host(next);
     }
     Ok(Outcome::Done)

@@ -76,6 +76,13 @@ impl Catalogue {
             let message = format!("on this host {name} is served by {first} already");
             return Err((Reason::ServiceConflict, message));
         }
+        if !host.proven {
+            let message = format!(
+                "control has not reached the agent of host {} at {} port {} yet; is the port open to it?",
+                host.name, host.address, host.mesh_port
+            );
+            return Err((Reason::AddressUnproven, message));
+        }
         if !offer.healthy {
             let message = format!("the health check of {name} fails on host {}", host.name);
             return Err((Reason::Unhealthy, message));

@@ -176,6 +176,9 @@ pub(crate) struct Host {
     pub address: IpAddr,
     pub mesh_port: u16,
     pub version: String,
+    /// Whether control reached the host's agent at its address and port.
+    #[serde(default)]
+    pub proven: bool,
     /// SHA-256 of the SubjectPublicKeyInfo that joined.
     #[serde(with = "text")]
     pub key: Digest,
@@ -195,6 +198,12 @@ impl Host {
         self.workloads
             .iter()
             .flat_map(|w| w.offers.iter().map(move |offer| (&w.account, offer)))
+    }
+
+    /// Whether `other` is reached in the same place.
+    pub(crate) fn same_place(&self, other: &Self) -> bool {
+        let place = |h: &Self| (h.network.clone(), h.address, h.mesh_port);
+        place(self) == place(other)
     }
 
     pub(crate) fn serves(&self, service: &ServiceName) -> bool {

@@ -6,10 +6,10 @@ use mesh_api::resource::{Metadata, Object, PolicySpec};
 use mesh_core::names::NameError;
 use mesh_core::reason::Reason;
 
-use super::POLICIES_MAX;
 use super::command::{Action, Applied, Outcome};
 use super::draft::Draft;
 use super::objects::{Policy, PolicyKey};
+use super::{POLICIES_BYTES_MAX, POLICIES_MAX};
 use crate::refusal::Refusal;
 
 /// The key of a policy's metadata.
@@ -46,6 +46,7 @@ pub(super) fn apply(
         return Err(Refusal::new(Reason::Overloaded, message));
     }
     if action != Action::Unchanged {
+        fits(draft, &object)?;
         let policy = Policy {
             object,
             created_s: old.map_or(draft.now_s, |p| p.created_s),
@@ -58,6 +59,19 @@ pub(super) fn apply(
         action,
         message: None,
     })
+}
+
+/// Whether all policies, with this one, still fit the message that carries them.
+fn fits(draft: &Draft<'_>, object: &Object<PolicySpec>) -> Result<(), Refusal> {
+    let size = |object: &Object<PolicySpec>| super::items::encode(object).len();
+    let others = draft.next.policies.values().map(|p| size(&p.object));
+    if others.sum::<usize>() + size(object) <= POLICIES_BYTES_MAX {
+        return Ok(());
+    }
+    let message = format!(
+        "all policies together would have more than {POLICIES_BYTES_MAX} bytes; use patterns instead of lists"
+    );
+    Err(Refusal::new(Reason::Overloaded, message))
 }
 
 pub(super) fn delete(draft: &mut Draft<'_>, key: &PolicyKey) -> Result<Outcome, Refusal> {

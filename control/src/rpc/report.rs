@@ -174,6 +174,6 @@ mod tests {
             generation: 1,
             workloads: vec![workload("shop", "web", 80); WORKLOADS_MAX + 1],
         };
-        assert_eq!(super::read(&report).unwrap_err().reason, Reason::Invalid);
+        assert_eq!(read(&report).unwrap_err().reason, Reason::Invalid);
     }
 }
