@@ -109,7 +109,7 @@ impl Credential {
             let path = state_dir.join(name);
             fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
         };
-        let chain = CertificateDer::pem_slice_iter(&read("agent.pem"))
+        let chain = CertificateDer::pem_slice_iter(&read("agent.crt"))
             .collect::<Result<_, _>>()
             .expect("the agent's chain");
         let key = PrivateKeyDer::from_pem_slice(&read("agent.key")).expect("the agent's key");
