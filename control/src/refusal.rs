@@ -51,6 +51,7 @@ impl From<Refusal> for tonic::Status {
             409 => tonic::Code::AlreadyExists,
             429 => tonic::Code::ResourceExhausted,
             503 => tonic::Code::Unavailable,
+            504 => tonic::Code::DeadlineExceeded,
             _ => tonic::Code::Internal,
         };
         let mut status = Self::new(code, refusal.message);

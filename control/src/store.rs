@@ -6,6 +6,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::catalogue::draft::Op;
 use crate::catalogue::items::{Item, META_KEY, Meta};
@@ -14,6 +15,9 @@ use crate::export;
 
 /// Bytes that sled keeps of its files in memory: the catalogue itself is in memory anyway.
 const CACHE: u64 = 16 * 1024 * 1024;
+/// How long to wait for the lock of the files, and between looks at it.
+const LOCK_MAX: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// Broken stores that are kept for inspection.
 const BROKEN_KEPT: usize = 2;
 const DIRECTORY: &str = "store";
@@ -193,23 +197,35 @@ impl Store {
     }
 }
 
+/// Opens the files. Whoever held them a moment ago, a control that is being restarted, may take a little to let
+/// go of their lock.
 fn open_db(path: &Path) -> Result<sled::Db, StoreError> {
-    let opened = sled::Config::new()
-        .path(path)
-        .cache_capacity(CACHE)
-        .mode(sled::Mode::LowSpace)
-        // Every commit flushes itself.
-        .flush_every_ms(None)
-        .open();
-    opened.map_err(|error| {
-        let path = path.display().to_string();
+    let give_up = Instant::now() + LOCK_MAX;
+    loop {
+        let opened = sled::Config::new()
+            .path(path)
+            .cache_capacity(CACHE)
+            .mode(sled::Mode::LowSpace)
+            // Every commit flushes itself.
+            .flush_every_ms(None)
+            .open();
+        let error = match opened {
+            Ok(db) => return Ok(db),
+            Err(error) => error,
+        };
         let cause = error.to_string();
+        let path = path.display().to_string();
         match error {
             // The lock of another process, or permissions: nothing is broken.
-            sled::Error::Io(io) if !is_content(io.kind()) => StoreError::Busy { path, cause },
-            _ => StoreError::Unreadable { path, cause },
+            sled::Error::Io(io) if !is_content(io.kind()) => {
+                if give_up <= Instant::now() {
+                    return Err(StoreError::Busy { path, cause });
+                }
+                std::thread::sleep(LOCK_RETRY);
+            }
+            _ => return Err(StoreError::Unreadable { path, cause }),
         }
-    })
+    }
 }
 
 /// Whether an error speaks of what is in the files.

@@ -80,10 +80,10 @@ fn command(request: &proto::JoinRequest, key: Digest, from: IpAddr) -> Result<Jo
         address.map_err(bad)?.to_canonical()
     };
     let network = (!request.network.is_empty()).then(|| name(&request.network));
+    let secret = JoinToken::read_secret(&request.token_secret).ok_or(Reason::TokenMalformed)?;
     Ok(Join {
         token: request.token_id.clone(),
-        // A text that is no secret has the digest of none.
-        secret: Digest::of(&JoinToken::read_secret(&request.token_secret).unwrap_or_default()),
+        secret: Digest::of(&secret),
         key,
         uid: new_uid()?,
         host_name: name(&request.host_name)?,
