@@ -115,10 +115,10 @@ impl CaptureSettings {
 ///
 /// | lower 16 bits | set by | meaning |
 /// |---|---|---|
-/// | `0x1000` | the worker, on its sockets to apps | remember this flow; routed as if unmarked |
 /// | `0x8nnn` | output | SYN of workload `nnn` (0: common); to `lo`, then to its listener |
 /// | `0x9000` | output | later packet of a captured connection; to `lo` |
 /// | `0xa000` | output | answer of an app to an address that we showed it; to `lo` |
+/// | `0xb000` | the worker, on its sockets to apps | remember this flow; to `lo` |
 ///
 /// One bit, `0x8000`, is what the policy rule looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,7 +144,7 @@ impl Marks {
 
     /// The mark of the worker's sockets to apps.
     pub(crate) const fn app(self) -> u32 {
-        self.base | 0x1000
+        self.base | 0xb000
     }
 
     /// What the policy rule matches: value and mask.
@@ -380,7 +380,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn marks_are_disjoint_and_only_those_for_loopback_match_the_rule() {
+    fn marks_are_disjoint_and_the_policy_rule_knows_them_all() {
         let marks = CaptureSettings::default().marks();
         let (value, mask) = marks.to_loopback();
         let all = [
@@ -391,7 +391,7 @@ mod tests {
             marks.app(),
         ];
         for (index, mark) in all.iter().enumerate() {
-            assert_eq!(mark & mask == value, *mark != marks.app());
+            assert_eq!(mark & mask, value);
             assert!(!all[..index].contains(mark));
         }
         assert_eq!(

@@ -37,6 +37,8 @@ const COMMON: u16 = 0;
 const STEADY: Duration = Duration::from_secs(10);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_LAST: Duration = Duration::from_secs(5);
+/// Between the end of a worker's link and its own end lies only its exit.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Messages read in one turn, so that a babbling worker can not keep signals waiting.
 const MESSAGES_PER_TURN: usize = 16;
 
@@ -69,14 +71,22 @@ impl HolderConfig {
 }
 
 /// Sets everything up, keeps a worker running until SIGTERM or SIGINT, and takes everything down.
-pub(crate) fn run(config: HolderConfig) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(config: &HolderConfig) -> anyhow::Result<ExitCode> {
     let signals = catch_signals().context("could not catch signals")?;
     privileges::raise_open_files().context("could not raise the limit of open files")?;
-    let capture = Capture::open(&config.capture, &config.ranges)?;
+    let mut capture = Capture::open(&config.capture, &config.ranges)?;
+    // From here on the table is ours, so whatever fails, it is we who clean up.
+    let outcome = hold(config, signals, &mut capture);
+    capture.close(config.keep_link)?;
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+fn hold(config: &HolderConfig, signals: SignalFd, capture: &mut Capture) -> anyhow::Result<()> {
     let sockets = sockets::bind(&config.mesh, &config.ranges)?;
     let common = sockets::workload(COMMON, "")?;
     privileges::confine_holder().context("could not give up capabilities")?;
     let mut holder = Holder {
+        config,
         signals,
         capture,
         sockets,
@@ -84,13 +94,11 @@ pub(crate) fn run(config: HolderConfig) -> anyhow::Result<ExitCode> {
         worker: None,
         restart: Restart::default(),
         stop_by: None,
-        config,
     };
     // Before the first worker is asked: the common listener takes the SYNs meanwhile.
-    holder.capture.apply(&[holder.common_workload()])?;
-    let outcome = holder.serve();
-    holder.capture.close(holder.config.keep_link)?;
-    outcome.map(|()| ExitCode::SUCCESS)
+    let common = holder.common_workload();
+    holder.capture.apply(&[common])?;
+    holder.serve()
 }
 
 fn catch_signals() -> nix::Result<SignalFd> {
@@ -133,10 +141,10 @@ impl Restart {
     }
 }
 
-struct Holder {
-    config: HolderConfig,
+struct Holder<'a> {
+    config: &'a HolderConfig,
     signals: SignalFd,
-    capture: Capture,
+    capture: &'a mut Capture,
     sockets: Sockets,
     /// By number; the common one is always there.
     listeners: BTreeMap<u16, WorkloadListener>,
@@ -146,7 +154,7 @@ struct Holder {
     stop_by: Option<Instant>,
 }
 
-impl Holder {
+impl Holder<'_> {
     fn serve(&mut self) -> anyhow::Result<()> {
         loop {
             let now = Instant::now();
@@ -158,13 +166,7 @@ impl Holder {
                     self.start_worker();
                 }
             }
-            if self.stop_by.is_some_and(|at| at <= now)
-                && let Some(worker) = &self.worker
-            {
-                log::warn!(worker = worker.id(); "the worker did not end in time and is killed");
-                worker.signal(Signal::SIGKILL);
-                self.stop_by = Some(now + BACKOFF_LAST);
-            }
+            self.kill_if_late(now);
             let worker_is_ready = self.wait()?;
             self.read_signals()?;
             if worker_is_ready {
@@ -176,10 +178,15 @@ impl Holder {
     /// Waits for a signal, the worker, or the next moment to act; tells whether the worker has something to read.
     fn wait(&self) -> anyhow::Result<bool> {
         let now = Instant::now();
-        let timeout = match (&self.worker, self.stop_by) {
-            (None, _) => Some(self.restart.wait(now)),
-            (Some(_), Some(at)) => Some(at.saturating_duration_since(now)),
-            (Some(_), None) => None,
+        let has_mail = self.worker.as_ref().is_some_and(WorkerProcess::has_mail);
+        let timeout = match &self.worker {
+            Some(_) if has_mail => Some(Duration::ZERO),
+            None => Some(self.restart.wait(now)),
+            Some(worker) => [worker.kill_at, self.stop_by]
+                .into_iter()
+                .flatten()
+                .min()
+                .map(|at| at.saturating_duration_since(now)),
         };
         let timeout = match timeout {
             // A millisecond more than the rounded-down rest, else the last one would be spun through.
@@ -189,7 +196,9 @@ impl Holder {
             None => PollTimeout::NONE,
         };
         let mut waiting = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-        if let Some(worker) = &self.worker {
+        if let Some(worker) = &self.worker
+            && worker.kill_at.is_none()
+        {
             waiting.push(PollFd::new(worker.link(), PollFlags::POLLIN));
         }
         match poll(&mut waiting, timeout) {
@@ -197,7 +206,7 @@ impl Holder {
             Err(Errno::EINTR) => return Ok(false),
             Err(error) => return Err(error).context("could not wait for signals and the worker"),
         }
-        Ok(waiting.get(1).and_then(PollFd::any).unwrap_or(false))
+        Ok(has_mail || waiting.get(1).and_then(PollFd::any).unwrap_or(false))
     }
 
     fn read_signals(&mut self) -> anyhow::Result<()> {
@@ -253,10 +262,11 @@ impl Holder {
     fn start_worker(&mut self) {
         let started = WorkerProcess::start(&self.config.worker_arguments);
         match started {
-            Ok(worker) => {
+            Ok(mut worker) => {
                 log::info!(worker = worker.id(); "the worker was started");
-                let greeted = self.greet(&worker);
-                self.keep_or_kill(&worker, greeted);
+                if let Err(error) = self.greet(&mut worker) {
+                    give_up(&mut worker, &error);
+                }
                 self.worker = Some(worker);
             }
             Err(error) => {
@@ -270,19 +280,11 @@ impl Holder {
     }
 
     /// Gives a new worker all sockets, and the numbers that are in force.
-    fn greet(&self, worker: &WorkerProcess) -> io::Result<()> {
+    fn greet(&self, worker: &mut WorkerProcess) -> io::Result<()> {
         let (wire, descriptors) = protocol::sockets_message(&self.sockets);
         worker.send(&wire, &descriptors)?;
         let all: Vec<_> = self.listeners.values().collect();
         send_listeners(worker, &all)
-    }
-
-    /// A worker that can not be spoken to any more is killed; its end is noticed like any other.
-    fn keep_or_kill(&self, worker: &WorkerProcess, outcome: io::Result<()>) {
-        if let Err(error) = outcome {
-            log::error!(worker = worker.id(), error:% = error; "the link to the worker failed and it is killed");
-            worker.signal(Signal::SIGKILL);
-        }
     }
 
     fn read_worker(&mut self) {
@@ -291,38 +293,38 @@ impl Holder {
                 return;
             };
             let outcome = match worker.receive() {
-                Ok(ToHolder::Desired(desired)) => self.converge(&worker, &desired),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.worker = Some(worker);
-                    return;
-                }
+                Ok(ToHolder::Desired(desired)) => self.converge(&mut worker, &desired),
                 Err(error) => Err(error),
             };
-            let failed = outcome.is_err();
-            self.keep_or_kill(&worker, outcome);
+            let done = outcome.is_err();
+            if let Err(error) = outcome
+                && error.kind() != io::ErrorKind::WouldBlock
+            {
+                give_up(&mut worker, &error);
+            }
             self.worker = Some(worker);
-            if failed {
-                self.await_end();
+            if done {
                 return;
             }
         }
     }
 
-    /// After SIGKILL the end is near; until then the closed link must not wake us again and again.
-    fn await_end(&mut self) {
+    fn kill_if_late(&mut self, now: Instant) {
         let Some(worker) = &mut self.worker else {
             return;
         };
-        if let Err(error) = worker.wait() {
-            log::error!(error:% = error; "could not wait for the worker");
-        }
-        if let Err(error) = self.reap_worker() {
-            log::error!(error:% = error; "could not replace the worker");
+        let late = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        if late(self.stop_by) || late(worker.kill_at) {
+            log::warn!(worker = worker.id(); "the worker did not end in time and is killed");
+            worker.signal(Signal::SIGKILL);
+            // Only a process stuck in the kernel survives that; it is said again then.
+            worker.kill_at = Some(now + BACKOFF_LAST);
+            self.stop_by = self.stop_by.map(|_| now + BACKOFF_LAST);
         }
     }
 
     /// Makes listeners and rules what the worker wants, or leaves all as it is and says why.
-    fn converge(&mut self, worker: &WorkerProcess, desired: &Desired) -> io::Result<()> {
+    fn converge(&mut self, worker: &mut WorkerProcess, desired: &Desired) -> io::Result<()> {
         let generation = desired.generation;
         match self.apply(desired) {
             Ok(new) => {
@@ -386,7 +388,16 @@ impl Holder {
     }
 }
 
-fn send_listeners(worker: &WorkerProcess, listeners: &[&WorkloadListener]) -> io::Result<()> {
+/// A worker whose link has ended is ending; one that breaks the protocol or hangs is killed. Its end is noticed by signal.
+fn give_up(worker: &mut WorkerProcess, error: &io::Error) {
+    worker.kill_at = Some(Instant::now() + EXIT_TIMEOUT);
+    if error.kind() != io::ErrorKind::UnexpectedEof {
+        log::error!(worker = worker.id(), error:% = error; "the link to the worker failed and it is killed");
+        worker.signal(Signal::SIGKILL);
+    }
+}
+
+fn send_listeners(worker: &mut WorkerProcess, listeners: &[&WorkloadListener]) -> io::Result<()> {
     for (wire, descriptors) in protocol::listener_messages(listeners) {
         worker.send(&wire, &descriptors)?;
     }

@@ -167,7 +167,7 @@ impl Steps {
     }
 
     /// The rule ends here unless `from` is in the set.
-    pub(super) fn is_in(self, set: &str, from: Register) -> Self {
+    pub(super) fn only_if_in(self, set: &str, from: Register) -> Self {
         let data = Attributes::default().string(1, set).be32(2, from.0);
         self.step("lookup", &data)
     }

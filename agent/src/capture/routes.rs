@@ -9,8 +9,10 @@ use std::net::IpAddr;
 
 use mesh_core::policy::Cidr;
 
+use super::app_socket::{FIRST_PORT, LAST_PORT};
 use super::netlink::{
-    Attributes, CREATE, Connection, EXCLUSIVE, Message, REPLACE, attributes, errno_of, read_u32,
+    Attributes, CREATE, Connection, DUMP, EXCLUSIVE, Message, REPLACE, attributes, errno_of,
+    read_u32,
 };
 use super::{CaptureError, CaptureSettings, VipRanges};
 
@@ -20,6 +22,7 @@ const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
+const RTM_GETROUTE: u16 = 26;
 const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
 
@@ -39,9 +42,13 @@ const FRA_PRIORITY: u16 = 6;
 const FRA_FWMARK: u16 = 10;
 const FRA_TABLE: u16 = 15;
 const FRA_FWMASK: u16 = 16;
+const FRA_IP_PROTO: u16 = 22;
+const FRA_DPORT_RANGE: u16 = 24;
 
 const MAIN_TABLE: u32 = 254;
-const RTPROT_STATIC: u8 = 4;
+/// Names us as the maker of a route: `ip route` shows it, and by it all of them are found again.
+const OUR_PROTOCOL: u8 = 174;
+const IPPROTO_TCP: u8 = 6;
 const SCOPE_UNIVERSE: u8 = 0;
 const SCOPE_LINK: u8 = 253;
 const SCOPE_HOST: u8 = 254;
@@ -101,14 +108,17 @@ pub(super) fn remove_rules(settings: &CaptureSettings) -> Result<(), CaptureErro
     Ok(())
 }
 
-/// Takes away the link, and with it its addresses and routes.
+/// Takes away the link and every route of ours.
 pub(super) fn remove_link(settings: &CaptureSettings) -> Result<(), CaptureError> {
     let mut kernel = Kernel::open()?;
-    if kernel.link_index(&settings.link)?.is_none() {
-        return Ok(());
+    if kernel.link_index(&settings.link)?.is_some() {
+        let message = link_message(RTM_DELLINK, 0, 0, 0, &name_of(&settings.link));
+        kernel.ask(format!("delete the link `{}`", settings.link), &message)?;
     }
-    let message = link_message(RTM_DELLINK, 0, 0, 0, &name_of(&settings.link));
-    kernel.ask(format!("delete the link `{}`", settings.link), &message)?;
+    // The link took its own routes with it; what closed a range stands for itself.
+    for route in kernel.our_routes()? {
+        kernel.delete_all("delete a route of ours", &route)?;
+    }
     Ok(())
 }
 
@@ -226,6 +236,42 @@ impl Kernel {
         }
     }
 
+    /// Messages that delete the routes in the main table that we made.
+    fn our_routes(&mut self) -> Result<Vec<Message>, StepError> {
+        let mut ours = Vec::new();
+        for family in FAMILIES {
+            let header = route_header(family, 0, 0, 0);
+            let query = Message::new(RTM_GETROUTE, DUMP, &header, &Attributes::default());
+            let outcome = self.0.query(&query, |_, body| {
+                let Some((header, rest)) = body.split_first_chunk::<12>() else {
+                    return;
+                };
+                let [found, _, _, _, table, protocol, ..] = *header;
+                let destination = attributes(rest).find(|(kind, _)| *kind == RTA_DST);
+                if let Some((_, destination)) = destination
+                    && (found, protocol) == (family, OUR_PROTOCOL)
+                    && u32::from(table) == MAIN_TABLE
+                {
+                    let attributes = Attributes::default().bytes(RTA_DST, destination);
+                    ours.push(Message::new(RTM_DELROUTE, 0, header, &attributes));
+                }
+            });
+            match outcome {
+                Err(error)
+                    if matches!(
+                        errno_of(&error),
+                        Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
+                    ) => {}
+                Err(source) => {
+                    let operation = "list routes".to_owned();
+                    return Err(StepError { operation, source });
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(ours)
+    }
+
     fn ensure_family(
         &mut self,
         settings: &CaptureSettings,
@@ -322,6 +368,9 @@ fn rules(settings: &CaptureSettings, family: u8) -> [Rule; 2] {
     } else {
         (&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], 128)
     };
+    let [a, b] = FIRST_PORT.to_ne_bytes();
+    let [c, d] = LAST_PORT.to_ne_bytes();
+    let shown_ports = [a, b, c, d];
     [
         Rule {
             what: "policy rule by mark",
@@ -331,14 +380,17 @@ fn rules(settings: &CaptureSettings, family: u8) -> [Rule; 2] {
                 .ne32(FRA_FWMARK, mark)
                 .ne32(FRA_FWMASK, mask),
         },
-        // An app on 127.0.0.1 answers an address that is not local: without this its packet has no route at all.
+        // An app on 127.0.0.1 answers an address that is not local: without this its packet has no route at all. Only
+        // TCP to the ports that we show, so that nothing else from loopback is led back to this host.
         Rule {
             what: "policy rule for answers from loopback",
             family,
             source_prefix,
             attributes: common(settings.rule_priority + 1)
                 .bytes(FRA_SRC, loopback)
-                .string(FRA_IIFNAME, "lo"),
+                .string(FRA_IIFNAME, "lo")
+                .bytes(FRA_IP_PROTO, &[IPPROTO_TCP])
+                .bytes(FRA_DPORT_RANGE, &shown_ports),
         },
     ]
 }
@@ -383,7 +435,7 @@ fn route_header(family: u8, prefix: u8, scope: u8, kind: u8) -> [u8; 12] {
         0,
         0,
         0,
-        RTPROT_STATIC,
+        OUR_PROTOCOL,
         scope,
         kind,
         0,

@@ -66,7 +66,7 @@ pub(super) struct Table {
 impl Table {
     /// Makes the table with no workload in it: every SYN to a virtual address is reset.
     pub(super) fn create(settings: &CaptureSettings, ranges: &VipRanges) -> io::Result<Self> {
-        let mut connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
+        let connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
         connection.reserve_send(BATCH_BYTES)?;
         let mut table = Self {
             connection,
@@ -233,6 +233,14 @@ fn tcp(steps: Steps, how: Compare) -> Steps {
     steps.meta(Meta::Protocol, R0).compare(R0, how, &[TCP])
 }
 
+/// SYN without ACK, of what is known to be TCP.
+fn syn(steps: Steps, how: Compare) -> Steps {
+    steps
+        .payload(Base::Transport, TCP_FLAGS_OFFSET, 1, R0)
+        .mask(R0, &[SYN_ACK])
+        .compare(R0, how, &[SYN])
+}
+
 fn marked(steps: Steps, mark: u32) -> Steps {
     steps.value(R0, &mark.to_ne_bytes()).set_mark(R0).accept()
 }
@@ -301,7 +309,7 @@ fn output_rules(marks: Marks, ranges: &VipRanges) -> Vec<Steps> {
                 Compare::AtMost,
                 &super::app_socket::LAST_PORT.to_be_bytes(),
             );
-        let steps = flow_key(steps, version, true).is_in(flows, R0);
+        let steps = flow_key(steps, version, true).only_if_in(flows, R0);
         marked(steps, marks.way_back())
     };
     let own = Steps::default()
@@ -348,11 +356,7 @@ fn vip_rules(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Steps> {
         own(ranges.v6),
         tcp(Steps::default(), Compare::NotEqual).reject_as_unreachable(),
         elsewhere().reject_with_reset(),
-        Steps::default()
-            .payload(Base::Transport, TCP_FLAGS_OFFSET, 1, R0)
-            .mask(R0, &[SYN_ACK])
-            .compare(R0, Compare::Equal, &[SYN])
-            .go_to(WHOSE),
+        syn(Steps::default(), Compare::Equal).go_to(WHOSE),
         marked(Steps::default(), settings.marks().established()),
     ]
 }
@@ -400,6 +404,8 @@ fn prerouting_rules(marks: Marks) -> Vec<Steps> {
             .meta(Meta::InputType, R0)
             .compare(R0, Compare::NotEqual, &LOOPBACK.to_ne_bytes())
             .back(),
+        // With `tcp_fwmark_accept` set on the host, the listeners' answers carry the mark of the SYN.
+        syn(tcp(Steps::default(), Compare::Equal), Compare::NotEqual).back(),
         give(IPV4, &Ipv4Addr::LOCALHOST.octets(), PORT_OF_4),
         give(IPV6, &Ipv6Addr::LOCALHOST.octets(), PORT_OF_6),
         Steps::default().reject_with_reset(),

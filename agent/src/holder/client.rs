@@ -29,6 +29,8 @@ impl HolderLink {
     /// else opens descriptors. From here on the process can not be dumped: it will hold keys.
     pub(crate) fn connect_from_fd3() -> io::Result<(Self, HolderSender)> {
         nix::sys::prctl::set_dumpable(false)?;
+        // It was started as /proc/self/exe, and `ps` would call it `exe`.
+        nix::sys::prctl::set_name(c"mesh-worker")?;
         let stream = std::os::unix::net::UnixStream::from(inherited()?);
         // Fails on what is no unix socket: the worker was started by hand.
         stream.peer_addr().map_err(|source| {
@@ -65,8 +67,8 @@ impl HolderLink {
 }
 
 impl HolderSender {
-    /// Says what the kernel should know. The answer, `Applied` or `Failed`, comes by [`HolderLink::recv`]. Not cancel
-    /// safe: a message that was cut ends the link.
+    /// Says what the kernel should know, one generation at a time: the next may follow when this one was answered. The
+    /// answer, `Applied` or `Failed`, comes by [`HolderLink::recv`]. Not cancel safe: a message that was cut ends the link.
     pub(crate) async fn send(&mut self, desired: Desired) -> io::Result<()> {
         let bytes = encode(&ToHolder::Desired(desired))?;
         let mut sent = 0;
@@ -118,7 +120,8 @@ mod tests {
             loop {
                 match reader.read(theirs.as_fd()) {
                     Ok(frame) => {
-                        send(theirs.as_fd(), &Wire::Applied { generation: 1 }, &[]).unwrap();
+                        let answer = Wire::Applied { generation: 1 };
+                        send(theirs.as_fd(), &answer, &[], |_| panic!("it fits")).unwrap();
                         return frame.message::<ToHolder>().unwrap();
                     }
                     Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),

@@ -152,8 +152,12 @@ mod tests {
         }
     }
 
+    fn running() -> VipRanges {
+        VipRanges::new("252.64.0.0/16", "fd6d::/64").unwrap()
+    }
+
     fn outcome(workloads: Vec<DesiredWorkload>) -> Result<(), DesiredError> {
-        let ranges = VipRanges::new("252.64.0.0/16", "fd6d::/64").unwrap();
+        let ranges = running();
         let desired = Desired {
             generation: 1,
             workloads,

@@ -190,11 +190,13 @@ pub(super) fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Sends a frame and its descriptors, waiting for room at most [`SEND_TIMEOUT`].
+/// Sends a frame and its descriptors. When the socket is full, `wait` is told the deadline and returns when it may be
+/// tried again.
 pub(super) fn send(
     socket: BorrowedFd<'_>,
     message: &impl Serialize,
     descriptors: &[BorrowedFd<'_>],
+    mut wait: impl FnMut(Instant) -> io::Result<()>,
 ) -> io::Result<()> {
     if descriptors.len() > DESCRIPTORS_MAX {
         return Err(malformed("more than 64 descriptors"));
@@ -215,23 +217,32 @@ pub(super) fn send(
         match sendmsg::<()>(socket.as_raw_fd(), &parts, control, flags, None) {
             Ok(count) => sent += count,
             Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => wait_writable(socket, deadline)?,
+            Err(Errno::EAGAIN) => wait(deadline)?,
             Err(error) => return Err(error.into()),
         }
     }
     Ok(())
 }
 
-fn wait_writable(socket: BorrowedFd<'_>, deadline: Instant) -> io::Result<()> {
+/// Waits until `socket` takes more, and tells whether it has something to read. `TimedOut` after the deadline.
+pub(super) fn wait_for_room(socket: BorrowedFd<'_>, deadline: Instant) -> io::Result<bool> {
     let left = deadline.saturating_duration_since(Instant::now());
-    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-    let mut wanted = [PollFd::new(socket, PollFlags::POLLOUT)];
-    match poll(&mut wanted, timeout) {
-        Ok(0) if left.is_zero() => Err(io::Error::new(
+    if left.is_zero() {
+        return Err(io::Error::new(
             io::ErrorKind::TimedOut,
             "the other side took nothing for 5 s",
-        )),
-        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        ));
+    }
+    // Rounded up, so that the last millisecond is not spun through.
+    let timeout = PollTimeout::try_from(left + Duration::from_millis(1));
+    let mut wanted = [PollFd::new(socket, PollFlags::POLLIN | PollFlags::POLLOUT)];
+    match poll(&mut wanted, timeout.unwrap_or(PollTimeout::MAX)) {
+        Ok(_) => {
+            let [wanted] = wanted;
+            let happened = wanted.revents().unwrap_or(PollFlags::empty());
+            Ok(happened.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR))
+        }
+        Err(Errno::EINTR) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
@@ -373,6 +384,13 @@ mod tests {
         TcpListener::bind("127.0.0.1:0").unwrap()
     }
 
+    /// Sends what fits into the socket.
+    fn put(to: &UnixStream, wire: &Wire, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        send(to.as_fd(), wire, descriptors, |_| {
+            Err(io::ErrorKind::WouldBlock.into())
+        })
+    }
+
     fn read(reader: &mut FrameReader, socket: &UnixStream) -> io::Result<FromHolder> {
         reader.read(socket.as_fd()).and_then(FromHolder::read)
     }
@@ -394,12 +412,12 @@ mod tests {
             })
             .collect();
         let (wire, descriptors) = sockets_message(&sockets);
-        send(ours.as_fd(), &wire, &descriptors).unwrap();
+        put(&ours, &wire, &descriptors).unwrap();
         let all: Vec<_> = workloads.iter().collect();
         for (wire, descriptors) in listener_messages(&all) {
-            send(ours.as_fd(), &wire, &descriptors).unwrap();
+            put(&ours, &wire, &descriptors).unwrap();
         }
-        send(ours.as_fd(), &Wire::Applied { generation: 7 }, &[]).unwrap();
+        put(&ours, &Wire::Applied { generation: 7 }, &[]).unwrap();
 
         let mut reader = FrameReader::default();
         let FromHolder::Sockets(got) = read(&mut reader, &theirs).unwrap() else {
@@ -474,13 +492,13 @@ mod tests {
             dns_udp: 0,
             dns_tcp: 0,
         };
-        send(ours.as_fd(), &two, &[extra.as_fd()]).unwrap();
+        put(&ours, &two, &[extra.as_fd()]).unwrap();
         assert!(read(&mut reader, &theirs).is_err());
         let none = Wire::Applied { generation: 1 };
-        send(ours.as_fd(), &none, &[extra.as_fd()]).unwrap();
+        put(&ours, &none, &[extra.as_fd()]).unwrap();
         assert!(read(&mut reader, &theirs).is_err());
         let many = vec![extra.as_fd(); DESCRIPTORS_MAX + 1];
-        assert!(send(ours.as_fd(), &none, &many).is_err());
+        assert!(put(&ours, &none, &many).is_err());
         assert!(serde_json::from_str::<ToHolder>(r#"{"desired":{"generation":1}}"#).is_err());
     }
 }

@@ -36,6 +36,10 @@ pub(crate) enum BindError {
     },
     #[error("no mesh port is set that this host's address families can listen on")]
     NoMeshPort,
+    #[error(
+        "DNS can be answered at none of the link's addresses; were they taken away while the agent started?"
+    )]
+    NoDns,
 }
 
 fn taken(error: &io::Error) -> &'static str {
@@ -77,6 +81,9 @@ pub(super) fn bind(mesh: &[SocketAddr], ranges: &VipRanges) -> Result<Sockets, B
         sockets
             .dns_udp
             .extend(present(datagrams(address)).map_err(failed)?);
+    }
+    if sockets.dns_udp.is_empty() || sockets.dns_tcp.is_empty() {
+        return Err(BindError::NoDns);
     }
     Ok(sockets)
 }

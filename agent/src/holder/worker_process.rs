@@ -1,5 +1,6 @@
 //! One worker as a child process: started confined, told things, listened to, ended.
 
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -13,10 +14,13 @@ use nix::unistd::Pid;
 use serde::Serialize;
 
 use super::privileges;
-use super::protocol::{self, FrameReader, ToHolder, malformed};
+use super::protocol::{self, Frame, FrameReader, ToHolder, malformed};
 
 /// Where a worker finds its end of the socket pair.
 pub(crate) const LINK_DESCRIPTOR: RawFd = 3;
+
+/// Messages that come while we send: a worker asks once and waits for the answer, so more than a few are an attack.
+const INBOX_MAX: usize = 4;
 
 /// A running worker.
 #[derive(Debug)]
@@ -24,7 +28,10 @@ pub(super) struct WorkerProcess {
     child: Child,
     link: UnixStream,
     reader: FrameReader,
+    inbox: VecDeque<Frame>,
     pub(super) started: Instant,
+    /// Set when nothing more is to be heard of it: when it is killed, if it has not ended by itself.
+    pub(super) kill_at: Option<Instant>,
 }
 
 impl WorkerProcess {
@@ -43,7 +50,9 @@ impl WorkerProcess {
             child,
             link,
             reader: FrameReader::default(),
+            inbox: VecDeque::new(),
             started: Instant::now(),
+            kill_at: None,
         })
     }
 
@@ -55,17 +64,45 @@ impl WorkerProcess {
         self.link.as_fd()
     }
 
+    /// Sends a message. Both sides may be sending much at once, so what comes meanwhile is taken in.
     pub(super) fn send(
-        &self,
+        &mut self,
         message: &impl Serialize,
         descriptors: &[BorrowedFd<'_>],
     ) -> io::Result<()> {
-        protocol::send(self.link.as_fd(), message, descriptors)
+        let Self {
+            link,
+            reader,
+            inbox,
+            ..
+        } = self;
+        protocol::send(link.as_fd(), message, descriptors, |deadline| {
+            if !protocol::wait_for_room(link.as_fd(), deadline)? {
+                return Ok(());
+            }
+            match reader.read(link.as_fd()) {
+                Ok(_) if inbox.len() >= INBOX_MAX => Err(malformed("messages come unasked")),
+                Ok(frame) => {
+                    inbox.push_back(frame);
+                    Ok(())
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+                Err(error) => Err(error),
+            }
+        })
+    }
+
+    /// Whether something was taken in that [`Self::receive`] will give.
+    pub(super) fn has_mail(&self) -> bool {
+        self.kill_at.is_none() && !self.inbox.is_empty()
     }
 
     /// The next message, or `WouldBlock`. Any other error means that the worker is gone or speaks nonsense.
     pub(super) fn receive(&mut self) -> io::Result<ToHolder> {
-        let frame = self.reader.read(self.link.as_fd())?;
+        let frame = match self.inbox.pop_front() {
+            Some(frame) => frame,
+            None => self.reader.read(self.link.as_fd())?,
+        };
         if !frame.descriptors.is_empty() {
             return Err(malformed("a worker sends no descriptors"));
         }
@@ -75,11 +112,6 @@ impl WorkerProcess {
     /// Whether it has ended, and how.
     pub(super) fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         self.child.try_wait()
-    }
-
-    /// Waits for its end; only after SIGKILL.
-    pub(super) fn wait(&mut self) -> io::Result<ExitStatus> {
-        self.child.wait()
     }
 
     pub(super) fn signal(&self, signal: Signal) {
