@@ -78,11 +78,12 @@ impl Peer {
         let bearer = bearer.and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
         let digest = bearer.map(Digest::of);
         // All are compared: how long it takes must not tell which one was near.
-        let matching = catalogue
-            .operators
-            .values()
-            .filter(|operator| digest.is_some_and(|digest| operator.secret.matches(&digest)));
-        match matching.last() {
+        let all = catalogue.operators.values();
+        let found = all.fold(None, |found, operator| {
+            let matches = digest.is_some_and(|digest| operator.secret.matches(&digest));
+            if matches { Some(operator) } else { found }
+        });
+        match found {
             Some(operator) => Ok(actor(&operator.name)),
             None => {
                 limits.failed(address, Instant::now());

@@ -184,7 +184,7 @@ impl Catalogue {
                 p.namespace.matches(namespace)
                     && service.is_none_or(|s| s.is_ok_and(|s| p.name.matches(&s)))
             };
-            served.iter().any(|s| reported(s)) || host.scope.services.iter().any(allowed)
+            served.iter().any(reported) || host.scope.services.iter().any(allowed)
         };
         let all = self.policies.iter();
         all.filter(|((namespace, _), policy)| {

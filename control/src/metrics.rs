@@ -26,6 +26,7 @@ pub(crate) struct Metrics {
     pub commits: Counter,
     pub store_bytes: Gauge,
     pub leaves_signed: Counter,
+    pub held: Gauge,
     hosts: Family<ByState, Gauge>,
     endpoints: Gauge,
     services: Gauge,
@@ -40,6 +41,7 @@ impl Metrics {
             commits: Counter::default(),
             store_bytes: Gauge::default(),
             leaves_signed: Counter::default(),
+            held: Gauge::default(),
             hosts: Family::default(),
             endpoints: Gauge::default(),
             services: Gauge::default(),
@@ -66,6 +68,11 @@ impl Metrics {
             "hosts",
             "Hosts by the state of their lease",
             metrics.hosts.clone(),
+        );
+        registry.register(
+            "held_hosts",
+            "Silent hosts that are not called stale because they are too many",
+            metrics.held.clone(),
         );
         registry.register("endpoints", "Listed endpoints", metrics.endpoints.clone());
         registry.register("services", "Services", metrics.services.clone());

@@ -88,7 +88,7 @@ impl Prover {
                     Err(_) => return,
                 },
                 Some(done) = self.attempts.join_next() => if let Ok((uid, result)) = done {
-                    self.tried(uid, result);
+                    self.tried(&uid, result);
                 },
                 () = tokio::time::sleep_until(wake) => self.start(),
             }
@@ -140,14 +140,14 @@ impl Prover {
         }
     }
 
-    fn tried(&mut self, uid: HostUid, result: Result<(), Reason>) {
-        self.running.remove(&uid);
+    fn tried(&mut self, uid: &HostUid, result: Result<(), Reason>) {
+        self.running.remove(uid);
         if let Err(reason) = result {
             self.control.metrics.refused(Reason::AddressUnproven);
-            let host = self.control.writer.now().host_label(&uid);
+            let host = self.control.writer.now().host_label(uid);
             log::info!(host, reason = reason.code(); "could not prove the host's address; trying again");
         } else {
-            self.waiting.remove(&uid);
+            self.waiting.remove(uid);
         }
     }
 }

@@ -49,17 +49,29 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
 
     let mut tasks = JoinSet::new();
     let (renewing, its) = (Arc::clone(&control), Arc::clone(&own));
-    tasks.spawn(async move { ended("the renewal", its.renew(&renewing).await) });
-    tasks.spawn(async move { ended("the leases", lease_loop.run().await) });
+    tasks.spawn(async move {
+        its.renew(&renewing).await;
+        ended("the renewal")
+    });
+    tasks.spawn(async move {
+        lease_loop.run().await;
+        ended("the leases")
+    });
     let prover = Prover::new(
         Arc::clone(&control),
         Arc::clone(&own),
         bound.trust(),
         !config.prove_addresses,
     );
-    tasks.spawn(async move { ended("the prover", prover.run().await) });
+    tasks.spawn(async move {
+        prover.run().await;
+        ended("the prover")
+    });
     let handler = admin_handler(&control);
-    tasks.spawn(async move { ended("the admin socket", admin::serve(admin, handler).await) });
+    tasks.spawn(async move {
+        admin::serve(admin, handler).await;
+        ended("the admin socket")
+    });
     let writing = spawn_writer(writer_loop)?;
     tasks.spawn(writing);
     let exporting = tokio::spawn(exporter::run(
@@ -92,13 +104,12 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let stopped = timeout(STOP_MAX, ending).await;
     // The socket goes with the daemon, so that nobody takes it for a living one.
     let _ = std::fs::remove_file(config.admin_socket());
-    result.and(
-        stopped.unwrap_or_else(|_| anyhow::bail!("not all ended within {} s", STOP_MAX.as_secs())),
-    )
+    result?;
+    stopped.with_context(|| format!("not all ended within {} s", STOP_MAX.as_secs()))?
 }
 
 /// A task that should never end did.
-fn ended(what: &str, (): ()) -> anyhow::Result<()> {
+fn ended(what: &str) -> anyhow::Result<()> {
     anyhow::bail!("{what} ended")
 }
 
@@ -144,7 +155,13 @@ fn answer(control: &Control, method: &Method, path: &str) -> Answer {
     let (path, query) = path.split_once('?').unwrap_or((path, ""));
     match (method, path) {
         (&Method::GET, "/health" | "/ready") => Answer::text("ok\n"),
-        (&Method::GET, "/metrics") => Answer::text(control.metrics.render(&control.writer.now())),
+        (&Method::GET, "/metrics") => {
+            control
+                .metrics
+                .held
+                .set(control.leases.held().cast_signed());
+            Answer::text(control.metrics.render(&control.writer.now()))
+        }
         (&Method::GET, "/state") => Answer::json(&api::status_value(control)),
         (&Method::PUT | &Method::POST, "/log") => {
             match mesh_runtime::log::set_level(query.trim_start_matches("level=")) {

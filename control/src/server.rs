@@ -14,6 +14,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use mesh_api::proto::mesh_server::MeshServer;
 use mesh_core::identity::{Identity, SpiffeId};
+use mesh_core::reason::Reason;
 use mesh_runtime::tls;
 use mesh_runtime::tls::leaf::read_leaf;
 use mesh_runtime::tls::trust::{SharedTrust, TrustStore};
@@ -49,6 +50,12 @@ const PING_EVERY: Duration = Duration::from_secs(10);
 /// How long open calls may take to end when control stops.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 
+/// How often the wall clock is compared with the life of control's own certificate: a machine that slept has
+/// a timer that did too.
+const RENEW_LOOK: Duration = Duration::from_secs(60);
+/// Connections without a certificate at once: whoever has none must not take the room of agents.
+const ANONYMOUS_CONNECTIONS_MAX: usize = 1024;
+
 /// Control's own certificate, exchanged while it runs.
 #[derive(Debug)]
 struct OwnKey(ArcSwap<CertifiedKey>);
@@ -80,12 +87,19 @@ impl Own {
 
     /// Renews at a third of its life, for ever.
     pub(crate) async fn renew(&self, control: &Control) {
-        let third = control.leaves.workload() / 3;
+        let third_s = control.leaves.workload().as_secs() / 3;
+        let mut made_s = clock::now_s();
         loop {
-            tokio::time::sleep(third).await;
+            tokio::time::sleep(RENEW_LOOK).await;
+            // A clock that went back makes a certificate that is not valid yet: renewed too.
+            if clock::now_s().abs_diff(made_s) < third_s {
+                continue;
+            }
             match make_key(control, &self.names) {
-                Ok(key) => self.key.0.store(Arc::new(key)),
-                // Two thirds of its life are left to try again at the next turn.
+                Ok(key) => {
+                    self.key.0.store(Arc::new(key));
+                    made_s = clock::now_s();
+                }
                 Err(error) => log::error!("cannot renew control's own certificate: {error:#}"),
             }
         }
@@ -161,6 +175,7 @@ impl Bound {
             acceptor: TlsAcceptor::from(Arc::new(config)),
             router: router(&self.control),
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            anonymous: Arc::new(Semaphore::new(ANONYMOUS_CONNECTIONS_MAX)),
             control: Arc::clone(&self.control),
             connections: TaskTracker::new(),
         };
@@ -197,6 +212,7 @@ struct Port {
     acceptor: TlsAcceptor,
     router: Router,
     slots: Arc<Semaphore>,
+    anonymous: Arc<Semaphore>,
     control: Arc<Control>,
     connections: TaskTracker,
 }
@@ -242,6 +258,16 @@ impl Port {
         // The verifier read it already, so it can be read.
         let leaf = leaf.and_then(|chain| read_leaf(chain.first()?).ok());
         let anonymous = leaf.is_none();
+        let _slot = if anonymous {
+            let Ok(slot) = Arc::clone(&self.anonymous).try_acquire_owned() else {
+                self.control.metrics.refused(Reason::Overloaded);
+                log::warn!(from:% = address; "too many connections without a certificate");
+                return;
+            };
+            Some(slot)
+        } else {
+            None
+        };
         let peer = Peer {
             address,
             leaf: leaf.map(Arc::new),

@@ -160,3 +160,71 @@ impl WriterLoop {
             .append(&job.actor, action, object, reason, revision);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::objects::Settings;
+
+    fn service(n: usize) -> Command {
+        let text = format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: s{n}, namespace: shop}}, spec: {{ports: [{{port: 80}}]}}}}"
+        );
+        Command::Apply {
+            resources: mesh_api::resource::parse_all(&text).unwrap(),
+            dry_run: false,
+        }
+    }
+
+    #[test]
+    fn who_waits_together_is_committed_together_and_what_was_answered_is_stored() {
+        const ASKED: usize = 200;
+        let state = std::env::temp_dir().join(format!("meshwork-writer-{}", std::process::id()));
+        drop(std::fs::remove_dir_all(&state));
+        std::fs::create_dir_all(&state).unwrap();
+        let settings = Settings {
+            trust_domain: "corp.example.com".parse().unwrap(),
+            dns_suffix: "mesh.internal".to_owned(),
+            vip4_range: "252.64.0.0/12".to_owned(),
+            vip6_range: "fd6d:6573:6800::/64".to_owned(),
+            addresses: Vec::new(),
+            bundle: 1,
+        };
+        let catalogue = Catalogue::new(1, settings);
+        let store = Store::create(&state, &catalogue).unwrap();
+        let audit = Arc::new(Audit::open(&state).unwrap());
+        let metrics = Metrics::new();
+        let (writer, writer_loop) =
+            Writer::new(store, catalogue, Arc::clone(&audit), Arc::clone(&metrics)).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        let thread = runtime.block_on(async {
+            let asked: Vec<_> = (0..ASKED)
+                .map(|n| {
+                    let writer = writer.clone();
+                    // The last one twice: the second time nothing changes.
+                    let command = service(n.min(ASKED - 2));
+                    tokio::spawn(async move { writer.ask(Actor::control(), command).await })
+                })
+                .collect();
+            // All wait in the queue before the writer looks at it.
+            tokio::task::yield_now().await;
+            let thread = std::thread::spawn(move || writer_loop.run());
+            for one in asked {
+                one.await.unwrap().unwrap();
+            }
+            thread
+        });
+        let published = writer.now();
+        assert_eq!(published.services.len(), ASKED - 1);
+        assert!(metrics.commits.get() < ASKED as u64 / 2);
+        assert_eq!(audit.tail(ASKED).unwrap().len(), ASKED - 1);
+        drop((writer, runtime));
+        thread.join().unwrap().unwrap();
+        let opened = Store::open(&state, 2).unwrap();
+        assert_eq!(opened.catalogue.items(), published.items());
+        drop(opened);
+        std::fs::remove_dir_all(&state).unwrap();
+    }
+}

@@ -131,7 +131,7 @@ pub(super) fn one(
 }
 
 /// The common shape. `namespace` and an empty `status` are left out where there are none.
-fn object(api_version: &str, kind: &str, metadata: Value, spec: Value, status: Value) -> Value {
+fn object(api_version: &str, kind: &str, metadata: &Value, spec: &Value, status: &Value) -> Value {
     json!({
         "apiVersion": api_version,
         "kind": kind,
@@ -195,7 +195,13 @@ fn service(now: &Catalogue, service: &Service) -> Value {
         "endpoints": endpoints(now, &service.name),
         "conditions": conditions(now, &service.name),
     });
-    object("v1", "Service", metadata, json!({"ports": ports}), status)
+    object(
+        "v1",
+        "Service",
+        &metadata,
+        &json!({"ports": ports}),
+        &status,
+    )
 }
 
 fn endpoints(now: &Catalogue, name: &ServiceName) -> Vec<Value> {
@@ -274,9 +280,9 @@ fn workload(now: &Catalogue, account: &Account, on: &[(&Arc<Host>, &[Offer])]) -
     object(
         OUR_API,
         "Workload",
-        metadata(Some(namespace), name, revision, created_s),
-        json!({"host": hosts, "services": services, "identity": identity.to_string()}),
-        json!({"inScope": allowed}),
+        &metadata(Some(namespace), name, revision, created_s),
+        &json!({"host": hosts, "services": services, "identity": identity.to_string()}),
+        &json!({"inScope": allowed}),
     )
 }
 
@@ -306,7 +312,7 @@ fn host(now: &Catalogue, host: &Host) -> Value {
         "problems": problems,
     });
     let metadata = metadata(None, host.name.as_str(), host.revision, host.created_s);
-    object(OUR_API, "Host", metadata, spec, status)
+    object(OUR_API, "Host", &metadata, &spec, &status)
 }
 
 fn token(token: &Token) -> Value {
@@ -333,9 +339,9 @@ fn token(token: &Token) -> Value {
     object(
         OUR_API,
         "Token",
-        metadata(None, &token.id, token.revision, token.created_s),
-        spec,
-        json!({"used": token.used, "state": state}),
+        &metadata(None, &token.id, token.revision, token.created_s),
+        &spec,
+        &json!({"used": token.used, "state": state}),
     )
 }
 

@@ -133,7 +133,7 @@ impl World {
     }
 
     fn apply(&mut self, yaml: &str) -> Result<Vec<Action>, Refusal> {
-        let resources = resource::parse_all(yaml).unwrap();
+        let resources = resource::parse_all(yaml).map_err(|e| Refusal::invalid(e.to_string()))?;
         let command = Command::Apply {
             resources,
             dry_run: false,

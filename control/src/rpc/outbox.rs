@@ -22,6 +22,8 @@ pub(super) struct Outbox {
     /// The revision of the index that the agent has, of this epoch.
     index: Option<u64>,
     policies: Option<Vec<Arc<Policy>>>,
+    /// Revisions of policies and host for which `policies` was compared last.
+    policies_seen: Option<(u64, u64)>,
     report: Option<Reported>,
     subscriptions: BTreeMap<ServiceName, Sent>,
     /// Endpoints up to this revision are sent, unless subscriptions changed.
@@ -34,6 +36,8 @@ struct Reported {
     generation: u64,
     /// What could not even be read.
     unread: Vec<proto::Problem>,
+    /// Revisions of index and host for which `told` was compared last.
+    seen: Option<(u64, u64)>,
     told: Option<Vec<proto::Problem>>,
 }
 
@@ -60,6 +64,7 @@ impl Outbox {
             beat: None,
             index: have,
             policies: None,
+            policies_seen: None,
             report: None,
             subscriptions: BTreeMap::new(),
             endpoints: None,
@@ -75,6 +80,7 @@ impl Outbox {
         self.report = Some(Reported {
             generation,
             unread,
+            seen: None,
             told: None,
         });
     }
@@ -127,6 +133,10 @@ impl Outbox {
     }
 
     fn next_policies(&mut self, now: &Catalogue, host: &Host) -> Option<proto::PolicyUpdate> {
+        let seen = Some((now.policies_revision, host.revision));
+        if std::mem::replace(&mut self.policies_seen, seen) == seen {
+            return None;
+        }
         let concerned = now.policies_of(host);
         if let Some(sent) = &self.policies
             && sent.len() == concerned.len()
@@ -148,6 +158,10 @@ impl Outbox {
 
     fn next_status(&mut self, now: &Catalogue, host: &Host) -> Option<proto::ReportStatus> {
         let reported = self.report.as_mut()?;
+        let seen = Some((now.index_revision, host.revision));
+        if std::mem::replace(&mut reported.seen, seen) == seen {
+            return None;
+        }
         let found = now.problems_of(host);
         let problems: Vec<_> = reported
             .unread
@@ -236,5 +250,106 @@ fn problem(problem: Problem) -> proto::Problem {
             .map_or_else(String::new, |s| s.name.to_string()),
         reason: problem.reason.to_wire().into(),
         message: problem.message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::command::{Command, State};
+    use crate::catalogue::objects::{Digest, Scope, Settings};
+    use proto::from_control::Message;
+
+    fn apply(state: &mut State, name: &str, port: u16) {
+        let text = format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: {name}, namespace: shop}}, spec: {{ports: [{{port: {port}}}]}}}}"
+        );
+        let command = Command::Apply {
+            resources: mesh_api::resource::parse_all(&text).unwrap(),
+            dry_run: false,
+        };
+        let revision = state.catalogue.revision + 1;
+        state.apply(&command, revision, 1).unwrap();
+    }
+
+    fn world() -> (State, HostUid) {
+        let settings = Settings {
+            trust_domain: "corp.example.com".parse().unwrap(),
+            dns_suffix: "mesh.internal".to_owned(),
+            vip4_range: "252.64.0.0/12".to_owned(),
+            vip6_range: "fd6d:6573:6800::/64".to_owned(),
+            addresses: Vec::new(),
+            bundle: 1,
+        };
+        let uid: HostUid = format!("{:032x}", 1).parse().unwrap();
+        let host = Host {
+            uid: uid.clone(),
+            name: "vm-1".parse().unwrap(),
+            network: "default".parse().unwrap(),
+            address: "10.0.0.1".parse().unwrap(),
+            mesh_port: 7441,
+            version: String::new(),
+            proven: true,
+            key: Digest([0; 32]),
+            token: "t-1".to_owned(),
+            scope: Scope::default(),
+            live: true,
+            since_s: 1,
+            workloads: Vec::new(),
+            created_s: 1,
+            revision: 1,
+        };
+        let mut items = Catalogue::new(1, settings).items();
+        items.push((
+            crate::catalogue::items::host_key(&uid),
+            crate::catalogue::items::encode(&host),
+        ));
+        let state = State::new(Catalogue::load(&items).unwrap()).unwrap();
+        (state, uid)
+    }
+
+    fn drain(outbox: &mut Outbox, now: &Catalogue) -> Vec<Message> {
+        let all = std::iter::from_fn(|| outbox.next(now));
+        all.filter_map(|m| m.message).collect()
+    }
+
+    #[test]
+    fn a_slow_agent_gets_the_last_state_once() {
+        let (mut state, uid) = world();
+        let welcome = proto::Welcome::default();
+        let bundle = proto::TrustBundle::default();
+        let mut outbox = Outbox::new(uid, None, welcome, bundle);
+        let first = drain(&mut outbox, &state.catalogue);
+        assert!(matches!(
+            first.as_slice(),
+            [
+                Message::Welcome(_),
+                Message::Bundle(_),
+                Message::Index(proto::IndexUpdate { snapshot: true, .. }),
+                Message::Policies(_)
+            ]
+        ));
+        assert_eq!(drain(&mut outbox, &state.catalogue), []);
+        // A hundred changes while the transport has no room, and as many beats.
+        for n in 0..100 {
+            apply(&mut state, "web", 80 + n);
+            outbox.beat(n.into(), 1);
+        }
+        outbox.subscribe([ServiceName::parse("shop/web").unwrap()]);
+        let later = drain(&mut outbox, &state.catalogue);
+        let [
+            Message::Beat(beat),
+            Message::Index(index),
+            Message::Endpoints(none),
+        ] = later.as_slice()
+        else {
+            panic!("{later:?}")
+        };
+        assert_eq!(beat.sequence, 99);
+        assert!(!index.snapshot && index.services.len() == 1);
+        assert_eq!(index.services[0].ports[0].number, 179);
+        assert!(none.endpoints.is_empty(), "it is said that there is none");
+        outbox.subscribe([ServiceName::parse("shop/web").unwrap()]);
+        assert_eq!(drain(&mut outbox, &state.catalogue), []);
     }
 }

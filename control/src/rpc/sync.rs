@@ -29,6 +29,8 @@ use crate::refusal::Refusal;
 
 /// How long an agent may take for its first message.
 const HELLO_MAX: Duration = Duration::from_secs(10);
+/// How long an agent may take to make room for the reason of its session's end.
+const FAREWELL_MAX: Duration = Duration::from_secs(1);
 /// Messages between the session and the transport: one in the making, one under way. More would age there.
 const READY: usize = 2;
 /// Most services of a subscription.
@@ -63,9 +65,14 @@ pub(super) fn start(
     let tasks = control.sessions.clone();
     tasks.spawn(async move {
         if let Err(refusal) = serve(&control, &uid, &actor, inbound, &answers).await {
-            control.refused(&actor, "sync", uid.as_str(), &refusal);
-            // The agent may be gone, or read nothing: it is not waited for.
-            let _ = answers.try_send(Err(refusal.into()));
+            let host = actor.who.as_str();
+            match refusal.reason {
+                // Life's course: of no interest to an audit.
+                Reason::Draining | Reason::Timeout => log::info!(host; "session ended: {refusal}"),
+                _ => control.refused(&actor, "sync", uid.as_str(), &refusal),
+            }
+            // The agent may be gone, or read nothing.
+            let _ = timeout(FAREWELL_MAX, answers.send(Err(refusal.into()))).await;
         }
     });
     ReceiverStream::new(stream)
