@@ -97,6 +97,51 @@ fn a_backup_holds_what_is_there_and_no_key() {
 }
 
 #[test]
+fn a_restored_backup_is_what_was_there_then() {
+    let site = Site::new("a_restored_backup");
+    let mut control = Control::start(&site);
+    assert!(write(&control, "before"));
+    let file = control.host.dir().join("backup");
+    control
+        .meshctl(&format!("backup --out {}", file.display()))
+        .ok();
+    assert!(write(&control, "after"));
+    let epoch = |control: &Control| {
+        let status = control.meshctl("status -o json").ok();
+        let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+        status["epoch"].to_string()
+    };
+    let first = epoch(&control);
+    control.stop();
+    let restore = |more: &str| {
+        control.host.run(&format!(
+            "{} restore {} --state-dir {} {more}",
+            meshwork_tests::binary("mesh-control").display(),
+            file.display(),
+            control.state_dir().display()
+        ))
+    };
+    let refused = restore("");
+    assert!(
+        !refused.status.success(),
+        "it replaced a store without a word: {refused}"
+    );
+    restore("--force").ok();
+    control.run();
+    let policies = control.get("policies -n shop");
+    let names: Vec<&str> = policies
+        .iter()
+        .filter_map(|p| p["metadata"]["name"].as_str())
+        .collect();
+    assert_eq!(names, ["before"]);
+    assert_ne!(
+        epoch(&control),
+        first,
+        "agents could not tell that history was changed"
+    );
+}
+
+#[test]
 fn meshctl_says_whose_fault_it_is_by_its_exit_code() {
     let site = Site::new("meshctl_says_whose_fault_it_is");
     let mut control = Control::start(&site);
