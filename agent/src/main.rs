@@ -1,17 +1,239 @@
-//! Placeholder.
+//! `mesh-agent`: takes over the traffic of a host's services, gives each its own identity and carries their calls.
+//!
+//! `run` starts the holder (`holder.rs`), which owns sockets and packet filter and keeps one worker (`worker.rs`) on
+//! them. What happens to a call is read in `outbound.rs` and `inbound.rs`, what happens to a change in `control.rs`.
+
+// What the host is: configuration, the join and what is on disk.
+mod config;
+mod join;
+mod keys;
+mod leave;
+mod state;
+mod status;
+// The kernel, and the process that speaks to it.
 mod capture;
-mod whose;
-mod view;
-mod relay;
-mod peers;
-mod outbound;
-mod metrics;
-mod inbound;
-mod http;
-mod data;
-mod call;
+mod holder;
+// The worker's parts.
+mod admin;
+mod control;
 mod dns;
 mod health;
+mod leaves;
+mod owners;
+mod worker;
 mod workloads;
-mod holder;
-fn main() {}
+// A call's way.
+mod call;
+mod data;
+mod http;
+mod inbound;
+mod metrics;
+mod outbound;
+mod peers;
+mod relay;
+mod view;
+mod whose;
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use mesh_runtime::files;
+use mesh_runtime::log::Target;
+
+use config::Config;
+use holder::HolderConfig;
+use join::Joined;
+use state::State;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "mesh-agent",
+    version,
+    about = "The agent of a host in a Meshwork mesh"
+)]
+struct Cli {
+    /// The configuration; missing is an error unless it is the default.
+    #[arg(
+        long,
+        short,
+        global = true,
+        value_name = "FILE",
+        help = "Configuration [default: /etc/meshwork/agent.toml]"
+    )]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make this host a member of a mesh
+    Join {
+        /// Join token, or `-` to read it from stdin
+        #[arg(env = "MESH_JOIN_TOKEN", hide_env_values = true)]
+        token: String,
+        /// Where other hosts reach this one [default: the address that control sees]
+        #[arg(long)]
+        address: Option<String>,
+        /// Network that the address belongs to [default: the token's]
+        #[arg(long)]
+        network: Option<String>,
+        /// Name of this host in the mesh [default: its own]
+        #[arg(long)]
+        host_name: Option<String>,
+    },
+    /// Leave the mesh and remove every trace of the agent from this host
+    Leave,
+    /// Say how the agent stands
+    Status {
+        #[arg(long, short, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+    /// Run the agent in the foreground
+    Run,
+    /// Started by `run`
+    #[command(hide = true)]
+    Worker,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            // A closed stderr must not hide the exit code.
+            let _ = writeln!(std::io::stderr(), "mesh-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let config = Config::load(cli.config.as_deref())?;
+    match cli.command {
+        Command::Run => {
+            log_to(&config.log.level, config.log.to)?;
+            run(&config, cli.config)
+        }
+        Command::Worker => {
+            log_to(&config.log.level, config.log.to)?;
+            worker::run(config)
+        }
+        Command::Join {
+            token,
+            address,
+            network,
+            host_name,
+        } => {
+            log_to("warn", Target::Stderr)?;
+            let request = join::Request {
+                token: join::read_token(&token)?,
+                address,
+                network,
+                host_name,
+            };
+            join(&config, &request)
+        }
+        Command::Leave => {
+            log_to("warn", Target::Stderr)?;
+            leave::leave(&config)?;
+            say("this host has left its mesh; `meshctl delete host` removes it there too\n")
+        }
+        Command::Status { output } => status(&config, output),
+    }
+}
+
+fn log_to(level: &str, target: Target) -> anyhow::Result<()> {
+    mesh_runtime::log::init(level, target).map_err(|error| anyhow::anyhow!(error))
+}
+
+/// Runs the holder. No thread may be started before it.
+fn run(config: &Config, config_path: Option<PathBuf>) -> anyhow::Result<ExitCode> {
+    let state = State::new(&config.state_dir);
+    let Some(membership) = state.membership()? else {
+        bail!("this host has not joined a mesh; run `mesh-agent join <token>`");
+    };
+    files::create_private_dir(&config.runtime_dir)?;
+    let vips = membership.host.vips;
+    let ranges = capture::VipRanges::new(&vips.v4().to_string(), &vips.v6().to_string())?;
+    let mut worker_arguments = vec![OsString::from("worker")];
+    if let Some(path) = config_path {
+        worker_arguments.extend(["--config".into(), path.into_os_string()]);
+    }
+    let outcome = holder::run(&HolderConfig {
+        capture: config.capture.clone(),
+        ranges,
+        mesh: config.mesh_addresses(),
+        worker_arguments,
+        drain: config.holder_drain(),
+        keep_link: true,
+    });
+    // Also when the worker could not do it.
+    leave::unwire(config);
+    outcome
+}
+
+fn join(config: &Config, request: &join::Request) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let joined = runtime.block_on(join::join(config, request));
+    let (membership, news) = match joined? {
+        Joined::New { membership, skewed } => {
+            if skewed {
+                say(
+                    "this host's clock and control's differ by more than a minute: set it, or certificates are refused\n",
+                )?;
+            }
+            (membership, "joined")
+        }
+        Joined::Already(membership) => (membership, "this host has already joined"),
+    };
+    let host = &membership.host;
+    say(&format!(
+        "{news} {} as host {} ({}) in network {} at {}\nnext: name its workloads in {} and start the agent (`mesh-agent run`)\n",
+        host.trust_domain,
+        host.name,
+        host.uid,
+        host.network,
+        membership.address,
+        config.services_dir.display()
+    ))
+}
+
+fn status(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
+    let socket = config.admin_socket();
+    let Some(status) = status::ask(&socket)? else {
+        let state = State::new(&config.state_dir);
+        match state.membership()? {
+            Some(membership) => bail!(
+                "the agent does not run (nothing answers at {}); this host is {} of {}",
+                socket.display(),
+                membership.host.name,
+                membership.host.trust_domain
+            ),
+            None => bail!("this host has not joined a mesh; run `mesh-agent join <token>`"),
+        }
+    };
+    match output {
+        Output::Table => say(&status.render(leaves::now_ms() / 1000)),
+        Output::Json => say(&(serde_json::to_string_pretty(&status)? + "\n")),
+    }
+}
+
+fn say(text: &str) -> anyhow::Result<ExitCode> {
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .context("cannot write to stdout")?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,271 @@
+//! The admin socket of a worker: health, readiness, metrics, state, configuration and the log level.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use http::{Method, StatusCode};
+use mesh_api::sync::Problem;
+use mesh_api::workload_file::Workload;
+use mesh_core::health::Verdict;
+use mesh_core::identity::Identity;
+use mesh_core::reason::Reason;
+use mesh_core::session::Phase;
+use mesh_runtime::admin::{Answer, Handler};
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::control::SessionStatus;
+use crate::dns;
+use crate::health::Verdicts;
+use crate::leaves::{LeafStanding, Standings, now_ms};
+use crate::metrics::Metrics;
+use crate::owners::OwnerStatus;
+use crate::state::Membership;
+use crate::status::{
+    CaptureStatus, ControlStatus, IndexStatus, LeafStatus, RefusalStatus, ServiceStatus, Status,
+    WorkloadStatus,
+};
+use crate::view::{View, ViewReader};
+use crate::workloads::WorkloadSet;
+
+/// What the answers are made of.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    pub(crate) config: Config,
+    pub(crate) membership: Membership,
+    pub(crate) view: ViewReader,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) sets: watch::Receiver<Arc<WorkloadSet>>,
+    pub(crate) verdicts: watch::Receiver<Arc<Verdicts>>,
+    pub(crate) session: watch::Receiver<Arc<SessionStatus>>,
+    pub(crate) standings: watch::Receiver<Arc<Standings>>,
+    pub(crate) owners: watch::Receiver<Arc<OwnerStatus>>,
+    pub(crate) dns: Option<Arc<dns::Counters>>,
+}
+
+/// Answers from `sources`.
+pub(crate) fn handler(sources: Sources) -> Handler {
+    let sources = Arc::new(sources);
+    Arc::new(move |method, path| {
+        let sources = Arc::clone(&sources);
+        Box::pin(async move { sources.answer(&method, &path) })
+    })
+}
+
+impl Sources {
+    fn answer(&self, method: &Method, path: &str) -> Answer {
+        let (path, query) = path.split_once('?').unwrap_or((path, ""));
+        match (method.as_str(), path) {
+            ("GET", "/health") => Answer::text("ok\n"),
+            ("GET", "/ready") => self.ready(),
+            ("GET", "/metrics") => Answer {
+                status: StatusCode::OK,
+                content_type: "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                body: self.metrics.encode(),
+            },
+            ("GET", "/state") => Answer::json(&self.status()),
+            ("GET", "/config") => match toml::to_string(&self.config) {
+                Ok(text) => Answer::text(text),
+                Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+            },
+            ("PUT", "/log-level") => set_level(query),
+            (_, "/health" | "/ready" | "/metrics" | "/state" | "/config" | "/log-level") => {
+                Answer::error(
+                    StatusCode::METHOD_NOT_ALLOWED,
+                    "use GET, or PUT for /log-level",
+                )
+            }
+            _ => Answer::error(
+                StatusCode::NOT_FOUND,
+                "there are /health, /ready, /metrics, /state, /config and /log-level",
+            ),
+        }
+    }
+
+    fn ready(&self) -> Answer {
+        let waits = self.waits_for();
+        if waits.is_empty() {
+            return Answer::text("ready\n");
+        }
+        let message = format!("not ready; waiting for {}", waits.join(", "));
+        Answer::error(StatusCode::SERVICE_UNAVAILABLE, &message)
+    }
+
+    /// What must be there before calls are certain to be served.
+    fn waits_for(&self) -> Vec<String> {
+        let mut waits = Vec::new();
+        let view = self.view.borrow().clone();
+        if !self.owners.borrow().applied {
+            waits.push("the kernel to know the workloads".to_owned());
+        }
+        if view.index.is_none() {
+            waits.push("the services of the mesh, which control sends".to_owned());
+        }
+        if view.policies.is_none() {
+            waits.push("the policies, which control sends".to_owned());
+        }
+        let standings = self.standings.borrow().clone();
+        let set = self.sets.borrow().clone();
+        let accounts = set.workloads.iter().map(|w| &w.account);
+        let mut wanted: Vec<Identity> = accounts.cloned().map(Identity::Workload).collect();
+        wanted.push(Identity::Host(self.membership.host.name.clone()));
+        for identity in wanted {
+            let standing = standings.get(&identity);
+            let settled = standing.is_some_and(|s| s.not_after_s.is_some() || s.refused.is_some());
+            if !settled {
+                waits.push(format!("the certificate of {identity}"));
+            }
+        }
+        waits
+    }
+
+    fn status(&self) -> Status {
+        let view = self.view.borrow().clone();
+        let session = self.session.borrow().clone();
+        let standings = self.standings.borrow().clone();
+        let verdicts = self.verdicts.borrow().clone();
+        let owners = self.owners.borrow().clone();
+        let set = self.sets.borrow().clone();
+        let host = &self.membership.host;
+        let host_identity = Identity::Host(host.name.clone());
+        let mut status = Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            host: host.name.to_string(),
+            host_uid: host.uid.to_string(),
+            trust_domain: host.trust_domain.to_string(),
+            network: host.network.to_string(),
+            address: self.membership.address.clone(),
+            control: control(&session),
+            index: index(&view, &session),
+            policies: view.policies.as_ref().map(|p| p.revision),
+            endpoints_known: view.endpoints.len(),
+            capture: CaptureStatus {
+                applied: owners.applied,
+                error: owners.error.clone(),
+            },
+            host_leaf: leaf(&host_identity, standings.get(&host_identity)),
+            workloads: Vec::new(),
+            file_problems: set.problems.iter().map(ToString::to_string).collect(),
+            autonomy_s: None,
+            dns: self.dns.as_deref().map(counters).unwrap_or_default(),
+        };
+        for workload in &set.workloads {
+            let mut shown = workload_status(workload, &session.problems, &verdicts);
+            let identity = Identity::Workload(workload.account.clone());
+            shown.leaf = leaf(&identity, standings.get(&identity));
+            shown.number = set.number(&workload.account).unwrap_or_default();
+            shown.problem = owners.problems.get(&workload.account).cloned();
+            status.workloads.push(shown);
+        }
+        let lives = status.workloads.iter().filter_map(|w| w.leaf.left_s);
+        status.autonomy_s = lives.chain(status.host_leaf.left_s).min();
+        status
+    }
+}
+
+fn control(session: &SessionStatus) -> ControlStatus {
+    let live = session.phase == Phase::Live;
+    let error = session.last_error.as_ref().filter(|_| !live);
+    ControlStatus {
+        session: match session.phase {
+            Phase::Waiting => "waiting",
+            Phase::Connecting => "connecting",
+            Phase::Greeting => "greeting",
+            Phase::Live => "live",
+        }
+        .to_owned(),
+        address: session.address.clone(),
+        version: session.control_version.clone(),
+        stale_since_s: (!live).then_some(session.heard_ms / 1000),
+        last_error: error.map(|e| e.text.clone()),
+        last_reason: error.and_then(|e| e.reason.clone()),
+    }
+}
+
+fn index(view: &View, session: &SessionStatus) -> Option<IndexStatus> {
+    let index = view.index.as_ref()?;
+    let installed = session.installed?;
+    Some(IndexStatus {
+        epoch: installed.epoch,
+        revision: installed.revision,
+        services: index.services().len(),
+    })
+}
+
+fn leaf(identity: &Identity, standing: Option<&LeafStanding>) -> LeafStatus {
+    let now_s = i64::try_from(now_ms() / 1000).unwrap_or(i64::MAX);
+    LeafStatus {
+        identity: identity.to_string(),
+        left_s: standing
+            .and_then(|s| s.not_after_s)
+            .map(|not_after| not_after.saturating_sub(now_s)),
+        refused: standing
+            .and_then(|s| s.refused.as_ref())
+            .map(|(reason, message)| refusal(*reason, message)),
+    }
+}
+
+fn refusal(reason: Reason, message: &str) -> RefusalStatus {
+    RefusalStatus {
+        reason: reason.code().to_owned(),
+        message: message.to_owned(),
+        remedy: reason.text().to_owned(),
+    }
+}
+
+fn workload_status(
+    workload: &Workload,
+    problems: &[Problem],
+    verdicts: &Verdicts,
+) -> WorkloadStatus {
+    let refused = |service: Option<&mesh_core::names::Label>| {
+        let mut own = problems.iter().filter(|p| p.account == workload.account);
+        let problem = own.find(|p| p.service.as_ref() == service)?;
+        Some(refusal(problem.reason, &problem.message))
+    };
+    let services = workload.services.iter().map(|service| {
+        let served = (workload.account.clone(), service.name.clone());
+        let verdict = verdicts.get(&served).copied().unwrap_or(Verdict::Unknown);
+        ServiceStatus {
+            name: service.name.to_string(),
+            ports: service.ports.iter().map(|p| p.number).collect(),
+            health: verdict.as_str().to_owned(),
+            refused: refused(Some(&service.name.name)),
+        }
+    });
+    WorkloadStatus {
+        account: workload.account.to_string(),
+        owner: workload.owner.to_string(),
+        services: services.collect(),
+        refused: refused(None),
+        ..WorkloadStatus::default()
+    }
+}
+
+fn counters(dns: &dns::Counters) -> BTreeMap<String, u64> {
+    let all = [
+        ("answered", &dns.answered),
+        ("no_such_name", &dns.no_such_name),
+        ("no_index", &dns.no_index),
+        ("forwarded", &dns.forwarded),
+        ("upstream_failed", &dns.upstream_failed),
+        ("overloaded", &dns.overloaded),
+        ("malformed", &dns.malformed),
+    ];
+    let read = all.map(|(name, counter)| (name.to_owned(), counter.load(Ordering::Relaxed)));
+    BTreeMap::from(read)
+}
+
+fn set_level(query: &str) -> Answer {
+    let Some(level) = query.strip_prefix("level=") else {
+        return Answer::error(StatusCode::BAD_REQUEST, "use PUT /log-level?level=debug");
+    };
+    match mesh_runtime::log::set_level(level) {
+        Ok(()) => {
+            log::info!(level = level; "the log level was changed");
+            Answer::text("changed\n")
+        }
+        Err(error) => Answer::error(StatusCode::BAD_REQUEST, &error),
+    }
+}

@@ -1,0 +1,165 @@
+//! Keeps what control sent on disk, beside the way of calls: the newest state is written whenever the last writing is
+//! done, whatever came between is never written.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_api::stored::{StoredEndpoints, StoredIndex, StoredPolicies, StoredService};
+use mesh_api::{proto, sync};
+use mesh_core::names::ServiceName;
+use mesh_core::service::Index;
+use mesh_core::session::Installed;
+use mesh_runtime::files::FileError;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::state::{Kept, State};
+
+/// Between two writings: endpoints of a busy mesh change many times a second.
+const PAUSE: Duration = Duration::from_millis(250);
+/// After a writing that failed: a full disk does not get better at once.
+const PAUSE_FAILED: Duration = Duration::from_secs(30);
+
+/// The state that is to be on disk. Parts are compared by address: a new one is another part.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Wanted {
+    pub(super) bundle: Option<Arc<proto::TrustBundle>>,
+    pub(super) index: Option<Arc<KeptIndex>>,
+    pub(super) policies: Option<Arc<KeptPolicies>>,
+    pub(super) endpoints: Arc<BTreeMap<ServiceName, KeptEndpoints>>,
+    /// When control was last heard, Unix milliseconds; 0: never.
+    pub(super) contact_ms: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct KeptIndex {
+    pub(super) installed: Installed,
+    pub(super) received_ms: u64,
+    pub(super) index: Arc<Index>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct KeptPolicies {
+    pub(super) epoch: u64,
+    pub(super) received_ms: u64,
+    pub(super) update: proto::PolicyUpdate,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct KeptEndpoints {
+    pub(super) epoch: u64,
+    pub(super) received_ms: u64,
+    pub(super) used_ms: u64,
+    pub(super) update: Arc<proto::EndpointsUpdate>,
+}
+
+/// What is persisted by now, and used since before that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Persisted {
+    pub(super) index_revision: u64,
+    pub(super) bundle_number: u64,
+    pub(super) policy_revision: u64,
+}
+
+/// Writes until `stop`, and once more then.
+pub(super) async fn run(
+    state: State,
+    mut wanted: watch::Receiver<Wanted>,
+    persisted: watch::Sender<Persisted>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    // What is there at the start came from disk.
+    let mut written = wanted.borrow_and_update().clone();
+    persisted.send_replace(Persisted::of(&written));
+    let mut failing = false;
+    loop {
+        let stopping = tokio::select! {
+            changed = wanted.changed() => changed.is_err(),
+            () = stop.cancelled() => true,
+        };
+        let now = wanted.borrow_and_update().clone();
+        let (keeper, before, after) = (state.clone(), written.clone(), now.clone());
+        let outcome = tokio::task::spawn_blocking(move || write(&keeper, &before, &after)).await?;
+        match outcome {
+            Ok(()) => {
+                failing = false;
+                written = now;
+                persisted.send_if_modified(|known| {
+                    let new = Persisted::of(&written);
+                    std::mem::replace(known, new) != new
+                });
+            }
+            Err(error) => {
+                if !failing {
+                    log::warn!(error:% = error; "what control sent can not be kept; a restart would begin with older state");
+                }
+                failing = true;
+                // What was not written is wanted still.
+                wanted.mark_changed();
+            }
+        }
+        if stopping {
+            return Ok(());
+        }
+        tokio::select! {
+            () = stop.cancelled() => wanted.mark_changed(),
+            () = tokio::time::sleep(if failing { PAUSE_FAILED } else { PAUSE }) => (),
+        }
+    }
+}
+
+impl Persisted {
+    fn of(wanted: &Wanted) -> Self {
+        Self {
+            index_revision: wanted.index.as_ref().map_or(0, |i| i.installed.revision),
+            bundle_number: wanted.bundle.as_ref().map_or(0, |b| b.number),
+            policy_revision: wanted.policies.as_ref().map_or(0, |p| p.update.revision),
+        }
+    }
+}
+
+/// Writes what differs. Roots first: a leaf or policy must never be newer than what it is judged by.
+fn write(state: &State, before: &Wanted, after: &Wanted) -> Result<(), FileError> {
+    if let Some(bundle) = changed(before.bundle.as_ref(), after.bundle.as_ref()) {
+        state.keep(Kept::Bundle, bundle)?;
+    }
+    if let Some(kept) = changed(before.policies.as_ref(), after.policies.as_ref()) {
+        let stored = StoredPolicies {
+            epoch: kept.epoch,
+            received_ms: kept.received_ms,
+            update: Some(kept.update.clone()),
+        };
+        state.keep(Kept::Policies, &stored)?;
+    }
+    if let Some(kept) = changed(before.index.as_ref(), after.index.as_ref()) {
+        let stored = StoredIndex {
+            epoch: kept.installed.epoch,
+            received_ms: kept.received_ms,
+            update: Some(sync::index_snapshot(&kept.index, kept.installed.revision)),
+        };
+        state.keep(Kept::Index, &stored)?;
+    }
+    if !Arc::ptr_eq(&before.endpoints, &after.endpoints) {
+        let services = after.endpoints.values().map(|kept| StoredService {
+            epoch: kept.epoch,
+            received_ms: kept.received_ms,
+            used_ms: kept.used_ms,
+            update: Some((*kept.update).clone()),
+        });
+        let services = services.collect();
+        state.keep(Kept::Endpoints, &StoredEndpoints { services })?;
+    }
+    if before.contact_ms != after.contact_ms {
+        state.set_contact(after.contact_ms)?;
+    }
+    Ok(())
+}
+
+fn changed<'a, T>(before: Option<&Arc<T>>, after: Option<&'a Arc<T>>) -> Option<&'a T> {
+    let same = match (before, after) {
+        (Some(before), Some(after)) => Arc::ptr_eq(before, after),
+        _ => false,
+    };
+    after.filter(|_| !same).map(Arc::as_ref)
+}

@@ -1,0 +1,324 @@
+//! What this host has of control's state: read from disk at the start, replaced as control sends, shown in the view,
+//! kept on disk. Whatever is bad is refused whole, and what was good stays in use.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use mesh_api::stored::{StoredEndpoints, StoredIndex, StoredPolicies};
+use mesh_api::sync::{EndpointsChange, IndexChange, SyncError, policy_set};
+use mesh_api::{proto, sync};
+use mesh_core::names::{ServiceName, TrustDomain};
+use mesh_core::service::Index;
+use mesh_core::session::Installed;
+use mesh_core::vip::VipRanges;
+use mesh_runtime::tls::trust::{SharedTrust, TrustStore};
+use tokio::sync::watch;
+
+use super::keep::{KeptEndpoints, KeptIndex, KeptPolicies, Wanted};
+use crate::state::{Kept, State};
+use crate::view::{HostFacts, ViewWriter};
+
+/// Most services whose endpoints are asked for: what control takes.
+pub(super) const SUBSCRIPTIONS_MAX: usize = 10_000;
+/// Endpoints that nobody asked for so long are given up: a day.
+const UNUSED_MS: u64 = 24 * 3600 * 1000;
+
+/// The owner of index, policies, endpoints and roots.
+#[derive(Debug)]
+pub(super) struct Mirror {
+    view: ViewWriter,
+    trust: SharedTrust,
+    trust_domain: TrustDomain,
+    vips: VipRanges,
+    wanted: watch::Sender<Wanted>,
+    /// The epoch of the live session.
+    epoch: u64,
+    /// Services whose endpoints are wanted, and when they last were.
+    subscriptions: BTreeMap<ServiceName, u64>,
+}
+
+impl Mirror {
+    /// Takes what is on disk into use.
+    pub(super) fn load(
+        state: &State,
+        host: &HostFacts,
+        view: ViewWriter,
+        trust: SharedTrust,
+        bundle: proto::TrustBundle,
+    ) -> Self {
+        let contact_ms = state.contact().unwrap_or(0);
+        let mut mirror = Self {
+            view,
+            trust,
+            trust_domain: host.trust_domain.clone(),
+            vips: host.vips,
+            wanted: watch::Sender::new(Wanted {
+                bundle: Some(Arc::new(bundle)),
+                contact_ms,
+                ..Wanted::default()
+            }),
+            epoch: 0,
+            subscriptions: BTreeMap::new(),
+        };
+        let loaded = [
+            ("index", mirror.load_index(state)),
+            ("policies", mirror.load_policies(state)),
+            ("endpoints", mirror.load_endpoints(state)),
+        ];
+        for (what, outcome) in loaded {
+            if let Err(error) = outcome {
+                log::warn!(what = what, error:% = error; "what was kept is of no use and is left out");
+            }
+        }
+        mirror
+    }
+
+    fn load_index(&mut self, state: &State) -> Result<(), SyncError> {
+        let Some(stored) = state.kept::<StoredIndex>(Kept::Index) else {
+            return Ok(());
+        };
+        let change = IndexChange::read(&stored.update.unwrap_or_default(), &self.vips)?;
+        let installed = Installed {
+            epoch: stored.epoch,
+            revision: change.revision,
+        };
+        let index = change.apply(None)?;
+        self.use_index(installed, index, stored.received_ms);
+        Ok(())
+    }
+
+    fn load_policies(&mut self, state: &State) -> Result<(), SyncError> {
+        let Some(stored) = state.kept::<StoredPolicies>(Kept::Policies) else {
+            return Ok(());
+        };
+        let update = stored.update.unwrap_or_default();
+        self.use_policies(update, stored.epoch, stored.received_ms)
+    }
+
+    fn load_endpoints(&mut self, state: &State) -> Result<(), SyncError> {
+        let stored: StoredEndpoints = state.kept(Kept::Endpoints).unwrap_or_default();
+        for service in stored.services.into_iter().take(SUBSCRIPTIONS_MAX) {
+            let update = service.update.unwrap_or_default();
+            let change = EndpointsChange::try_from(&update)?;
+            self.subscriptions
+                .insert(change.service.clone(), service.used_ms);
+            let kept = KeptEndpoints {
+                epoch: service.epoch,
+                received_ms: service.received_ms,
+                used_ms: service.used_ms,
+                update: Arc::new(update),
+            };
+            self.use_endpoints(change, kept);
+        }
+        Ok(())
+    }
+
+    /// What is to be on disk.
+    pub(super) fn wanted(&self) -> watch::Receiver<Wanted> {
+        self.wanted.subscribe()
+    }
+
+    pub(super) fn installed(&self) -> Option<Installed> {
+        self.wanted.borrow().index.as_ref().map(|i| i.installed)
+    }
+
+    /// Until when all that is in use was known to be true, by what is on disk; Unix milliseconds.
+    pub(super) fn known_until_ms(&self) -> u64 {
+        let wanted = self.wanted.borrow();
+        let index = wanted.index.as_ref().map_or(0, |i| i.received_ms);
+        wanted.contact_ms.max(index)
+    }
+
+    /// The epoch of the session that is live from now on.
+    pub(super) fn begin_epoch(&mut self, epoch: u64) {
+        self.epoch = epoch;
+    }
+
+    pub(super) fn contact(&self, now_ms: u64) {
+        self.wanted.send_modify(|w| w.contact_ms = now_ms);
+    }
+
+    /// Reads an update without applying it.
+    pub(super) fn read_index(&self, update: &proto::IndexUpdate) -> Result<IndexChange, SyncError> {
+        IndexChange::read(update, &self.vips)
+    }
+
+    pub(super) fn install_index(
+        &mut self,
+        change: IndexChange,
+        installed: Installed,
+        now_ms: u64,
+    ) -> Result<(), SyncError> {
+        let before = self.view.now().index.clone();
+        let index = change.apply(before.as_deref())?;
+        self.use_index(installed, index, now_ms);
+        self.forget_unlisted();
+        Ok(())
+    }
+
+    fn use_index(&self, installed: Installed, index: Index, received_ms: u64) {
+        let index = Arc::new(index);
+        self.view
+            .change(|view| view.index = Some(Arc::clone(&index)));
+        let kept = Arc::new(KeptIndex {
+            installed,
+            received_ms,
+            index,
+        });
+        self.wanted.send_modify(|w| w.index = Some(kept));
+    }
+
+    /// All policies that concern this host, replaced whole.
+    pub(super) fn policies(
+        &self,
+        update: proto::PolicyUpdate,
+        now_ms: u64,
+    ) -> Result<bool, SyncError> {
+        let have = self.wanted.borrow().policies.clone();
+        if let Some(have) = have
+            && have.epoch == self.epoch
+            && update.revision < have.update.revision
+        {
+            return Ok(false);
+        }
+        self.use_policies(update, self.epoch, now_ms)?;
+        Ok(true)
+    }
+
+    fn use_policies(
+        &self,
+        update: proto::PolicyUpdate,
+        epoch: u64,
+        received_ms: u64,
+    ) -> Result<(), SyncError> {
+        let set = Arc::new(policy_set(&update, &self.trust_domain)?);
+        self.view.change(|view| view.policies = Some(set));
+        let kept = Arc::new(KeptPolicies {
+            epoch,
+            received_ms,
+            update,
+        });
+        self.wanted.send_modify(|w| w.policies = Some(kept));
+        Ok(())
+    }
+
+    /// The endpoints of one service, replaced whole. False if they were not asked for, or are old.
+    pub(super) fn endpoints(
+        &self,
+        update: proto::EndpointsUpdate,
+        now_ms: u64,
+    ) -> Result<bool, SyncError> {
+        let change = EndpointsChange::try_from(&update)?;
+        let Some(used_ms) = self.subscriptions.get(&change.service).copied() else {
+            return Ok(false);
+        };
+        let wanted = self.wanted.borrow();
+        if let Some(have) = wanted.endpoints.get(&change.service)
+            && have.epoch == self.epoch
+            && change.revision < have.update.revision
+        {
+            return Ok(false);
+        }
+        drop(wanted);
+        let kept = KeptEndpoints {
+            epoch: self.epoch,
+            received_ms: now_ms,
+            used_ms,
+            update: Arc::new(update),
+        };
+        self.use_endpoints(change, kept);
+        Ok(true)
+    }
+
+    fn use_endpoints(&self, change: EndpointsChange, kept: KeptEndpoints) {
+        let endpoints = Arc::new(change.endpoints);
+        self.view.change(|view| {
+            let all = Arc::make_mut(&mut view.endpoints);
+            all.insert(change.service.clone(), endpoints);
+        });
+        self.wanted.send_modify(|wanted| {
+            Arc::make_mut(&mut wanted.endpoints).insert(change.service, kept);
+        });
+    }
+
+    /// New roots; all of them must be good, and the own trust domain among them.
+    pub(super) fn bundle(&self, bundle: proto::TrustBundle) -> anyhow::Result<bool> {
+        if bundle.number < self.trust.load().number() {
+            return Ok(false);
+        }
+        let store = TrustStore::from_bundle(&bundle)?;
+        store
+            .roots(&self.trust_domain)
+            .filter(|roots| !roots.is_empty())
+            .with_context(|| format!("it has no root of {}", self.trust_domain))?;
+        self.trust.store(Arc::new(store));
+        let bundle = Arc::new(bundle);
+        self.wanted.send_modify(|w| w.bundle = Some(bundle));
+        Ok(true)
+    }
+
+    /// A program of this host wants to reach `service`. True if control must be asked for it.
+    pub(super) fn want(&mut self, service: &ServiceName, now_ms: u64) -> bool {
+        let listed = self.view.now().index.as_ref().map(Arc::clone);
+        if listed.is_none_or(|index| index.get(service).is_none()) {
+            return false;
+        }
+        if let Some(used_ms) = self.subscriptions.get_mut(service) {
+            *used_ms = now_ms;
+            return false;
+        }
+        if self.subscriptions.len() >= SUBSCRIPTIONS_MAX {
+            let oldest = self.subscriptions.iter().min_by_key(|(_, used)| **used);
+            if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
+                self.forget(&[oldest]);
+            }
+        }
+        self.subscriptions.insert(service.clone(), now_ms);
+        true
+    }
+
+    /// Gives up what nobody used for a day. True if control must be told.
+    pub(super) fn forget_unused(&mut self, now_ms: u64) -> bool {
+        let unused = |used: u64| now_ms.saturating_sub(used) > UNUSED_MS;
+        let subscriptions = self.subscriptions.iter();
+        let gone: Vec<ServiceName> = subscriptions
+            .filter(|(_, used)| unused(**used))
+            .map(|(name, _)| name.clone())
+            .collect();
+        self.forget(&gone);
+        !gone.is_empty()
+    }
+
+    /// A service that is not listed can not be called; if it comes back it is asked for anew.
+    fn forget_unlisted(&mut self) {
+        let Some(index) = self.view.now().index.clone() else {
+            return;
+        };
+        let names = self.subscriptions.keys();
+        let gone: Vec<ServiceName> = names
+            .filter(|name| index.get(name).is_none())
+            .cloned()
+            .collect();
+        self.forget(&gone);
+    }
+
+    fn forget(&mut self, gone: &[ServiceName]) {
+        if gone.is_empty() {
+            return;
+        }
+        self.subscriptions.retain(|name, _| !gone.contains(name));
+        self.view.change(|view| {
+            Arc::make_mut(&mut view.endpoints).retain(|name, _| !gone.contains(name));
+        });
+        self.wanted.send_modify(|wanted| {
+            Arc::make_mut(&mut wanted.endpoints).retain(|name, _| !gone.contains(name));
+        });
+    }
+
+    pub(super) fn subscribe(&self) -> proto::Subscribe {
+        proto::Subscribe {
+            services: self.subscriptions.keys().map(sync::service_ref).collect(),
+        }
+    }
+}

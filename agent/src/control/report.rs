@@ -1,0 +1,61 @@
+//! What this host tells control that it serves.
+
+use mesh_api::{proto, sync};
+use mesh_core::health::Verdict;
+
+use crate::health::Verdicts;
+use crate::workloads::WorkloadSet;
+
+/// The report of these workloads, each service with its health. A service whose health is not known yet is not healthy.
+pub(super) fn workloads(set: &WorkloadSet, verdicts: &Verdicts) -> Vec<proto::ReportedWorkload> {
+    let workloads = set.workloads.iter().map(|workload| {
+        let services = workload.services.iter().map(|service| {
+            let served = (workload.account.clone(), service.name.clone());
+            proto::ReportedService {
+                name: service.name.name.to_string(),
+                ports: service.ports.iter().map(sync::reported_port).collect(),
+                transport: service.transport.to_string(),
+                healthy: verdicts
+                    .get(&served)
+                    .copied()
+                    .is_some_and(Verdict::is_healthy),
+            }
+        });
+        proto::ReportedWorkload {
+            namespace: workload.account.namespace.to_string(),
+            account: workload.account.name.to_string(),
+            services: services.collect(),
+        }
+    });
+    workloads.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mesh_api::workload_file::Workload;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_service_is_healthy_only_when_it_is_known_to_be() {
+        let text =
+            "namespace = \"shop\"\n[owner]\nuser = \"1\"\n[[service]]\nports = [{ port = 80 }]\n";
+        let workload = Workload::parse("web", text).unwrap();
+        let served = (workload.account.clone(), workload.services[0].name.clone());
+        let set = WorkloadSet {
+            workloads: vec![Arc::new(workload)],
+            ..WorkloadSet::default()
+        };
+        let healthy = |verdicts: &Verdicts| workloads(&set, verdicts)[0].services[0].healthy;
+        assert!(!healthy(&Verdicts::new()));
+        for (verdict, expected) in [
+            (Verdict::Unknown, false),
+            (Verdict::Healthy, true),
+            (Verdict::Unhealthy, false),
+            (Verdict::Draining, false),
+        ] {
+            let verdicts = Verdicts::from([(served.clone(), verdict)]);
+            assert_eq!(healthy(&verdicts), expected, "{verdict:?}");
+        }
+    }
+}

@@ -1,0 +1,542 @@
+//! The certificates that this host speaks with: one for each workload, one for processes that match none, and the
+//! agent's own credential. `mesh_core::renewal` decides when each is renewed; this asks control and keeps the answers.
+//!
+//! A new leaf is on disk before it is used, so an agent that restarts while control is away goes on with it. Keys stay
+//! for as long as their workload does: a key and its certificate can not come apart when the agent dies between two
+//! writes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, ensure};
+use mesh_api::proto::mesh_client::MeshClient;
+use mesh_api::{proto, sync};
+use mesh_core::identity::{Identity, SpiffeId};
+use mesh_core::names::{Account, TrustDomain};
+use mesh_core::reason::Reason;
+use mesh_core::renewal::{Command, Renewal, Standing};
+use mesh_runtime::tls::leaf::LeafFacts;
+use mesh_runtime::tls::trust::SharedTrust;
+use mesh_runtime::tls::verify::{Accept, Verifier};
+use mesh_runtime::tls::{ALPN_MESH, client_config};
+use rustls::sign::CertifiedKey;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+
+use crate::keys;
+use crate::state::{Membership, Pair, State};
+use crate::view::{Leaf, ViewWriter};
+use crate::workloads::WorkloadSet;
+
+/// Leaves in one call: what control takes.
+const BATCH_MAX: usize = 256;
+/// How long a call may take; shorter than what the renewal machine gives an attempt.
+const CALL_MAX: Duration = Duration::from_secs(20);
+/// The agent's own credential lives for 30 days and is renewed daily: a third of this.
+const AGENT_LIFE_MS: u64 = 3 * 24 * 3600 * 1000;
+/// After a refusal, which an operator must lift: an asking fleet must not be a load.
+const REFUSED_WAIT_MS: u64 = 60_000;
+
+/// How each identity stands, for `status` and readiness.
+pub(crate) type Standings = BTreeMap<Identity, LeafStanding>;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LeafStanding {
+    /// Unix time, seconds; `None` while there is no certificate.
+    pub(crate) not_after_s: Option<i64>,
+    pub(crate) refused: Option<(Reason, String)>,
+}
+
+/// What the owner of the leaves works with.
+#[derive(Debug)]
+pub(crate) struct Links {
+    pub(crate) state: State,
+    pub(crate) view: ViewWriter,
+    pub(crate) trust: SharedTrust,
+    pub(crate) sets: watch::Receiver<Arc<WorkloadSet>>,
+    /// The way to control while the session is live.
+    pub(crate) channel: watch::Receiver<Option<Channel>>,
+    /// Changes when control has judged what this host reports.
+    pub(crate) judged: watch::Receiver<u64>,
+    /// The agent's own credential.
+    pub(crate) credential: watch::Sender<Option<Arc<CertifiedKey>>>,
+    pub(crate) standings: watch::Sender<Arc<Standings>>,
+}
+
+/// The owner of all leaves.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    links: Links,
+    host: Identity,
+    agent: Identity,
+    trust_domain: TrustDomain,
+    entries: BTreeMap<Identity, Entry>,
+    seed: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    /// PEM. On disk as soon as there is a certificate.
+    key: String,
+    renewal: Renewal,
+    not_after_s: Option<i64>,
+    refused: Option<Refused>,
+}
+
+#[derive(Debug)]
+struct Refused {
+    reason: Reason,
+    message: String,
+    at_ms: u64,
+}
+
+/// What came of one call: for each leaf a chain or a refusal, or why the call failed.
+struct Renewed {
+    wanted: Vec<(Identity, String)>,
+    answer: Result<Vec<proto::LeafResponse>, String>,
+}
+
+impl Keeper {
+    /// Takes the leaves that are on disk into use.
+    pub(crate) fn new(links: Links, membership: &Membership) -> anyhow::Result<Self> {
+        let mut keeper = Self {
+            host: Identity::Host(membership.host.name.clone()),
+            agent: membership.agent_id().identity,
+            trust_domain: membership.host.trust_domain.clone(),
+            entries: BTreeMap::new(),
+            seed: RandomState::new().build_hasher().finish(),
+            links,
+        };
+        keeper.converge()?;
+        Ok(keeper)
+    }
+
+    /// Renews and publishes until `stop`.
+    pub(crate) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        let mut calls: JoinSet<Renewed> = JoinSet::new();
+        loop {
+            self.wake(&mut calls)?;
+            self.publish();
+            let sleep = self.sleep();
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                changed = self.links.sets.changed() => {
+                    changed.context("the owner of the workloads is gone")?;
+                    self.converge()?;
+                }
+                changed = self.links.channel.changed() => {
+                    changed.context("the session with control is gone")?;
+                    self.want(|_| true);
+                }
+                changed = self.links.judged.changed() => {
+                    changed.context("the session with control is gone")?;
+                    self.want(|entry| entry.refused.take().is_some());
+                }
+                Some(done) = calls.join_next() => self.renewed(done.context("a renewal failed")?),
+                () = tokio::time::sleep(sleep) => (),
+            }
+        }
+    }
+
+    /// Makes the entries those of the workloads, with what is on disk for new ones.
+    fn converge(&mut self) -> anyhow::Result<()> {
+        let set = Arc::clone(&self.links.sets.borrow_and_update());
+        let accounts = set.workloads.iter().map(|w| w.account.clone());
+        let mut wanted: BTreeSet<Identity> = accounts.map(Identity::Workload).collect();
+        wanted.extend([self.host.clone(), self.agent.clone()]);
+        for identity in &wanted {
+            if !self.entries.contains_key(identity) {
+                let entry = self.load(identity)?;
+                self.entries.insert(identity.clone(), entry);
+            }
+        }
+        let gone: Vec<Identity> = self.entries.keys().cloned().collect();
+        for identity in gone.into_iter().filter(|i| !wanted.contains(i)) {
+            self.entries.remove(&identity);
+            self.withdraw(&identity);
+        }
+        // A file that can not be read now may be good again soon: its leaf is kept.
+        if set.problems.is_empty() {
+            let files: BTreeSet<String> = wanted.iter().filter_map(file_name).collect();
+            for name in self.links.state.leaf_names() {
+                if !files.contains(&name) {
+                    self.links.state.remove_leaf(&name);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, identity: &Identity) -> anyhow::Result<Entry> {
+        self.seed = self.seed.wrapping_add(1);
+        let state = &self.links.state;
+        let kept = match file_name(identity) {
+            None => state.agent(),
+            Some(name) => state.leaf(&name),
+        };
+        let kept = kept.unwrap_or_else(|error| {
+            log::warn!(identity:% = identity, error:% = error; "a certificate on disk can not be read");
+            None
+        });
+        if let Some(pair) = kept {
+            match self.take(identity, &pair) {
+                Ok(facts) => return Ok(Entry::of(identity, pair.key, &facts, self.seed)),
+                Err(error) => {
+                    ensure!(
+                        *identity != self.agent,
+                        "the agent's own credential is of no use: {error:#}; `mesh-agent leave`, then join again"
+                    );
+                    log::warn!(
+                        identity:% = identity, error:% = format!("{error:#}");
+                        "a certificate on disk is of no use; a new one is asked for"
+                    );
+                }
+            }
+        }
+        ensure!(
+            *identity != self.agent,
+            "the agent's own credential is missing; `mesh-agent leave`, then join again"
+        );
+        Ok(Entry {
+            key: keys::generate()?,
+            renewal: Renewal::new(0, 0, self.seed),
+            not_after_s: None,
+            refused: None,
+        })
+    }
+
+    /// Checks a pair and takes it into use, unless its life is over.
+    fn take(&self, identity: &Identity, pair: &Pair) -> anyhow::Result<LeafFacts> {
+        let (key, facts) = keys::read(pair)?;
+        let id = SpiffeId {
+            trust_domain: self.trust_domain.clone(),
+            identity: identity.clone(),
+        };
+        ensure!(facts.id == id, "it is for {}, not for {id}", facts.id);
+        if *identity == self.agent {
+            // Also an expired one: control's refusal says more than silence.
+            self.links.credential.send_replace(Some(key));
+            return Ok(facts);
+        }
+        if facts.not_after_s <= now_s() {
+            return Ok(facts);
+        }
+        let verifier = Verifier::new(Arc::clone(&self.links.trust), Accept::NamedWorkload);
+        let leaf = Arc::new(Leaf {
+            client: Arc::new(client_config(
+                Some(Arc::clone(&key)),
+                verifier,
+                &[ALPN_MESH],
+            )?),
+            id,
+            key,
+            not_before_s: facts.not_before_s,
+            not_after_s: facts.not_after_s,
+        });
+        self.links.view.change(|view| {
+            let leaves = Arc::make_mut(&mut view.leaves);
+            match identity {
+                Identity::Workload(account) => {
+                    leaves.workloads.insert(account.clone(), leaf);
+                }
+                _ => leaves.host = Some(leaf),
+            }
+        });
+        Ok(facts)
+    }
+
+    /// New calls can not be made in this name any more.
+    fn withdraw(&self, identity: &Identity) {
+        let there = self.links.view.now().leaves.of(identity).is_some();
+        if there {
+            self.links.view.change(|view| {
+                let leaves = Arc::make_mut(&mut view.leaves);
+                match identity {
+                    Identity::Workload(account) => drop(leaves.workloads.remove(account)),
+                    _ => leaves.host = None,
+                }
+            });
+        }
+    }
+
+    /// Does what is due now.
+    fn wake(&mut self, calls: &mut JoinSet<Renewed>) -> anyhow::Result<()> {
+        let now = now_ms();
+        let mut due = Vec::new();
+        let mut told = Vec::new();
+        for (identity, entry) in &mut self.entries {
+            entry.renewal.handle_timeout(now);
+            while let Some(command) = entry.renewal.poll_command() {
+                match command {
+                    Command::Renew if entry.rests(now) => entry.renewal.handle_failed(now),
+                    Command::Renew => due.push((identity.clone(), entry.key.clone())),
+                    Command::Tell(standing) => told.push((identity.clone(), standing)),
+                }
+            }
+        }
+        for (identity, standing) in told {
+            self.tell(&identity, standing);
+        }
+        let channel = self.links.channel.borrow().clone();
+        for batch in due.chunks(BATCH_MAX) {
+            match &channel {
+                None => {
+                    for (identity, _) in batch {
+                        self.failed(identity, now);
+                    }
+                }
+                Some(channel) => {
+                    let request = self.request(batch)?;
+                    calls.spawn(call(channel.clone(), request, batch.to_vec()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&self, identity: &Identity, standing: Standing) {
+        let Some(not_after_s) = self.entries.get(identity).and_then(|e| e.not_after_s) else {
+            return;
+        };
+        // The machine reckons with a shorter life for the agent's own.
+        if *identity == self.agent {
+            return;
+        }
+        match standing {
+            Standing::Fresh => {
+                log::info!(identity:% = identity; "the certificate is fresh again");
+            }
+            Standing::Ageing => log::warn!(
+                identity:% = identity, not_after = not_after_s;
+                "a third of the certificate's life is left and it was not renewed; is control reached?"
+            ),
+            Standing::NotYetValid => log::warn!(
+                identity:% = identity;
+                "the certificate is not valid yet: this host's clock is behind control's"
+            ),
+            Standing::Expired => {
+                log::error!(
+                    identity:% = identity;
+                    "the certificate is expired: no new call in this name is possible until control is reached"
+                );
+                self.withdraw(identity);
+            }
+        }
+    }
+
+    fn request(&self, batch: &[(Identity, String)]) -> anyhow::Result<proto::RenewRequest> {
+        let leaves = batch.iter().map(|(identity, key)| {
+            let id = SpiffeId {
+                trust_domain: self.trust_domain.clone(),
+                identity: identity.clone(),
+            };
+            Ok(proto::LeafRequest {
+                spiffe_id: id.to_string(),
+                csr: keys::request(key, Some(&id))?.into(),
+            })
+        });
+        Ok(proto::RenewRequest {
+            leaves: leaves.collect::<anyhow::Result<_>>()?,
+        })
+    }
+
+    fn renewed(&mut self, renewed: Renewed) {
+        let now = now_ms();
+        let answers = match renewed.answer {
+            Ok(answers) if answers.len() == renewed.wanted.len() => answers,
+            Ok(answers) => {
+                log::warn!(
+                    "control answered {} of {} certificate requests; they are repeated",
+                    answers.len(),
+                    renewed.wanted.len()
+                );
+                renewed.wanted.iter().for_each(|(i, _)| self.failed(i, now));
+                return;
+            }
+            Err(error) => {
+                log::warn!(error:% = error; "certificates could not be renewed; it is tried again");
+                renewed.wanted.iter().for_each(|(i, _)| self.failed(i, now));
+                return;
+            }
+        };
+        for ((identity, key), answer) in renewed.wanted.into_iter().zip(answers) {
+            // Its workload may be gone meanwhile, or gone and come back with another key.
+            if self.entries.get(&identity).is_none_or(|e| e.key != key) {
+                continue;
+            }
+            if let Some(refusal) = &answer.refusal {
+                self.refused(&identity, refusal, now);
+            } else if let Err(error) = self.install(&identity, key, &answer.certificate_chain, now)
+            {
+                log::warn!(
+                    identity:% = identity, error:% = format!("{error:#}");
+                    "control's certificate is of no use; another is asked for"
+                );
+                self.failed(&identity, now);
+            }
+        }
+    }
+
+    fn install(
+        &mut self,
+        identity: &Identity,
+        key: String,
+        chain: &[impl AsRef<[u8]>],
+        now: u64,
+    ) -> anyhow::Result<()> {
+        let pair = Pair {
+            key,
+            chain: keys::chain_to_pem(chain)?,
+        };
+        // What is not good must not replace what is on disk.
+        keys::read(&pair)?;
+        match file_name(identity) {
+            None => self.links.state.set_agent_chain(&pair.chain)?,
+            Some(name) => self.links.state.set_leaf(&name, &pair)?,
+        }
+        let facts = self.take(identity, &pair)?;
+        let (not_before, not_after) = life(identity, &facts);
+        if let Some(entry) = self.entries.get_mut(identity) {
+            entry.refused = None;
+            entry.not_after_s = Some(facts.not_after_s);
+            entry.renewal.handle_renewed(not_before, not_after, now);
+        }
+        log::info!(identity:% = identity, not_after = facts.not_after_s; "a new certificate is in use");
+        Ok(())
+    }
+
+    fn refused(&mut self, identity: &Identity, refusal: &proto::Refusal, now: u64) {
+        let (reason, message) = sync::refusal(refusal);
+        let Some(entry) = self.entries.get_mut(identity) else {
+            return;
+        };
+        if entry.refused.as_ref().is_none_or(|r| r.reason != reason) {
+            log::warn!(
+                identity:% = identity, reason:% = reason;
+                "control refuses the certificate: {message}"
+            );
+        }
+        entry.refused = Some(Refused {
+            reason,
+            message,
+            at_ms: now,
+        });
+        entry.renewal.handle_failed(now);
+    }
+
+    fn failed(&mut self, identity: &Identity, now: u64) {
+        if let Some(entry) = self.entries.get_mut(identity) {
+            entry.renewal.handle_failed(now);
+        }
+    }
+
+    /// Asks at once for what is missing or late, where `which` says so: the cause of its failures may be gone.
+    fn want(&mut self, which: impl Fn(&mut Entry) -> bool) {
+        let now = now_ms();
+        if self.links.channel.borrow().is_none() {
+            return;
+        }
+        for entry in self.entries.values_mut() {
+            let late = entry.not_after_s.is_none()
+                || matches!(
+                    entry.renewal.standing(now),
+                    Standing::Ageing | Standing::Expired
+                );
+            if late && which(entry) {
+                entry.renewal.handle_wanted(now);
+            }
+        }
+    }
+
+    fn sleep(&self) -> Duration {
+        let now = now_ms();
+        let sleeps = self.entries.values().map(|e| e.renewal.poll_sleep(now));
+        sleeps.min().unwrap_or(mesh_core::renewal::LOOK_EVERY)
+    }
+
+    fn publish(&self) {
+        let standings: Standings = self
+            .entries
+            .iter()
+            .map(|(identity, entry)| {
+                let refused = entry.refused.as_ref();
+                let standing = LeafStanding {
+                    not_after_s: entry.not_after_s,
+                    refused: refused.map(|r| (r.reason, r.message.clone())),
+                };
+                (identity.clone(), standing)
+            })
+            .collect();
+        self.links.standings.send_if_modified(|now| {
+            let changed = **now != standings;
+            if changed {
+                *now = Arc::new(standings);
+            }
+            changed
+        });
+    }
+}
+
+impl Entry {
+    fn of(identity: &Identity, key: String, facts: &LeafFacts, seed: u64) -> Self {
+        let (not_before, not_after) = life(identity, facts);
+        Self {
+            key,
+            renewal: Renewal::new(not_before, not_after, seed),
+            not_after_s: Some(facts.not_after_s),
+            refused: None,
+        }
+    }
+
+    fn rests(&self, now: u64) -> bool {
+        let refused = self.refused.as_ref();
+        refused.is_some_and(|r| now.abs_diff(r.at_ms) < REFUSED_WAIT_MS)
+    }
+}
+
+/// The life by which a leaf is renewed, in Unix milliseconds.
+fn life(identity: &Identity, facts: &LeafFacts) -> (u64, u64) {
+    let ms = |seconds: i64| u64::try_from(seconds).unwrap_or(0).saturating_mul(1000);
+    let (not_before, not_after) = (ms(facts.not_before_s), ms(facts.not_after_s));
+    match identity {
+        Identity::Agent(_) => (not_before, not_after.min(not_before + AGENT_LIFE_MS)),
+        _ => (not_before, not_after),
+    }
+}
+
+/// The name of the leaf's files; the agent's own credential has a place of its own.
+fn file_name(identity: &Identity) -> Option<String> {
+    match identity {
+        Identity::Workload(Account { namespace, name }) => Some(format!("{namespace}.{name}")),
+        Identity::Host(_) => Some("host".to_owned()),
+        _ => None,
+    }
+}
+
+async fn call(
+    channel: Channel,
+    request: proto::RenewRequest,
+    wanted: Vec<(Identity, String)>,
+) -> Renewed {
+    let mut client = MeshClient::new(channel);
+    let answer = match tokio::time::timeout(CALL_MAX, client.renew(request)).await {
+        Err(_) => Err(format!("no answer within {} s", CALL_MAX.as_secs())),
+        Ok(Err(status)) => Err(sync::printable(status.message())),
+        Ok(Ok(response)) => Ok(response.into_inner().leaves),
+    };
+    Renewed { wanted, answer }
+}
+
+/// Unix time, milliseconds.
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn now_s() -> i64 {
+    i64::try_from(now_ms() / 1000).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,361 @@
+//! Tells the kernel, by way of the holder, whose processes are which workload, and takes the listeners that come for
+//! it. Follows the workload files and the cgroups of their owners: a unit that restarts is another directory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use mesh_api::workload_file::Owner;
+use mesh_core::names::Account;
+use mesh_core::vip::VipRanges;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::capture::CgroupRef;
+use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch, Directory, OwnerPath, uid_of};
+use crate::data::DataPlane;
+use crate::holder::client::{HolderLink, HolderSender};
+use crate::holder::protocol::{Desired, DesiredWorkload, FromHolder, WorkloadListener};
+use crate::view::ViewWriter;
+use crate::whose::{Owned, OwnerTable};
+use crate::workloads::WorkloadSet;
+
+/// How often what failed is tried again: a user that is not there yet, rules that the kernel refused.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What the kernel knows, for `status` and readiness.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct OwnerStatus {
+    /// Whether the kernel knows exactly what the files say.
+    pub(crate) applied: bool,
+    /// Why the last wish was not fulfilled.
+    pub(crate) error: Option<String>,
+    /// Workloads whose owner can not be told.
+    pub(crate) problems: BTreeMap<Account, String>,
+}
+
+/// What the owner of the owners works with.
+#[derive(Debug)]
+pub(crate) struct Links {
+    pub(crate) view: ViewWriter,
+    pub(crate) sets: watch::Receiver<Arc<WorkloadSet>>,
+    pub(crate) holder: HolderLink,
+    pub(crate) sender: HolderSender,
+    pub(crate) plane: Arc<DataPlane>,
+    pub(crate) status: watch::Sender<Arc<OwnerStatus>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Owners {
+    links: Links,
+    vips: VipRanges,
+    tree: Option<CgroupTree>,
+    cgroups: Option<CgroupWatch>,
+    set: Arc<WorkloadSet>,
+    /// Of the last wish.
+    generation: u64,
+    sent: Vec<DesiredWorkload>,
+    status: OwnerStatus,
+}
+
+impl Owners {
+    pub(crate) fn new(links: Links, vips: VipRanges) -> anyhow::Result<Self> {
+        let tree = match CgroupTree::find() {
+            Ok(tree) => Some(tree),
+            Err(error) => {
+                log::warn!("{error}; only workloads owned by a user can be told apart");
+                None
+            }
+        };
+        let cgroups = tree.clone().map(CgroupWatch::new).transpose()?;
+        Ok(Self {
+            links,
+            vips,
+            tree,
+            cgroups,
+            set: Arc::default(),
+            generation: 0,
+            sent: Vec::new(),
+            status: OwnerStatus::default(),
+        })
+    }
+
+    /// Follows files and cgroups until `stop`, or until the holder is gone.
+    pub(crate) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        self.follow_set().await?;
+        loop {
+            self.publish();
+            let retry = self.status.error.is_some() || !self.status.problems.is_empty();
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                changed = self.links.sets.changed() => {
+                    changed.context("the owner of the workloads is gone")?;
+                    self.follow_set().await?;
+                }
+                moved = moved(self.cgroups.as_mut()) => {
+                    moved?;
+                    self.tell(false).await?;
+                }
+                message = self.links.holder.recv() => {
+                    let message = message.context("the holder is gone")?;
+                    self.heard(message).await?;
+                }
+                () = tokio::time::sleep(RETRY), if retry => {
+                    let again = self.status.error.is_some();
+                    self.tell(again).await?;
+                }
+            }
+        }
+    }
+
+    /// Takes the workloads as the files say them now.
+    async fn follow_set(&mut self) -> anyhow::Result<()> {
+        self.set = Arc::clone(&self.links.sets.borrow_and_update());
+        let mut paths = Vec::new();
+        for workload in &self.set.workloads {
+            if let Ok(Some(path)) = path(&workload.owner) {
+                paths.extend(path.socket_unit());
+                paths.push(path);
+            }
+        }
+        if let Some(cgroups) = &mut self.cgroups {
+            cgroups.follow(paths)?;
+        }
+        self.tell(false).await
+    }
+
+    /// Resolves all owners, shows them to the data path, and tells the holder what changed; `again`: in any case.
+    async fn tell(&mut self, again: bool) -> anyhow::Result<()> {
+        let (desired, table, problems) = self.resolve()?;
+        for (account, problem) in &problems {
+            if self.status.problems.get(account) != Some(problem) {
+                log::warn!(workload:% = account; "{problem}");
+            }
+        }
+        self.status.problems = problems;
+        let set = Arc::clone(&self.set);
+        self.links.view.change(|view| {
+            view.workloads = set;
+            view.owners = Arc::new(table);
+        });
+        if self.generation != 0 && !again && desired == self.sent {
+            return Ok(());
+        }
+        self.generation += 1;
+        self.status.applied = false;
+        self.sent.clone_from(&desired);
+        let desired = Desired {
+            generation: self.generation,
+            workloads: desired,
+            vip4: self.vips.v4().to_string(),
+            vip6: self.vips.v6().to_string(),
+        };
+        let sent = self.links.sender.send(desired).await;
+        sent.context("the holder takes no messages")
+    }
+
+    #[expect(
+        clippy::type_complexity,
+        reason = "three results of one pass, named at the call"
+    )]
+    fn resolve(
+        &self,
+    ) -> Result<(Vec<DesiredWorkload>, OwnerTable, BTreeMap<Account, String>), CgroupError> {
+        let mut desired = Vec::new();
+        let mut table = OwnerTable {
+            workloads: Vec::new(),
+            tree: self.tree.clone(),
+        };
+        let mut problems = BTreeMap::new();
+        let mut seen = Seen::default();
+        for workload in &self.set.workloads {
+            let account = &workload.account;
+            let Some(number) = self.set.number(account) else {
+                continue;
+            };
+            let resolved = self.resolve_one(&workload.owner)?;
+            if let Some(problem) = resolved.problem.or_else(|| seen.claim(&resolved.owner)) {
+                problems.insert(account.clone(), problem);
+                continue;
+            }
+            let found = resolved.owner;
+            desired.push(DesiredWorkload {
+                number,
+                label: account.to_string(),
+                cgroups: found.own.iter().map(|d| d.cgroup).collect(),
+                root: found.uids.contains(&0),
+                uids: found.uids.clone(),
+            });
+            let mut directories = found.own;
+            directories.extend(found.sockets);
+            table.workloads.push(Owned {
+                account: account.clone(),
+                directories,
+                uids: found.uids,
+            });
+        }
+        Ok((desired, table, problems))
+    }
+
+    fn resolve_one(&self, owner: &Owner) -> Result<Resolved, CgroupError> {
+        let mut resolved = Resolved::default();
+        match path(owner) {
+            Err(problem) => resolved.problem = Some(problem),
+            Ok(Some(path)) => match &self.tree {
+                None => resolved.problem = Some(CgroupError::NotMounted.to_string()),
+                Some(tree) => {
+                    resolved.owner.own = tree.resolve(&path)?;
+                    if let Some(socket) = path.socket_unit() {
+                        resolved.owner.sockets = tree.resolve(&socket)?;
+                    }
+                }
+            },
+            Ok(None) => match uid(owner) {
+                Ok(uid) => resolved.owner.uids.push(uid),
+                Err(problem) => resolved.problem = Some(problem),
+            },
+        }
+        Ok(resolved)
+    }
+
+    async fn heard(&mut self, message: FromHolder) -> anyhow::Result<()> {
+        match message {
+            // Sent once, before this task begins.
+            FromHolder::Sockets(_) => anyhow::bail!("the holder sent its sockets twice"),
+            FromHolder::Listeners(listeners) => {
+                take_listeners(&self.links.plane, listeners).await?
+            }
+            FromHolder::Applied { generation } if generation == self.generation => {
+                self.status.applied = true;
+                self.status.error = None;
+                log::info!(workloads = self.sent.len(); "the kernel knows the workloads");
+            }
+            FromHolder::Failed { generation, error } if generation == self.generation => {
+                if self.status.error.as_ref() != Some(&error) {
+                    log::error!(error = error.as_str(); "the workloads could not be told to the kernel; what was before stays, and it is tried again");
+                }
+                self.status.error = Some(error);
+            }
+            FromHolder::Applied { .. } | FromHolder::Failed { .. } => (),
+        }
+        Ok(())
+    }
+
+    fn publish(&self) {
+        self.links.status.send_if_modified(|shown| {
+            let changed = **shown != self.status;
+            if changed {
+                *shown = Arc::new(self.status.clone());
+            }
+            changed
+        });
+    }
+}
+
+/// Whose listeners these are is said by their labels: a worker before this one may have counted otherwise.
+pub(crate) async fn take_listeners(
+    plane: &DataPlane,
+    listeners: Vec<WorkloadListener>,
+) -> anyhow::Result<()> {
+    for listener in listeners {
+        let whose = match listener.number {
+            0 => None,
+            _ => Some(Account::parse(&listener.label)?),
+        };
+        for socket in [listener.v4, listener.v6].into_iter().flatten() {
+            plane.add_listener(whose.clone(), socket).await?;
+        }
+    }
+    Ok(())
+}
+
+#[derive(Debug, Default)]
+struct Resolved {
+    owner: Found,
+    problem: Option<String>,
+}
+
+#[derive(Debug, Default)]
+struct Found {
+    own: Vec<Directory>,
+    /// Of the socket unit, which may listen in the place of the service.
+    sockets: Vec<Directory>,
+    uids: Vec<u32>,
+}
+
+/// What is claimed already: two owners may name one thing by two names.
+#[derive(Debug, Default)]
+struct Seen {
+    cgroups: BTreeSet<CgroupRef>,
+    uids: BTreeSet<u32>,
+}
+
+impl Seen {
+    fn claim(&mut self, found: &Found) -> Option<String> {
+        if let Some(twice) = found.own.iter().find(|d| self.cgroups.contains(&d.cgroup)) {
+            let path = twice.path.display();
+            return Some(format!(
+                "its cgroup {path} belongs to another workload too; give each an owner of its own"
+            ));
+        }
+        if let Some(uid) = found.uids.iter().find(|uid| self.uids.contains(uid)) {
+            return Some(format!(
+                "its user {uid} belongs to another workload too; give each an owner of its own"
+            ));
+        }
+        self.cgroups.extend(found.own.iter().map(|d| d.cgroup));
+        self.uids.extend(&found.uids);
+        None
+    }
+}
+
+/// The owner as a place in the cgroup tree; `None` for a user.
+fn path(owner: &Owner) -> Result<Option<OwnerPath>, String> {
+    let path = match owner {
+        Owner::Unit(name) => OwnerPath::unit(name),
+        Owner::Cgroup(path) => OwnerPath::cgroup(path),
+        Owner::User(_) => return Ok(None),
+    };
+    path.map(Some).map_err(|error| error.to_string())
+}
+
+fn uid(owner: &Owner) -> Result<u32, String> {
+    match owner {
+        Owner::User(name) => uid_of(name).map_err(|error| error.to_string()),
+        _ => Err("its owner is no user".to_owned()),
+    }
+}
+
+/// Waits for a change of the owners' directories; for ever where there are no cgroups.
+async fn moved(cgroups: Option<&mut CgroupWatch>) -> Result<(), CgroupError> {
+    match cgroups {
+        Some(cgroups) => cgroups.changed().await.map(drop),
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_found_by_name_or_number() {
+        assert_eq!(uid(&Owner::User("4711".to_owned())), Ok(4711));
+        assert_eq!(uid(&Owner::User("root".to_owned())), Ok(0));
+        let error = uid(&Owner::User("no-such-user-here".to_owned())).unwrap_err();
+        assert!(error.contains("no-such-user-here"), "{error}");
+    }
+
+    #[test]
+    fn one_thing_under_two_names_belongs_to_the_first() {
+        let mut seen = Seen::default();
+        let user = |uid| Found {
+            uids: vec![uid],
+            ..Found::default()
+        };
+        assert_eq!(seen.claim(&user(33)), None);
+        assert!(seen.claim(&user(33)).unwrap().contains("33"));
+        assert_eq!(seen.claim(&user(34)), None);
+    }
+}

@@ -1,0 +1,377 @@
+//! How the agent stands: what the admin socket answers at `/state`, and the same for people (`mesh-agent status`).
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+
+/// How long the daemon may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// Largest answer: 256 workloads of 64 services.
+const BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Everything that an operator may ask of an agent. Times are Unix seconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub(crate) version: String,
+    pub(crate) host: String,
+    pub(crate) host_uid: String,
+    pub(crate) trust_domain: String,
+    pub(crate) network: String,
+    pub(crate) address: String,
+    pub(crate) control: ControlStatus,
+    pub(crate) index: Option<IndexStatus>,
+    /// Revision of the policies in use; none were ever received: nobody is let in.
+    pub(crate) policies: Option<u64>,
+    /// Services whose endpoints are known.
+    pub(crate) endpoints_known: usize,
+    pub(crate) capture: CaptureStatus,
+    /// Identity of programs that match no workload.
+    pub(crate) host_leaf: LeafStatus,
+    pub(crate) workloads: Vec<WorkloadStatus>,
+    /// Files of services.d that are wrong, with line and remedy.
+    pub(crate) file_problems: Vec<String>,
+    /// How long everything goes on without control: the shortest life left of a certificate.
+    pub(crate) autonomy_s: Option<i64>,
+    pub(crate) dns: BTreeMap<String, u64>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ControlStatus {
+    /// live, greeting, connecting or waiting
+    pub(crate) session: String,
+    pub(crate) address: String,
+    pub(crate) version: String,
+    /// Set while the session is not live: what is in use is as old as this.
+    pub(crate) stale_since_s: Option<u64>,
+    pub(crate) last_error: Option<String>,
+    pub(crate) last_reason: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct IndexStatus {
+    pub(crate) epoch: u64,
+    pub(crate) revision: u64,
+    pub(crate) services: usize,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CaptureStatus {
+    /// Whether the kernel knows exactly what the files say.
+    pub(crate) applied: bool,
+    pub(crate) error: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LeafStatus {
+    pub(crate) identity: String,
+    pub(crate) left_s: Option<i64>,
+    pub(crate) refused: Option<RefusalStatus>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RefusalStatus {
+    pub(crate) reason: String,
+    pub(crate) message: String,
+    pub(crate) remedy: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WorkloadStatus {
+    pub(crate) account: String,
+    pub(crate) owner: String,
+    pub(crate) number: u16,
+    pub(crate) leaf: LeafStatus,
+    pub(crate) problem: Option<String>,
+    pub(crate) refused: Option<RefusalStatus>,
+    pub(crate) services: Vec<ServiceStatus>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ServiceStatus {
+    pub(crate) name: String,
+    pub(crate) ports: Vec<u16>,
+    /// healthy, unhealthy, unknown or draining
+    pub(crate) health: String,
+    /// Why control does not list it.
+    pub(crate) refused: Option<RefusalStatus>,
+}
+
+impl Status {
+    /// The status as a page for people, at a moment.
+    pub(crate) fn render(&self, now_s: u64) -> String {
+        let mut page = String::new();
+        // Writing to a string does not fail.
+        let _ = self.write(&mut page, now_s);
+        page
+    }
+
+    fn write(&self, page: &mut String, now_s: u64) -> std::fmt::Result {
+        writeln!(
+            page,
+            "host         {} ({}) in {}",
+            self.host, self.address, self.trust_domain
+        )?;
+        writeln!(page, "network      {}", self.network)?;
+        self.write_control(page, now_s)?;
+        match &self.index {
+            Some(index) => writeln!(
+                page,
+                "mesh         {} services known, revision {}; endpoints of {} services in use",
+                index.services, index.revision, self.endpoints_known
+            )?,
+            None => writeln!(page, "mesh         no services known yet")?,
+        }
+        if self.policies.is_none() {
+            writeln!(
+                page,
+                "policies     none were received yet: nobody is let in"
+            )?;
+        }
+        match &self.capture.error {
+            Some(error) => writeln!(
+                page,
+                "capture      FAILED, what was before stays in force: {error}"
+            )?,
+            None if self.capture.applied => writeln!(page, "capture      in force")?,
+            None => writeln!(page, "capture      being set up")?,
+        }
+        if let Some(left) = self.autonomy_s {
+            writeln!(page, "autonomy     {} without control", span(left))?;
+        }
+        for problem in &self.file_problems {
+            writeln!(page, "file         {problem}")?;
+        }
+        writeln!(page)?;
+        self.write_workloads(page)
+    }
+
+    fn write_control(&self, page: &mut String, now_s: u64) -> std::fmt::Result {
+        let control = &self.control;
+        let address = &control.address;
+        match control.stale_since_s {
+            None => writeln!(page, "control      live at {address}")?,
+            Some(0) => writeln!(
+                page,
+                "control      {} {address}, never reached",
+                control.session
+            )?,
+            Some(since) => {
+                let ago = i64::try_from(now_s.saturating_sub(since)).unwrap_or(i64::MAX);
+                writeln!(
+                    page,
+                    "control      NOT REACHED ({} {address}); what is in use is stale since {} (Unix time {since})",
+                    control.session,
+                    span(ago) + " ago"
+                )?;
+            }
+        }
+        if let Some(error) = &control.last_error {
+            let reason = control.last_reason.as_deref();
+            let reason = reason.map(|r| format!("{r}: ")).unwrap_or_default();
+            writeln!(page, "             {reason}{error}")?;
+        }
+        Ok(())
+    }
+
+    fn write_workloads(&self, page: &mut String) -> std::fmt::Result {
+        let mut rows =
+            vec![["WORKLOAD", "OWNER", "CERTIFICATE", "SERVICE", "HEALTH"].map(str::to_owned)];
+        rows.push([
+            self.host_leaf.identity.clone(),
+            "all others".to_owned(),
+            self.host_leaf.word(),
+            "-".to_owned(),
+            "-".to_owned(),
+        ]);
+        for workload in &self.workloads {
+            let mut first = [
+                workload.account.clone(),
+                workload.owner.clone(),
+                workload.leaf.word(),
+            ];
+            if workload.services.is_empty() {
+                let [account, owner, leaf] = first.clone();
+                rows.push([account, owner, leaf, "-".to_owned(), "-".to_owned()]);
+            }
+            for service in &workload.services {
+                let [account, owner, leaf] = std::mem::take(&mut first);
+                let ports: Vec<String> = service.ports.iter().map(u16::to_string).collect();
+                let name = format!("{}:{}", service.name, ports.join(","));
+                let health = match &service.refused {
+                    Some(refused) => format!("{}, {}", service.health, refused.reason),
+                    None => service.health.clone(),
+                };
+                rows.push([account, owner, leaf, name, health]);
+            }
+        }
+        table(page, &rows)?;
+        for workload in &self.workloads {
+            workload.write_problems(page)?;
+        }
+        Ok(())
+    }
+}
+
+impl WorkloadStatus {
+    fn write_problems(&self, page: &mut String) -> std::fmt::Result {
+        if let Some(problem) = &self.problem {
+            writeln!(page, "\n{}: {problem}", self.account)?;
+        }
+        let own = self.leaf.refused.iter().chain(&self.refused);
+        for refused in own {
+            writeln!(page, "\n{}: {}", self.account, refused.line())?;
+        }
+        for service in &self.services {
+            if let Some(refused) = &service.refused {
+                writeln!(
+                    page,
+                    "\n{} {}: {}",
+                    self.account,
+                    service.name,
+                    refused.line()
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl LeafStatus {
+    fn word(&self) -> String {
+        match (&self.refused, self.left_s) {
+            (Some(refused), None) => format!("refused: {}", refused.reason),
+            (_, None) => "none yet".to_owned(),
+            (_, Some(left)) if left <= 0 => "EXPIRED".to_owned(),
+            (_, Some(left)) => format!("{} left", span(left)),
+        }
+    }
+}
+
+impl RefusalStatus {
+    fn line(&self) -> String {
+        format!("{}: {}; {}", self.reason, self.message, self.remedy)
+    }
+}
+
+/// A length of time in its two largest units.
+fn span(seconds: i64) -> String {
+    let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
+    match seconds {
+        ..0 => "0 s".to_owned(),
+        0..60 => format!("{seconds} s"),
+        60..3_600 => format!("{minutes} min"),
+        3_600..86_400 => format!("{hours} h {minutes} min"),
+        _ => format!("{days} d {hours} h"),
+    }
+}
+
+fn table<const N: usize>(page: &mut String, rows: &[[String; N]]) -> std::fmt::Result {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    for row in rows {
+        let cells = row.iter().zip(widths);
+        let line: Vec<String> = cells.map(|(cell, w)| format!("{cell:w$}")).collect();
+        writeln!(page, "{}", line.join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+/// Asks the running daemon; `None` when none runs.
+pub(crate) fn ask(socket: &Path) -> anyhow::Result<Option<Status>> {
+    let Ok(mut stream) = UnixStream::connect(socket) else {
+        return Ok(None);
+    };
+    let name = socket.display();
+    let mut get = || -> std::io::Result<String> {
+        stream.set_read_timeout(Some(ANSWER_MAX))?;
+        // HTTP/1.0: the answer ends with the connection and is never chunked.
+        stream.write_all(b"GET /state HTTP/1.0\r\nHost: agent\r\n\r\n")?;
+        let mut text = String::new();
+        (&stream).take(BYTES_MAX).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    let answer = get().with_context(|| format!("the agent at {name} does not answer"))?;
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .with_context(|| format!("{name} does not speak HTTP"))?;
+    let first = head.lines().next().unwrap_or_default();
+    ensure!(
+        first.split(' ').nth(1) == Some("200"),
+        "the agent at {name} answered `{first}`: {}",
+        body.trim()
+    );
+    let status = serde_json::from_str(body)
+        .with_context(|| format!("the agent at {name} is of another version"))?;
+    Ok(Some(status))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Status {
+        Status {
+            host: "vm-1".to_owned(),
+            control: ControlStatus {
+                session: "live".to_owned(),
+                address: "10.0.0.9:7440".to_owned(),
+                ..ControlStatus::default()
+            },
+            autonomy_s: Some(47 * 3600 + 60),
+            workloads: vec![WorkloadStatus {
+                account: "shop/web".to_owned(),
+                owner: "unit nginx.service".to_owned(),
+                leaf: LeafStatus {
+                    left_s: Some(47 * 3600 + 60),
+                    ..LeafStatus::default()
+                },
+                services: vec![ServiceStatus {
+                    name: "shop/web".to_owned(),
+                    ports: vec![80],
+                    health: "healthy".to_owned(),
+                    refused: Some(RefusalStatus {
+                        reason: "out_of_scope".to_owned(),
+                        message: "not in the token".to_owned(),
+                        remedy: "ask".to_owned(),
+                    }),
+                }],
+                ..WorkloadStatus::default()
+            }],
+            ..Status::default()
+        }
+    }
+
+    #[test]
+    fn the_page_says_what_an_operator_needs() {
+        let page = status().render(1_000_000);
+        for expected in [
+            "live at 10.0.0.9:7440",
+            "autonomy     1 d 23 h",
+            "shop/web:80",
+            "healthy, out_of_scope",
+            "not in the token; ask",
+        ] {
+            assert!(page.contains(expected), "{expected} is missing:\n{page}");
+        }
+        let mut stale = status();
+        stale.control.stale_since_s = Some(1_000_000 - 720);
+        let page = stale.render(1_000_000);
+        assert!(page.contains("stale since 12 min ago"), "{page}");
+    }
+
+    #[test]
+    fn it_reads_back_as_the_socket_writes_it() {
+        let text = serde_json::to_string(&status()).unwrap();
+        assert_eq!(serde_json::from_str::<Status>(&text).unwrap(), status());
+    }
+}

@@ -1,0 +1,375 @@
+//! The worker: assembles what the agent does on the sockets that its holder gave it. It has the keys, and of all
+//! privileges only the one to show apps the peer's address.
+//!
+//! The main thread runs everything here; calls have threads of their own (`data.rs`). Each part is one task with a name;
+//! when one fails the worker ends, and the holder starts another.
+
+use std::net::IpAddr;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use mesh_api::proto;
+use mesh_runtime::tls::trust::TrustStore;
+use mesh_runtime::{admin as admin_socket, signals};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::capture::sockdiag::SockDiag;
+use crate::config::Config;
+use crate::control::{self, SessionStatus};
+use crate::data::{DataPlane, DataShared};
+use crate::dns::{self, Dns, resolv_conf};
+use crate::health::{self, Listening, Verdicts};
+use crate::holder::client::{HolderLink, HolderSender};
+use crate::holder::protocol::{FromHolder, Sockets};
+use crate::leaves::{self, Standings};
+use crate::metrics::Metrics;
+use crate::owners::{self, OwnerStatus, Owners};
+use crate::state::{Kept, Membership, State};
+use crate::view::{Leaves, View, ViewReader, ViewWriter};
+use crate::workloads::{Watch, WorkloadSet};
+use crate::{admin, leave};
+
+/// Services that wait to be asked for: a full queue only delays the asking to the next call.
+const WANTS_MAX: usize = 1_024;
+/// How long the tasks may take to end after the calls have.
+const END_MAX: Duration = Duration::from_secs(3);
+
+/// Runs until SIGTERM, or until the holder is gone.
+pub(crate) fn run(config: Config) -> anyhow::Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(async {
+        let worker = Worker::assemble(config).await?;
+        worker.serve().await
+    });
+    // A blocking task may hang on a slow disk.
+    runtime.shutdown_timeout(END_MAX);
+    outcome.map(|()| ExitCode::SUCCESS)
+}
+
+/// The parts, running.
+#[derive(Debug)]
+struct Worker {
+    config: Config,
+    plane: Arc<DataPlane>,
+    tasks: Tasks,
+}
+
+/// Named tasks that all end by one token.
+#[derive(Debug, Default)]
+struct Tasks {
+    set: JoinSet<(&'static str, anyhow::Result<()>)>,
+    stop: CancellationToken,
+}
+
+impl Tasks {
+    fn spawn<E: Into<anyhow::Error>>(
+        &mut self,
+        name: &'static str,
+        task: impl Future<Output = Result<(), E>> + Send + 'static,
+    ) {
+        self.set
+            .spawn(async move { (name, task.await.map_err(Into::into)) });
+    }
+
+    /// The first task that ended, which none may before `stop`.
+    async fn failed(&mut self) -> anyhow::Error {
+        match self.set.join_next().await {
+            Some(Ok((name, Err(error)))) => error.context(format!("the task `{name}` failed")),
+            Some(Ok((name, Ok(())))) => anyhow::anyhow!("the task `{name}` ended"),
+            Some(Err(error)) => anyhow::Error::new(error).context("a task panicked"),
+            None => anyhow::anyhow!("there are no tasks"),
+        }
+    }
+
+    async fn end(mut self) {
+        self.stop.cancel();
+        let all = async { while self.set.join_next().await.is_some() {} };
+        if tokio::time::timeout(END_MAX, all).await.is_err() {
+            log::warn!("a task did not end in time and is cut");
+        }
+    }
+}
+
+impl Worker {
+    async fn assemble(config: Config) -> anyhow::Result<Self> {
+        let (mut holder, sender) =
+            HolderLink::connect_from_fd3().context("the link to the holder can not be taken")?;
+        let FromHolder::Sockets(sockets) = holder
+            .recv()
+            .await
+            .context("no sockets came from the holder")?
+        else {
+            bail!("the holder's first message was not its sockets");
+        };
+        let state = State::new(&config.state_dir);
+        let Some(membership) = state.membership()? else {
+            bail!("this host has not joined a mesh; run `mesh-agent join <token>`");
+        };
+        let parts = Parts::load(&config, state, membership)?;
+        parts.start(config, sockets, holder, sender).await
+    }
+
+    async fn serve(mut self) -> anyhow::Result<()> {
+        // Files are followed by themselves: a reload has nothing to do, and must not end us.
+        let mut reload = signal(SignalKind::hangup())?;
+        let shutdown = signals::shutdown();
+        tokio::pin!(shutdown);
+        loop {
+            tokio::select! {
+                ended = &mut shutdown => {
+                    ended?;
+                    break;
+                }
+                _ = reload.recv() => log::info!("files are followed by themselves; nothing is to be reloaded"),
+                error = self.tasks.failed() => {
+                    log::error!("{error:#}; the worker ends");
+                    return Err(error);
+                }
+            }
+        }
+        log::info!("the worker takes no new calls and lets the open ones end");
+        // The resolver first: names must go where they went before.
+        leave::unwire(&self.config);
+        self.plane.drain(self.config.drain()).await;
+        self.tasks.end().await;
+        Ok(())
+    }
+}
+
+/// What is loaded from disk before anything is served.
+struct Parts {
+    state: State,
+    membership: Membership,
+    view: ViewWriter,
+    files: Watch,
+    sets: watch::Receiver<Arc<WorkloadSet>>,
+    trust: mesh_runtime::tls::trust::SharedTrust,
+    bundle: proto::TrustBundle,
+}
+
+impl Parts {
+    fn load(config: &Config, state: State, membership: Membership) -> anyhow::Result<Self> {
+        let bundle: proto::TrustBundle = state.kept(Kept::Bundle).context(
+            "the roots that the join gave this host are missing; `mesh-agent leave`, then join again",
+        )?;
+        let trust = TrustStore::from_bundle(&bundle)?.shared();
+        let (files, sets) = Watch::new(config.services_dir.clone())
+            .with_context(|| format!("cannot follow {}", config.services_dir.display()))?;
+        let view = ViewWriter::new(View {
+            host: Arc::new(membership.host.clone()),
+            index: None,
+            policies: None,
+            endpoints: Arc::default(),
+            workloads: Arc::clone(&sets.borrow()),
+            owners: Arc::default(),
+            leaves: Arc::new(Leaves::default()),
+            live: false,
+        });
+        Ok(Self {
+            state,
+            membership,
+            view,
+            files,
+            sets,
+            trust,
+            bundle,
+        })
+    }
+
+    async fn start(
+        self,
+        config: Config,
+        sockets: Sockets,
+        holder: HolderLink,
+        sender: HolderSender,
+    ) -> anyhow::Result<Worker> {
+        let mut tasks = Tasks::default();
+        let (wants_by, wants) = mpsc::channel(WANTS_MAX);
+        let (verdicts_by, verdicts) = watch::channel(Arc::new(Verdicts::new()));
+        let (session_by, session) = watch::channel(Arc::new(SessionStatus::default()));
+        let (standings_by, standings) = watch::channel(Arc::new(Standings::new()));
+        let (owners_by, owner_status) = watch::channel(Arc::new(OwnerStatus::default()));
+        let (credential_by, credential) = watch::channel(None);
+        let (channel_by, channel) = watch::channel(None);
+        let (judged_by, judged) = watch::channel(0);
+
+        // All that is on disk is in use before the first call is taken.
+        let keeper = leaves::Keeper::new(
+            leaves::Links {
+                state: self.state.clone(),
+                view: self.view.clone(),
+                trust: Arc::clone(&self.trust),
+                sets: self.sets.clone(),
+                channel,
+                judged,
+                credential: credential_by,
+                standings: standings_by,
+            },
+            &self.membership,
+        )?;
+        let shell = control::Shell::new(
+            control::Links {
+                state: self.state.clone(),
+                view: self.view.clone(),
+                trust: Arc::clone(&self.trust),
+                bundle: self.bundle,
+                wants,
+                sets: self.sets.clone(),
+                verdicts: verdicts.clone(),
+                credential,
+                channel: channel_by,
+                judged: judged_by,
+                status: session_by,
+                mesh_port: config.mesh.listen_port,
+            },
+            self.membership.clone(),
+        )?;
+
+        let metrics = Metrics::new();
+        let plane = Arc::new(DataPlane::start(&DataShared {
+            view: self.view.reader(),
+            wants: wants_by,
+            trust: self.trust,
+            metrics: Arc::clone(&metrics),
+            settings: config.data(),
+        })?);
+        for listener in sockets.mesh {
+            plane.add_mesh_listener(listener).await?;
+        }
+        let owners = Owners::new(
+            owners::Links {
+                view: self.view.clone(),
+                sets: self.sets.clone(),
+                holder,
+                sender,
+                plane: Arc::clone(&plane),
+                status: owners_by,
+            },
+            self.membership.host.vips,
+        )?;
+        let names = dns::Sockets {
+            udp: sockets.dns_udp,
+            tcp: sockets.dns_tcp,
+        };
+        let counters = start_dns(
+            &config,
+            &self.membership,
+            names,
+            self.view.reader(),
+            &mut tasks,
+        )?;
+        let stop = tasks.stop.clone();
+        tasks.spawn("control", shell.run(stop.clone()));
+        tasks.spawn("leaves", keeper.run(stop.clone()));
+        tasks.spawn("owners", owners.run(stop.clone()));
+        tasks.spawn("workload files", self.files.run(stop.clone()));
+        tasks.spawn(
+            "health",
+            health::run(self.sets.clone(), listening()?, verdicts_by, stop),
+        );
+        start_admin(
+            admin::Sources {
+                config: config.clone(),
+                membership: self.membership,
+                view: self.view.reader(),
+                metrics,
+                sets: self.sets,
+                verdicts,
+                session,
+                standings,
+                owners: owner_status,
+                dns: counters,
+            },
+            &mut tasks,
+        )?;
+        Ok(Worker {
+            config,
+            plane,
+            tasks,
+        })
+    }
+}
+
+fn start_dns(
+    config: &Config,
+    membership: &Membership,
+    sockets: dns::Sockets,
+    view: ViewReader,
+    tasks: &mut Tasks,
+) -> anyhow::Result<Option<Arc<dns::Counters>>> {
+    if !config.dns.enabled {
+        return Ok(None);
+    }
+    let mut upstreams = config.dns.upstreams.clone();
+    if let Some(path) = config.resolv_conf()
+        && let Some(address) = own_address(&sockets)
+    {
+        match resolv_conf::wire(path, address) {
+            Ok(wired) => {
+                if wired.displaced > 0 {
+                    log::warn!(
+                        file:% = path.display(), servers = wired.displaced;
+                        "resolvers read three servers only: these are reached through the agent alone"
+                    );
+                }
+                if upstreams.is_empty() {
+                    upstreams = wired.upstreams;
+                }
+            }
+            Err(error) => log::warn!("mesh names are not wired in: {error}"),
+        }
+    }
+    let host = &membership.host;
+    let dns = Dns::new(
+        dns::Config {
+            suffix: host.dns_suffix.clone(),
+            ranges: host.vips,
+            upstreams,
+        },
+        Box::new(move || view.borrow().index.clone()),
+    )?;
+    let counters = dns.counters();
+    tasks.spawn("dns", dns.run(sockets, tasks.stop.clone()));
+    Ok(Some(counters))
+}
+
+/// Where resolvers of this host reach us: IPv4 where there is one.
+fn own_address(sockets: &dns::Sockets) -> Option<IpAddr> {
+    let addresses = sockets.udp.iter().filter_map(|s| s.local_addr().ok());
+    addresses.map(|a| a.ip()).min_by_key(IpAddr::is_ipv6)
+}
+
+fn start_admin(sources: admin::Sources, tasks: &mut Tasks) -> anyhow::Result<()> {
+    let path = sources.config.admin_socket();
+    let listener = admin_socket::bind(&path)
+        .with_context(|| format!("cannot serve the admin socket {}", path.display()))?;
+    let handler = admin::handler(sources);
+    let stop = tasks.stop.clone();
+    tasks.spawn("admin socket", async move {
+        tokio::select! {
+            () = admin_socket::serve(listener, handler) => bail!("it takes no more connections"),
+            () = stop.cancelled() => Ok(()),
+        }
+    });
+    Ok(())
+}
+
+/// Where programs listen, as the kernel says. Asked a few times a second at most.
+fn listening() -> anyhow::Result<Listening> {
+    let diag = SockDiag::open().context("cannot ask the kernel for its listening sockets")?;
+    let diag = Mutex::new(diag);
+    Ok(Arc::new(move |port| {
+        let found = diag
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .listeners(port)?;
+        Ok(found.iter().map(|l| l.address.ip()).collect())
+    }))
+}
