@@ -55,7 +55,7 @@ impl Agent {
         let dir = dir.display();
         let text = format!(
             "state_dir = \"{dir}/state\"\nruntime_dir = \"{dir}/run\"\nservices_dir = \"{dir}/services.d\"\n\n\
-             [log]\nlevel = \"debug\"\nto = \"stderr\"\n{more}"
+             [log]\nlevel = \"info\"\nto = \"stderr\"\n{more}"
         );
         fs::write(self.config(), text).expect("a configuration");
     }

@@ -240,7 +240,7 @@ fn requests_go_to_both_instances_and_to_the_one_that_is_left() {
     pair.control.wait_endpoints("shop/web", 2);
     let many = |count: u32| {
         let line = format!(
-            "for i in $(seq {count}); do curl -sS -m 10 http://{}/who; done",
+            "seq {count} | xargs -P 8 -I % curl -sS -m 10 'http://{}/who?%'",
             mesh_name("web")
         );
         pair.cmd(&line).deadline(Duration::from_secs(60)).ok()
