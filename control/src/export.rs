@@ -157,6 +157,14 @@ pub(crate) fn newest(state: &Path) -> Option<(PathBuf, Catalogue)> {
         })
 }
 
+/// Epoch and revision of the newest file, as its name says.
+pub(crate) fn last(state: &Path) -> Option<(u64, u64)> {
+    let newest = list(state).pop()?;
+    let mut parts = newest.file_stem()?.to_str()?.split('-').skip(1);
+    let mut number = || parts.next()?.parse().ok();
+    Some((number()?, number()?))
+}
+
 /// The exports of `state`, oldest first.
 fn list(state: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(state.join(DIRECTORY));

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalogue::Catalogue;
@@ -13,31 +14,38 @@ use crate::export;
 /// At most one export in this time: what a broken store loses at most.
 const EVERY: Duration = Duration::from_secs(60);
 
-/// Runs until `stopping`, and then writes the last one.
+/// Runs until `stopping`, and then writes the last one. The first is written at once if the newest file is of
+/// another moment: the last control may have been killed.
 pub(crate) async fn run(
     state: PathBuf,
     mut catalogue: watch::Receiver<Arc<Catalogue>>,
     stopping: CancellationToken,
 ) {
-    let mut written = catalogue.borrow_and_update().revision;
+    let mut written = export::last(&state);
+    let mut next = Instant::now();
     loop {
+        let now = Arc::clone(&catalogue.borrow_and_update());
+        if written != Some((now.epoch, now.revision)) {
+            tokio::select! {
+                () = tokio::time::sleep_until(next) => {}
+                () = stopping.cancelled() => break,
+            }
+            // What changed while it waited goes into the same one.
+            let now = Arc::clone(&catalogue.borrow_and_update());
+            if write(&state, &now).await {
+                written = Some((now.epoch, now.revision));
+            }
+            next = Instant::now() + EVERY;
+        }
         tokio::select! {
             changed = catalogue.changed() => if changed.is_err() {
                 break;
             },
             () = stopping.cancelled() => break,
         }
-        tokio::select! {
-            () = tokio::time::sleep(EVERY) => {}
-            () = stopping.cancelled() => break,
-        }
-        let now = Arc::clone(&catalogue.borrow_and_update());
-        if write(&state, &now).await {
-            written = now.revision;
-        }
     }
     let now = Arc::clone(&catalogue.borrow());
-    if now.revision != written {
+    if written != Some((now.epoch, now.revision)) {
         write(&state, &now).await;
     }
 }

@@ -132,6 +132,7 @@ fn exports_are_few_and_a_changed_one_is_noticed() {
     }
     let (_, newest) = export::newest(&dir.0).unwrap();
     assert_eq!(newest.revision, export::KEPT as u64 + 2);
+    assert_eq!(export::last(&dir.0), Some((1, newest.revision)));
     let count = fs::read_dir(dir.0.join("exports")).unwrap().count();
     assert_eq!(count, export::KEPT);
     let text = export::render(&empty()).unwrap();
