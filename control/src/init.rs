@@ -46,7 +46,7 @@ struct AdminFile<'a> {
 /// Makes the mesh and returns what to tell the operator.
 pub(crate) fn init(plan: &Plan) -> anyhow::Result<String> {
     let state = &plan.state_dir;
-    for made in ["ca", "store", "admin.yaml"] {
+    for made in ["ca", "store", "exports", "admin.yaml"] {
         if state.join(made).exists() {
             anyhow::bail!(
                 "{} exists: a mesh was made here already; name another --state-dir, or remove it if you are \
@@ -57,17 +57,28 @@ pub(crate) fn init(plan: &Plan) -> anyhow::Result<String> {
     }
     let settings = settings(plan)?;
     files::create_private_dir(state)?;
+    make(plan, &settings).inspect_err(|_| {
+        // None of them was there before; half a mesh would stand in the way of the next attempt.
+        for made in ["ca", "store", "exports"] {
+            drop(std::fs::remove_dir_all(state.join(made)));
+        }
+        drop(std::fs::remove_file(state.join("admin.yaml")));
+    })
+}
+
+fn make(plan: &Plan, settings: &Settings) -> anyhow::Result<String> {
+    let state = &plan.state_dir;
     let now_s = clock::now_s();
     let ca = Ca::create(state, &plan.trust_domain, &plan.origin, now_s)?;
     let secret = bearer();
-    let catalogue = catalogue(&settings, &secret, now_s)?;
+    let catalogue = catalogue(settings, &secret, now_s)?;
     let store = Store::create(state, &catalogue)?;
     export::write(state, &catalogue)?;
     drop(store);
-    let admin = admin_file(&settings, &ca, secret, now_s)?;
+    let admin = admin_file(settings, &ca, secret, now_s)?;
     let path = state.join("admin.yaml");
     files::write_private(&path, serde_norway::to_string(&admin)?.as_bytes())?;
-    Ok(told(plan, &settings, &ca, &path))
+    Ok(told(plan, settings, &ca, &path))
 }
 
 fn told(plan: &Plan, settings: &Settings, ca: &Ca, admin: &Path) -> String {
@@ -221,4 +232,43 @@ fn bearer() -> String {
 /// An epoch that no other store has; never 0, which is none on the wire.
 pub(crate) fn new_epoch() -> u64 {
     (u64::from_be_bytes(ca::random::<8>()) >> 1).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_attempt_leaves_nothing_in_the_way_of_the_next() {
+        let state = std::env::temp_dir().join(format!("meshwork-init-{}", std::process::id()));
+        let mut plan = Plan {
+            state_dir: state.clone(),
+            trust_domain: "corp.example.com".parse().unwrap(),
+            dns_suffix: "mesh.internal".to_owned(),
+            vip4_range: None,
+            vip6_range: None,
+            addresses: vec!["10.0.0.1:7440".to_owned()],
+            origin: Origin::New,
+        };
+        let wrong = |change: fn(&mut Plan)| {
+            let mut wrong = plan.clone();
+            change(&mut wrong);
+            init(&wrong).unwrap_err().to_string()
+        };
+        let missing = wrong(|p| {
+            p.origin = Origin::Root {
+                cert: "/nonexistent".into(),
+                key: "/nonexistent".into(),
+            };
+        });
+        assert!(missing.contains("/nonexistent"), "{missing}");
+        assert!(wrong(|p| p.vip4_range = Some("10.0.0.1/8".to_owned())).contains("10.0.0.1/8"));
+        assert!(wrong(|p| p.addresses = vec!["x".to_owned()]).contains("--address x"));
+        plan.vip4_range = Some("10.64.0.0/10".to_owned());
+        let told = init(&plan).unwrap();
+        assert!(told.contains("next: mesh-control run"), "{told}");
+        let again = init(&plan).unwrap_err().to_string();
+        assert!(again.contains("made here already"), "{again}");
+        std::fs::remove_dir_all(&state).unwrap();
+    }
 }

@@ -18,7 +18,7 @@ use mesh_core::reason::Reason;
 use mesh_runtime::tls;
 use mesh_runtime::tls::leaf::read_leaf;
 use mesh_runtime::tls::trust::{SharedTrust, TrustStore};
-use mesh_runtime::tls::verify::{Accept, Verifier, handshake_reason};
+use mesh_runtime::tls::verify::{Accept, Verifier, handshake_reason, unix_now};
 use rcgen::KeyPair;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
@@ -125,6 +125,24 @@ fn make_key(control: &Control, names: &[String]) -> anyhow::Result<CertifiedKey>
     Ok(tls::certified_key(chain, key)?)
 }
 
+/// What control shows must be what hosts accept: a root or issuer that ended, or that may not sign this, is
+/// noticed here and not at the first host.
+fn check_own(control: &Control, own: &Own, trust: &SharedTrust) -> anyhow::Result<()> {
+    let accept = Accept::Control(control.settings.trust_domain.clone());
+    let verifier = Verifier::new(Arc::clone(trust), accept);
+    let key = own.now();
+    let judged = match key.cert.split_first() {
+        Some((leaf, chain)) => verifier.judge(leaf, chain, None, unix_now()),
+        None => Err(Reason::NoCertificate),
+    };
+    judged.map(drop).map_err(|reason| {
+        anyhow::anyhow!(
+            "no host would accept control's certificate: {}; look at the files in ca/ and at the clock",
+            reason.text()
+        )
+    })
+}
+
 /// Everything bound, nothing served yet.
 #[derive(Debug)]
 pub(crate) struct Bound {
@@ -148,6 +166,7 @@ impl Bound {
             listeners.push(listener);
         }
         let trust = TrustStore::from_bundle(&control.bundle)?.shared();
+        check_own(&control, &own, &trust)?;
         Ok(Self {
             control,
             own,

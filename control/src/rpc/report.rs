@@ -14,6 +14,8 @@ use crate::refusal::Refusal;
 const WORKLOADS_MAX: usize = 256;
 /// Most services of a workload.
 const SERVICES_MAX: usize = 64;
+/// Most services of all workloads together: a report is compared with itself.
+const OFFERS_MAX: usize = 1024;
 /// Most ports of a service.
 const PORTS_MAX: usize = 64;
 
@@ -34,6 +36,8 @@ pub(super) fn read(report: &proto::Report) -> Result<Read, Refusal> {
         Err(Refusal::invalid(message))
     };
     bound("workloads", report.workloads.len(), WORKLOADS_MAX)?;
+    let offered = report.workloads.iter().map(|w| w.services.len()).sum();
+    bound("services", offered, OFFERS_MAX)?;
     let mut read = Read::default();
     let mut seen = BTreeSet::new();
     for reported in &report.workloads {
