@@ -7,6 +7,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_api::frame;
+use mesh_core::reason::Reason;
+use mesh_core::stream::{Frame, Limits};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType,
@@ -120,9 +123,11 @@ impl Credential {
     }
 }
 
-/// Offers a TLS 1.3 connection to a mesh port and returns how it ended, once the peer has ended it.
+type Tls = rustls::StreamOwned<ClientConnection, TcpStream>;
+
+/// A connection to a mesh port whose handshake is still to be done. It believes every server.
 #[track_caller]
-pub fn knock(port: SocketAddr, sni: &str, credential: Option<&Credential>) -> String {
+fn offer(port: SocketAddr, sni: &str, credential: Option<&Credential>) -> Tls {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -139,17 +144,59 @@ pub fn knock(port: SocketAddr, sni: &str, credential: Option<&Credential>) -> St
         }
         None => builder.with_no_client_auth(),
     };
+    config.alpn_protocols = vec![mesh_runtime::tls::ALPN_MESH.to_vec()];
     config.resumption = rustls::client::Resumption::disabled();
     let name = ServerName::try_from(sni.to_owned()).expect("a server name");
-    let mut connection = ClientConnection::new(Arc::new(config), name).expect("a client");
-    let mut tcp = TcpStream::connect_timeout(&port, ANSWER_MAX).expect("the mesh port listens");
+    let connection = ClientConnection::new(Arc::new(config), name).expect("a client");
+    let tcp = TcpStream::connect_timeout(&port, ANSWER_MAX).expect("the mesh port listens");
     tcp.set_read_timeout(Some(ANSWER_MAX)).expect("a timeout");
-    let mut tls = rustls::Stream::new(&mut connection, &mut tcp);
+    rustls::StreamOwned::new(connection, tcp)
+}
+
+/// Offers a TLS 1.3 connection to a mesh port and returns how it ended, once the peer has ended it.
+#[track_caller]
+pub fn knock(port: SocketAddr, sni: &str, credential: Option<&Credential>) -> String {
+    let mut tls = offer(port, sni, credential);
     let mut byte = [0; 1];
     match tls.flush().and_then(|()| tls.read(&mut byte)) {
         Ok(0) => "closed".to_owned(),
         Ok(_) => "accepted".to_owned(),
         Err(error) => error.to_string(),
+    }
+}
+
+/// Opens one stream with this header, as a peer that may write what it likes, and returns whether it was taken.
+#[track_caller]
+pub fn open_stream(
+    port: SocketAddr,
+    sni: &str,
+    credential: &Credential,
+    header: &[u8],
+) -> Result<(), Reason> {
+    const STREAM: u32 = 1;
+    let mut tls = offer(port, sni, Some(credential));
+    let mut out = Vec::new();
+    let limits = Limits::DEFAULT;
+    let version = mesh_core::stream::VERSION;
+    frame::encode(&Frame::Hello { version, limits }, &mut out);
+    let stream = STREAM;
+    frame::encode(&Frame::Open { stream, header }, &mut out);
+    tls.write_all(&out).expect("a handshake");
+    loop {
+        let mut prefix = [0; frame::PREFIX_LEN];
+        tls.read_exact(&mut prefix).expect("a frame");
+        let prefix = frame::Prefix::decode(prefix, limits.max_frame).expect("a frame of ours");
+        let mut payload = vec![0; prefix.length];
+        tls.read_exact(&mut payload).expect("its payload");
+        match prefix.frame(&payload).expect("a frame of ours") {
+            Frame::Accepted { stream: STREAM } => return Ok(()),
+            Frame::Reset {
+                stream: STREAM,
+                reason,
+            }
+            | Frame::GoAway { reason, .. } => return Err(reason),
+            _ => {}
+        }
     }
 }
 

@@ -138,6 +138,7 @@ impl Exchange<'_> {
         writer: &mut WriteHalf<'_>,
     ) -> Next {
         let mut tried = Vec::new();
+        let mut last = None;
         let reason = loop {
             let (call, sent) = match self.begun.take() {
                 Some(begun) => begun,
@@ -145,7 +146,8 @@ impl Exchange<'_> {
                     .await
                 {
                     Ok(call) => (call, 0),
-                    Err(reason) => break reason,
+                    // That no other endpoint is left says less than why those that were asked refused.
+                    Err(reason) => break last.unwrap_or(reason),
                 },
             };
             let endpoint = Rc::clone(&call.endpoint);
@@ -159,6 +161,7 @@ impl Exchange<'_> {
                     if !whole || !reason.is_retryable() || tried.len() >= TRIES_MAX {
                         break reason;
                     }
+                    last = Some(reason);
                 }
             }
         };

@@ -35,8 +35,11 @@ pub(super) async fn serve(
 /// does not answer is passed over.
 async fn connect(thread: &Rc<Thread>, caller: &Caller) -> Result<Call, Reason> {
     let mut tried = Vec::new();
+    let mut last = None;
     loop {
-        let call = call::open(thread, caller, StreamKind::Tcp, &mut tried).await?;
+        let opened = call::open(thread, caller, StreamKind::Tcp, &mut tried).await;
+        // That no other endpoint is left says less than why those that were asked refused.
+        let call = opened.map_err(|reason| last.unwrap_or(reason))?;
         let bound = thread.settings.connect + thread.settings.hold;
         let accepted = tokio::time::timeout(bound, call.stream.accepted()).await;
         match accepted.unwrap_or(Err(Reason::Timeout)) {
@@ -47,6 +50,7 @@ async fn connect(thread: &Rc<Thread>, caller: &Caller) -> Result<Call, Reason> {
                 if !reason.is_retryable() || tried.len() >= TRIES_MAX {
                     return Err(reason);
                 }
+                last = Some(reason);
             }
         }
     }

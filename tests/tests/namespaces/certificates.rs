@@ -2,9 +2,11 @@
 
 use std::net::SocketAddr;
 
+use mesh_api::header::{Header, StreamKind};
+use mesh_core::reason::Reason;
 use meshwork_tests::agent::MESH_PORT;
 use meshwork_tests::control::TRUST_DOMAIN;
-use meshwork_tests::mesh::{Authority, Credential, knock, knock_plaintext};
+use meshwork_tests::mesh::{Authority, Credential, knock, knock_plaintext, open_stream};
 
 use crate::pair::{Pair, spiffe};
 
@@ -71,15 +73,52 @@ fn certificates_that_prove_nothing_are_refused_by_reason() {
         "unknown_trust_domain",
         ours.leaf(&[elsewhere], NOW, Some(UID)),
     );
-    for kind in [
-        format!("agent/{UID}"),
-        "control".to_owned(),
-        "operator/admin".to_owned(),
-    ] {
+    for kind in [format!("agent/{UID}"), "operator/admin".to_owned()] {
         let uri = format!("spiffe://{TRUST_DOMAIN}/{kind}");
         refuses("identity_kind", ours.leaf(&[&uri], NOW, Some(UID)));
     }
     port.refuses("no_certificate", &port.sni, None);
+}
+
+/// Control shows itself at the mesh port to prove addresses. That gives it no right to call anything.
+#[test]
+fn what_a_peer_asks_for_is_judged_whoever_it_is() {
+    let pair = Pair::new("what_a_peer_asks_for_is_judged");
+    let _web = pair.web("tcp", "");
+    let port = port(&pair);
+    let ours = Authority::of_control(&pair.control.state_dir());
+    let control = ours.leaf(&[&format!("spiffe://{TRUST_DOMAIN}/control")], NOW, None);
+    let client = ours.leaf(&[&spiffe("client")], NOW, Some(UID));
+    let host = &pair.client.host;
+    let ask = |credential: &Credential, header: &[u8]| {
+        host.inside(|| open_stream(port.address, &port.sni, credential, header))
+    };
+    let header = |port: u16, service: &str| {
+        let mut bytes = Vec::new();
+        let service = service.parse().unwrap();
+        let kind = StreamKind::Tcp;
+        Header {
+            kind,
+            service,
+            port,
+        }
+        .encode(&mut bytes);
+        bytes
+    };
+    assert_eq!(ask(&client, &header(80, "web")), Ok(()));
+    let refused = |reason: Reason, credential: &Credential, header: &[u8]| {
+        let before = pair.server.refused(reason.code());
+        assert_eq!(ask(credential, header), Err(reason));
+        pair.server.wait_refused(reason.code(), before);
+    };
+    refused(Reason::NotAllowed, &control, &header(80, "web"));
+    refused(Reason::NoSuchPort, &client, &header(81, "web"));
+    refused(Reason::NoSuchPort, &client, &header(80, "cache"));
+    let mut newer = header(80, "web");
+    newer[0] = 200;
+    refused(Reason::HeaderVersion, &client, &newer);
+    refused(Reason::HeaderMalformed, &client, &header(80, "web")[..4]);
+    refused(Reason::HeaderMalformed, &client, b"");
 }
 
 /// The credential that the client's agent really has for control, taken from its disk.

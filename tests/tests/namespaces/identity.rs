@@ -143,6 +143,12 @@ fn who_connects_writes_and_exits_is_known_every_time() {
 fn a_port_that_another_program_holds_is_not_served() {
     let pair = Pair::new("a_port_that_another_program_holds");
     let web = pair.web("http", "");
+    // Without a health check control goes on listing it, and only the connection itself can tell.
+    let line = pair.server.owner_line(&owner("web"));
+    let file = format!(
+        "namespace = \"shop\"\n[owner]\n{line}\n[[service]]\nports = [{{ port = 80, protocol = \"http\" }}]\n"
+    );
+    pair.server.write_file("web.toml", &file);
     assert_eq!(
         pair.ok(&format!("curl -sS -m 10 http://{}/", mesh_name("web"))),
         "hello\n"
