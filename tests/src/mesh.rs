@@ -165,14 +165,14 @@ pub fn knock(port: SocketAddr, sni: &str, credential: Option<&Credential>) -> St
     }
 }
 
-/// Opens one stream with this header, as a peer that may write what it likes, and returns whether it was taken.
+/// Opens one stream with this header, as a peer that may write what it likes. `None`: it was taken; else why not.
 #[track_caller]
 pub fn open_stream(
     port: SocketAddr,
     sni: &str,
     credential: &Credential,
     header: &[u8],
-) -> Result<(), Reason> {
+) -> Option<Reason> {
     const STREAM: u32 = 1;
     let mut tls = offer(port, sni, Some(credential));
     let mut out = Vec::new();
@@ -189,12 +189,12 @@ pub fn open_stream(
         let mut payload = vec![0; prefix.length];
         tls.read_exact(&mut payload).expect("its payload");
         match prefix.frame(&payload).expect("a frame of ours") {
-            Frame::Accepted { stream: STREAM } => return Ok(()),
+            Frame::Accepted { stream: STREAM } => return None,
             Frame::Reset {
                 stream: STREAM,
                 reason,
             }
-            | Frame::GoAway { reason, .. } => return Err(reason),
+            | Frame::GoAway { reason, .. } => return Some(reason),
             _ => {}
         }
     }

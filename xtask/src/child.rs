@@ -21,6 +21,7 @@ const INTERRUPTED: i32 = 130;
 /// The process group of the child that runs; 0 for none.
 static GROUP: AtomicI32 = AtomicI32::new(0);
 static ENDING: AtomicBool = AtomicBool::new(false);
+static DEMO: AtomicBool = AtomicBool::new(false);
 
 /// Writes a line to stderr; stdout is for results.
 pub(crate) fn say(text: &str) {
@@ -57,20 +58,44 @@ fn end_group() {
     let _ = killpg(group, Signal::SIGKILL);
 }
 
-/// Removes what the demonstration and dead tests left, if the program for it was ever built.
+/// Removes what dead tests left, and the demonstration if it is this run's, by whichever program was built.
 pub(crate) fn sweep_all() {
-    let site = bin_dir().join("meshwork-site");
-    if site.exists() && nix::unistd::geteuid().is_root() {
-        drop(Command::new(site).args(["sweep", "--demo"]).status());
+    if !nix::unistd::geteuid().is_root() {
+        return;
     }
+    let built = [Profile::Dev, Profile::Release].map(|p| bin_dir(p).join("meshwork-site"));
+    let Some(site) = built.iter().find(|path| path.exists()) else {
+        return;
+    };
+    let mut command = Command::new(site);
+    command.arg("sweep");
+    if DEMO.load(Ordering::SeqCst) {
+        command.arg("--demo");
+    }
+    drop(command.status());
+}
+
+/// From now on what [`sweep_all`] removes includes the demonstration: one that was kept earlier is not ours to end.
+pub(crate) fn owns_demo() {
+    DEMO.store(true, Ordering::SeqCst);
+}
+
+/// How the binaries are built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Profile {
+    Dev,
+    Release,
 }
 
 /// Where cargo puts the binaries.
-fn bin_dir() -> PathBuf {
+fn bin_dir(profile: Profile) -> PathBuf {
     let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     target
         .unwrap_or_else(|| crate::root().join("target"))
-        .join("debug")
+        .join(match profile {
+            Profile::Dev => "debug",
+            Profile::Release => "release",
+        })
 }
 
 /// Runs to a good end.
@@ -135,23 +160,20 @@ pub(crate) fn cargo(words: &[&str]) -> Command {
     command
         .args(words)
         .current_dir(crate::root())
-        .env("MESH_BIN_DIR", bin_dir());
+        .env("MESH_BIN_DIR", bin_dir(Profile::Dev));
     command
 }
 
 /// Builds every binary.
-pub(crate) fn build() -> anyhow::Result<()> {
-    run(&mut cargo(&[
-        "build",
-        "--quiet",
-        "--workspace",
-        "--bins",
-        "--locked",
-    ]))
+pub(crate) fn build(profile: Profile) -> anyhow::Result<()> {
+    let mut words = vec!["build", "--quiet", "--workspace", "--bins", "--locked"];
+    words.extend((profile == Profile::Release).then_some("--release"));
+    run(&mut cargo(&words))
 }
 
 /// Runs `meshwork-site`.
-pub(crate) fn site(words: &[&str]) -> anyhow::Result<()> {
-    let mut command = Command::new(bin_dir().join("meshwork-site"));
-    run(command.args(words).env("MESH_BIN_DIR", bin_dir()))
+pub(crate) fn site(profile: Profile, words: &[&str]) -> anyhow::Result<()> {
+    let dir = bin_dir(profile);
+    let mut command = Command::new(dir.join("meshwork-site"));
+    run(command.args(words).env("MESH_BIN_DIR", dir))
 }

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::child::Profile;
 use crate::test::Tier;
 
 #[derive(Debug, Parser)]
@@ -45,6 +46,9 @@ enum Command {
         /// Two rounds instead of five
         #[arg(long)]
         quick: bool,
+        /// Build with the release profile, which takes minutes longer; otherwise what the tests use is measured
+        #[arg(long)]
+        release: bool,
         /// Write the figures as JSON to this file
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -57,7 +61,11 @@ fn main() -> ExitCode {
         Command::Demo { end: true, .. } => sweep(),
         Command::Demo { keep, .. } => demo(keep),
         Command::Test { tier, lint, filter } => test::run(&tier, lint, filter.as_deref()),
-        Command::Bench { quick, json } => bench(quick, json.as_deref()),
+        Command::Bench {
+            quick,
+            release,
+            json,
+        } => bench(quick, release, json.as_deref()),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -71,10 +79,11 @@ fn main() -> ExitCode {
 fn demo(keep: bool) -> anyhow::Result<()> {
     apt::need_root("the demonstration makes network namespaces")?;
     apt::install(apt::DEMO)?;
-    child::build()?;
+    child::build(Profile::Dev)?;
+    child::owns_demo();
     let mut words = vec!["demo"];
     words.extend(keep.then_some("--keep"));
-    let shown = child::site(&words);
+    let shown = child::site(Profile::Dev, &words);
     if shown.is_err() {
         child::sweep_all();
     }
@@ -83,21 +92,26 @@ fn demo(keep: bool) -> anyhow::Result<()> {
 
 fn sweep() -> anyhow::Result<()> {
     apt::need_root("removing network namespaces")?;
-    child::build()?;
-    child::site(&["sweep", "--demo"])
+    child::build(Profile::Dev)?;
+    child::site(Profile::Dev, &["sweep", "--demo"])
 }
 
-fn bench(quick: bool, json: Option<&Path>) -> anyhow::Result<()> {
+fn bench(quick: bool, release: bool, json: Option<&Path>) -> anyhow::Result<()> {
     apt::need_root("the benchmark makes network namespaces")?;
     apt::install(apt::BENCH)?;
-    child::build()?;
+    let profile = if release {
+        Profile::Release
+    } else {
+        Profile::Dev
+    };
+    child::build(profile)?;
     let mut words = vec!["bench"];
     words.extend(quick.then_some("--quick"));
     let json = json.map(|path| path.display().to_string());
     if let Some(path) = &json {
         words.extend(["--json", path]);
     }
-    let measured = child::site(&words);
+    let measured = child::site(profile, &words);
     if measured.is_err() {
         child::sweep_all();
     }

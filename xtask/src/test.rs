@@ -159,9 +159,9 @@ fn prepare(tier: Tier) -> anyhow::Result<()> {
     }
     apt::need_root("the namespaces tier makes network namespaces")?;
     apt::install(apt::NAMESPACES)?;
-    child::build()?;
+    child::build(child::Profile::Dev)?;
     // What an earlier run left when it was killed together with us.
-    child::site(&["sweep"])
+    child::site(child::Profile::Dev, &["sweep"])
 }
 
 fn tests(tier: Tier, filter: Option<&str>) -> Count {

@@ -11,6 +11,12 @@ fn decoy(host: &Host) -> meshwork_tests::process::Process {
     servers::nginx(host, "decoy", 80, "location / { return 200 \"decoy\\n\"; }")
 }
 
+/// Connections that the kernel tracks for this host.
+fn tracked(host: &Host) -> u32 {
+    let count = host.ok("cat /proc/sys/net/netfilter/nf_conntrack_count");
+    count.trim().parse().unwrap()
+}
+
 #[test]
 fn connection_tracking_stays_off() {
     let pair = Pair::new("connection_tracking_stays_off");
@@ -23,9 +29,18 @@ fn connection_tracking_stays_off() {
         pair.ok(&format!("curl -sS -m 10 http://{}/", pair.server.host.v4()));
     }
     for host in [&pair.server.host, &pair.client.host] {
-        let count = host.ok("cat /proc/sys/net/netfilter/nf_conntrack_count");
-        assert_eq!(count.trim(), "0", "{}", host.name());
+        assert_eq!(tracked(host), 0, "{}", host.name());
     }
+    // It would be seen if it were on.
+    let client = &pair.client.host;
+    client.ok("nft add table inet other");
+    client.ok("nft 'add chain inet other out { type filter hook output priority 0; }'");
+    client.ok("nft add rule inet other out ct state new accept");
+    pair.ok(&format!("curl -sS -m 10 http://{}/", pair.server.host.v4()));
+    assert!(
+        0 < tracked(client),
+        "this test can not see connection tracking"
+    );
 }
 
 #[test]

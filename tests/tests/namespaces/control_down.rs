@@ -105,15 +105,16 @@ fn a_worker_that_is_killed_is_replaced_and_nobody_is_refused() {
     pair.server.kill_worker();
     assert_eq!(pair.ok(&line), "hello\n");
     // Those who come meanwhile wait in the accept queue.
-    let calls = format!("for i in $(seq 40); do {line} || exit 1; done");
+    const CALLS: usize = 60;
+    let calls = format!("for i in $(seq {CALLS}); do {line}; done");
     let running = pair.cmd(&calls);
     std::thread::scope(|scope| {
         let calls = scope.spawn(move || running.output());
         pair.client.kill_worker();
         let output = calls.join().unwrap();
-        // A call whose own connection was in the worker that died is lost with it; the others are not.
+        // The one whose connection was in the worker that died is lost with it.
         let answered = output.stdout.matches("hello").count();
-        assert!(output.status.success() || 0 < answered, "{output}");
+        assert!(CALLS - 1 <= answered, "{answered} of {CALLS}: {output}");
     });
     assert_eq!(pair.ok(&line), "hello\n");
 }

@@ -171,4 +171,10 @@ fn an_unknown_key_of_the_configuration_is_refused_with_its_line() {
         output.stderr.contains(&line.to_string()),
         "no line {line}: {output}"
     );
+    let file = host.dir().join("control.toml");
+    std::fs::write(&file, "[leaves]\nworkload_days = 2\n").unwrap();
+    let control = meshwork_tests::binary("mesh-control").display().to_string();
+    let output = host.run(&format!("{control} run --config {}", file.display()));
+    assert!(!output.status.success(), "{output}");
+    assert!(output.stderr.contains("workload_days"), "{output}");
 }
