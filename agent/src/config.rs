@@ -148,7 +148,7 @@ impl Default for Limits {
 impl Config {
     /// Reads the file that was named, or the default one if it is there.
     pub(crate) fn load(named: Option<&Path>) -> anyhow::Result<Self> {
-        let path = named.unwrap_or(Path::new(DEFAULT_PATH));
+        let path = named.unwrap_or_else(|| Path::new(DEFAULT_PATH));
         let config: Self = if named.is_none() && !path.exists() {
             Self::default()
         } else {

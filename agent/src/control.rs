@@ -107,10 +107,9 @@ pub(crate) struct Shell {
     session: Session,
     mirror: Mirror,
     connection: Option<Connection>,
-    events: (
-        mpsc::Sender<(Attempt, Event)>,
-        mpsc::Receiver<(Attempt, Event)>,
-    ),
+    /// Of the connection, whichever it is; a connection gets the sending end.
+    events: mpsc::Receiver<(Attempt, Event)>,
+    events_by: mpsc::Sender<(Attempt, Event)>,
     /// The update that was handed to the session and not yet installed.
     pending: Option<IndexChange>,
     reported: Vec<proto::ReportedWorkload>,
@@ -145,6 +144,7 @@ impl Shell {
             Arc::clone(&links.trust),
             links.bundle.clone(),
         );
+        let (events_by, events) = mpsc::channel(EVENTS_MAX);
         let seed = RandomState::new().build_hasher().finish();
         let installed = mirror.installed();
         let addresses = membership.control.len();
@@ -158,7 +158,8 @@ impl Shell {
             boot_id: boot_id.trim().to_owned(),
             mirror,
             connection: None,
-            events: mpsc::channel(EVENTS_MAX),
+            events,
+            events_by,
             pending: None,
             reported: Vec::new(),
             generation: 0,
@@ -200,7 +201,7 @@ impl Shell {
                     ended??;
                     anyhow::bail!("the task that keeps control's state ended");
                 }
-                Some((attempt, event)) = self.events.1.recv() => self.handle(attempt, event),
+                Some((attempt, event)) = self.events.recv() => self.handle(attempt, event),
                 Some(service) = self.links.wants.recv() => {
                     if self.mirror.want(&service, now_ms()) {
                         self.session.handle_subscriptions_changed();
@@ -434,7 +435,7 @@ impl Shell {
             }
         };
         let address = self.status.address.clone();
-        let task = tokio::spawn(dial::run(attempt, address, tls, self.events.0.clone()));
+        let task = tokio::spawn(dial::run(attempt, address, tls, self.events_by.clone()));
         self.connection = Some(Connection {
             attempt,
             task: task.abort_handle(),
@@ -501,8 +502,8 @@ impl Shell {
         let message = proto::FromAgent {
             message: Some(message),
         };
-        let sent = connection.outgoing.as_ref().map(|o| o.try_send(message));
-        if !matches!(sent, Some(Ok(()))) {
+        let outgoing = connection.outgoing.as_ref();
+        if outgoing.is_none_or(|o| o.try_send(message).is_err()) {
             // Full: control takes nothing. Closed: the connection's own end is on its way here.
             let attempt = connection.attempt;
             self.session

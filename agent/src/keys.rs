@@ -104,7 +104,8 @@ pub(crate) mod tests {
         };
         let error = format!("{:#}", read(&other).unwrap_err());
         assert!(error.contains("do not match"), "{error}");
-        assert!(chain_to_pem(&[vec![0_u8]; 0]).is_err());
+        let none: [&[u8]; 0] = [];
+        assert!(chain_to_pem(&none).is_err());
         assert!(chain_to_pem(&vec![vec![0_u8]; CHAIN_MAX + 1]).is_err());
     }
 

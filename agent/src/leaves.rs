@@ -307,9 +307,8 @@ impl Keeper {
             return;
         }
         match standing {
-            Standing::Fresh => {
-                log::info!(identity:% = identity; "the certificate is fresh again");
-            }
+            // The new certificate was told of.
+            Standing::Fresh => (),
             Standing::Ageing => log::warn!(
                 identity:% = identity, not_after = not_after_s;
                 "a third of the certificate's life is left and it was not renewed; is control reached?"

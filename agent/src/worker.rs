@@ -4,7 +4,9 @@
 //! The main thread runs everything here; calls have threads of their own (`data.rs`). Each part is one task with a name;
 //! when one fails the worker ends, and the holder starts another.
 
-use std::net::IpAddr;
+use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -36,6 +38,8 @@ use crate::{admin, leave};
 
 /// Services that wait to be asked for: a full queue only delays the asking to the next call.
 const WANTS_MAX: usize = 1_024;
+/// How often the resolver's file is looked at.
+const WIRED_EVERY: Duration = Duration::from_secs(30);
 /// How long the tasks may take to end after the calls have.
 const END_MAX: Duration = Duration::from_secs(3);
 
@@ -65,11 +69,13 @@ struct Worker {
 #[derive(Debug, Default)]
 struct Tasks {
     set: JoinSet<(&'static str, anyhow::Result<()>)>,
+    /// No new calls from now on; only what must end before the open calls do listens to it.
+    draining: CancellationToken,
     stop: CancellationToken,
 }
 
 impl Tasks {
-    fn spawn<E: Into<anyhow::Error>>(
+    fn spawn<E: Into<anyhow::Error> + Send + 'static>(
         &mut self,
         name: &'static str,
         task: impl Future<Output = Result<(), E>> + Send + 'static,
@@ -136,6 +142,7 @@ impl Worker {
         }
         log::info!("the worker takes no new calls and lets the open ones end");
         // The resolver first: names must go where they went before.
+        self.tasks.draining.cancel();
         leave::unwire(&self.config);
         self.plane.drain(self.config.drain()).await;
         self.tasks.end().await;
@@ -233,16 +240,14 @@ impl Parts {
         )?;
 
         let metrics = Metrics::new();
-        let plane = Arc::new(DataPlane::start(&DataShared {
+        let shared = DataShared {
             view: self.view.reader(),
             wants: wants_by,
             trust: self.trust,
             metrics: Arc::clone(&metrics),
             settings: config.data(),
-        })?);
-        for listener in sockets.mesh {
-            plane.add_mesh_listener(listener).await?;
-        }
+        };
+        let plane = start_plane(&shared, sockets.mesh).await?;
         let owners = Owners::new(
             owners::Links {
                 view: self.view.clone(),
@@ -258,22 +263,13 @@ impl Parts {
             udp: sockets.dns_udp,
             tcp: sockets.dns_tcp,
         };
-        let counters = start_dns(
-            &config,
-            &self.membership,
-            names,
-            self.view.reader(),
-            &mut tasks,
-        )?;
+        let counters = start_dns(&config, names, self.view.reader(), &mut tasks)?;
         let stop = tasks.stop.clone();
         tasks.spawn("control", shell.run(stop.clone()));
         tasks.spawn("leaves", keeper.run(stop.clone()));
         tasks.spawn("owners", owners.run(stop.clone()));
-        tasks.spawn("workload files", self.files.run(stop.clone()));
-        tasks.spawn(
-            "health",
-            health::run(self.sets.clone(), listening()?, verdicts_by, stop),
-        );
+        tasks.spawn("workload files", self.files.run(stop));
+        start_health(&self.sets, verdicts_by, &mut tasks)?;
         start_admin(
             admin::Sources {
                 config: config.clone(),
@@ -297,9 +293,19 @@ impl Parts {
     }
 }
 
+async fn start_plane(
+    shared: &DataShared,
+    mesh: Vec<TcpListener>,
+) -> anyhow::Result<Arc<DataPlane>> {
+    let plane = DataPlane::start(shared)?;
+    for listener in mesh {
+        plane.add_mesh_listener(listener).await?;
+    }
+    Ok(Arc::new(plane))
+}
+
 fn start_dns(
     config: &Config,
-    membership: &Membership,
     sockets: dns::Sockets,
     view: ViewReader,
     tasks: &mut Tasks,
@@ -311,22 +317,15 @@ fn start_dns(
     if let Some(path) = config.resolv_conf()
         && let Some(address) = own_address(&sockets)
     {
-        match resolv_conf::wire(path, address) {
-            Ok(wired) => {
-                if wired.displaced > 0 {
-                    log::warn!(
-                        file:% = path.display(), servers = wired.displaced;
-                        "resolvers read three servers only: these are reached through the agent alone"
-                    );
-                }
-                if upstreams.is_empty() {
-                    upstreams = wired.upstreams;
-                }
-            }
+        match wire(path, address) {
+            Ok(found) if upstreams.is_empty() => upstreams = found,
+            Ok(_) => (),
             Err(error) => log::warn!("mesh names are not wired in: {error}"),
         }
+        let task = keep_wired(path.to_owned(), address, tasks.draining.clone());
+        tasks.spawn("resolver", task);
     }
-    let host = &membership.host;
+    let host = Arc::clone(&view.borrow().host);
     let dns = Dns::new(
         dns::Config {
             suffix: host.dns_suffix.clone(),
@@ -340,10 +339,62 @@ fn start_dns(
     Ok(Some(counters))
 }
 
+/// Makes us the resolver's first server and returns those that stood there.
+fn wire(path: &Path, address: IpAddr) -> Result<Vec<SocketAddr>, resolv_conf::Error> {
+    let wired = resolv_conf::wire(path, address)?;
+    if wired.displaced > 0 {
+        log::warn!(
+            file:% = path.display(), servers = wired.displaced;
+            "resolvers read three servers only: these are reached through the agent alone"
+        );
+    }
+    Ok(wired.upstreams)
+}
+
+/// Puts our line back when another program wrote the file anew, as DHCP clients do.
+async fn keep_wired(
+    path: PathBuf,
+    address: IpAddr,
+    draining: CancellationToken,
+) -> Result<(), Infallible> {
+    let mut ok = true;
+    loop {
+        tokio::select! {
+            // Once our line was taken away at the end it must not come back.
+            biased;
+            () = draining.cancelled() => return Ok(()),
+            () = tokio::time::sleep(WIRED_EVERY) => (),
+        }
+        let now = match resolv_conf::is_wired(&path, address) {
+            Ok(true) => continue,
+            Ok(false) => wire(&path, address).map(drop),
+            Err(error) => Err(error),
+        };
+        match &now {
+            Ok(()) => {
+                log::info!(file:% = path.display(); "another program wrote the resolver's file; mesh names are wired in again");
+            }
+            Err(error) if ok => log::warn!("mesh names are not wired in: {error}"),
+            Err(_) => (),
+        }
+        ok = now.is_ok();
+    }
+}
+
 /// Where resolvers of this host reach us: IPv4 where there is one.
 fn own_address(sockets: &dns::Sockets) -> Option<IpAddr> {
     let addresses = sockets.udp.iter().filter_map(|s| s.local_addr().ok());
     addresses.map(|a| a.ip()).min_by_key(IpAddr::is_ipv6)
+}
+
+fn start_health(
+    sets: &watch::Receiver<Arc<WorkloadSet>>,
+    verdicts: watch::Sender<Arc<Verdicts>>,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    let checks = health::run(sets.clone(), listening()?, verdicts, tasks.stop.clone());
+    tasks.spawn("health", checks);
+    Ok(())
 }
 
 fn start_admin(sources: admin::Sources, tasks: &mut Tasks) -> anyhow::Result<()> {

@@ -62,16 +62,25 @@ pub(super) struct Persisted {
     pub(super) policy_revision: u64,
 }
 
-/// Writes until `stop`, and once more then.
-pub(super) async fn run(
+/// Writes until `stop`, and once more then. What is wanted at the call came from disk.
+pub(super) fn run(
     state: State,
     mut wanted: watch::Receiver<Wanted>,
     persisted: watch::Sender<Persisted>,
     stop: CancellationToken,
-) -> anyhow::Result<()> {
-    // What is there at the start came from disk.
-    let mut written = wanted.borrow_and_update().clone();
+) -> impl Future<Output = anyhow::Result<()>> {
+    let written = wanted.borrow_and_update().clone();
     persisted.send_replace(Persisted::of(&written));
+    write_on(state, wanted, written, persisted, stop)
+}
+
+async fn write_on(
+    state: State,
+    mut wanted: watch::Receiver<Wanted>,
+    mut written: Wanted,
+    persisted: watch::Sender<Persisted>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let mut failing = false;
     loop {
         let stopping = tokio::select! {

@@ -322,3 +322,188 @@ impl Mirror {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::keep;
+    use crate::state::tests::{Scratch, membership};
+    use crate::view::View;
+    use mesh_core::service::Health;
+    use tokio_util::sync::CancellationToken;
+
+    const EPOCH: u64 = 9;
+
+    fn view() -> ViewWriter {
+        ViewWriter::new(View {
+            host: Arc::new(membership().host),
+            index: None,
+            policies: None,
+            endpoints: Arc::default(),
+            workloads: Arc::default(),
+            owners: Arc::default(),
+            leaves: Arc::default(),
+            live: false,
+        })
+    }
+
+    fn mirror(state: &State) -> Mirror {
+        let trust = TrustStore::default().shared();
+        let bundle = proto::TrustBundle::default();
+        let mut mirror = Mirror::load(state, &membership().host, view(), trust, bundle);
+        mirror.begin_epoch(EPOCH);
+        mirror
+    }
+
+    fn index(names: &[&str]) -> proto::IndexUpdate {
+        let services = names
+            .iter()
+            .zip(2..)
+            .map(|(name, last)| proto::IndexService {
+                namespace: "shop".to_owned(),
+                name: (*name).to_owned(),
+                vip4: format!("252.64.0.{last}"),
+                vip6: format!("fd6d:6573:6800::{last}"),
+                ports: vec![proto::ReportedPort {
+                    number: 80,
+                    protocol: "http".to_owned(),
+                }],
+                transport: "permissive".to_owned(),
+            });
+        proto::IndexUpdate {
+            revision: 5,
+            snapshot: true,
+            services: services.collect(),
+            removed: vec![],
+        }
+    }
+
+    fn install(mirror: &mut Mirror, update: &proto::IndexUpdate) {
+        let installed = Installed {
+            epoch: EPOCH,
+            revision: update.revision,
+        };
+        let change = mirror.read_index(update).unwrap();
+        mirror.install_index(change, installed, 1_000).unwrap();
+    }
+
+    fn endpoints(name: &str, revision: u64, stale: bool) -> proto::EndpointsUpdate {
+        proto::EndpointsUpdate {
+            service: Some(sync::service_ref(&service(name))),
+            revision,
+            endpoints: vec![proto::Endpoint {
+                network: "default".to_owned(),
+                address: "10.0.0.2".to_owned(),
+                mesh_port: 7441,
+                namespace: "shop".to_owned(),
+                account: name.to_owned(),
+                host_uid: "0".repeat(32),
+                stale,
+            }],
+        }
+    }
+
+    fn service(name: &str) -> ServiceName {
+        ServiceName::parse(&format!("shop/{name}")).unwrap()
+    }
+
+    fn health(mirror: &Mirror, name: &str) -> Option<Health> {
+        let view = mirror.view.now();
+        view.endpoints.get(&service(name)).map(|e| e[0].health)
+    }
+
+    fn everyone() -> proto::PolicyUpdate {
+        let policy = r#"{"apiVersion":"meshwork.io/v1alpha1","kind":"Policy","metadata":{"name":"p"},
+            "spec":{"rules":[{"name":"r","from":[{"namespace":"shop"}]}]}}"#;
+        proto::PolicyUpdate {
+            revision: 6,
+            policies: vec![policy.to_owned()],
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_sent_is_there_after_a_restart() {
+        let Scratch(state) = &Scratch::new();
+        let mut first = mirror(state);
+        let (persisted, known) = watch::channel(keep::Persisted::default());
+        let stop = CancellationToken::new();
+        let keeping = keep::run(state.clone(), first.wanted(), persisted, stop.clone());
+        install(&mut first, &index(&["web", "db"]));
+        assert!(first.want(&service("web"), 1_000));
+        assert_eq!(first.endpoints(endpoints("web", 7, true), 1_000), Ok(true));
+        assert_eq!(first.policies(everyone(), 1_000), Ok(true));
+        first.contact(2_000);
+        stop.cancel();
+        // Stopping writes what is still to be written.
+        keeping.await.unwrap();
+        assert_eq!(known.borrow().policy_revision, 6);
+
+        let second = mirror(state);
+        let installed = Installed {
+            epoch: EPOCH,
+            revision: 5,
+        };
+        assert_eq!(second.installed(), Some(installed));
+        assert_eq!(second.known_until_ms(), 2_000);
+        assert_eq!(health(&second, "web"), Some(Health::Stale));
+        let view = second.view.now();
+        assert_eq!(view.policies.as_ref().unwrap().policies.len(), 1);
+        assert_eq!(second.subscribe().services.len(), 1);
+    }
+
+    #[test]
+    fn what_is_bad_or_old_leaves_the_last_good_in_use() {
+        let Scratch(state) = &Scratch::new();
+        let mut mirror = mirror(state);
+        install(&mut mirror, &index(&["web"]));
+        mirror.want(&service("web"), 1_000);
+        mirror.endpoints(endpoints("web", 7, false), 1_000).unwrap();
+        mirror.policies(everyone(), 1_000).unwrap();
+
+        let mut bad = endpoints("web", 8, true);
+        bad.endpoints[0].address = "nowhere".to_owned();
+        assert!(mirror.endpoints(bad, 2_000).is_err());
+        assert_eq!(
+            mirror.endpoints(endpoints("web", 6, true), 2_000),
+            Ok(false)
+        );
+        assert_eq!(health(&mirror, "web"), Some(Health::Healthy));
+        let bad = proto::PolicyUpdate {
+            revision: 7,
+            policies: vec!["{}".to_owned()],
+        };
+        assert!(mirror.policies(bad, 2_000).is_err());
+        assert_eq!(mirror.view.now().policies.as_ref().unwrap().revision, 6);
+        let bundle = proto::TrustBundle {
+            number: 1,
+            domains: vec![],
+        };
+        assert!(mirror.bundle(bundle).is_err(), "without our own roots");
+
+        // Another epoch counts anew.
+        mirror.begin_epoch(EPOCH + 1);
+        assert_eq!(mirror.endpoints(endpoints("web", 1, true), 3_000), Ok(true));
+        assert_eq!(health(&mirror, "web"), Some(Health::Stale));
+    }
+
+    #[test]
+    fn only_listed_services_are_asked_for_and_unused_ones_given_up() {
+        let Scratch(state) = &Scratch::new();
+        let mut mirror = mirror(state);
+        assert!(!mirror.want(&service("web"), 1_000), "no index yet");
+        install(&mut mirror, &index(&["web", "db"]));
+        assert!(!mirror.want(&service("other"), 1_000));
+        assert!(mirror.want(&service("web"), 1_000));
+        assert!(!mirror.want(&service("web"), 1_000), "it was asked for");
+        assert!(mirror.want(&service("db"), UNUSED_MS));
+        let unasked = endpoints("other", 1, false);
+        assert_eq!(mirror.endpoints(unasked, 1_000), Ok(false));
+        mirror.endpoints(endpoints("web", 1, false), 1_000).unwrap();
+
+        assert!(mirror.forget_unused(UNUSED_MS + 1_001));
+        assert_eq!(health(&mirror, "web"), None);
+        assert_eq!(mirror.subscribe().services.len(), 1);
+        install(&mut mirror, &index(&["web"]));
+        assert!(mirror.subscribe().services.is_empty(), "db is gone");
+    }
+}
