@@ -13,6 +13,8 @@ pub mod workload_file;
 pub mod proto {
     #![allow(
         clippy::all,
+        clippy::allow_attributes_without_reason,
+        clippy::too_many_lines,
         clippy::use_self,
         unreachable_pub,
         unused_qualifications,

@@ -152,7 +152,7 @@ impl Index {
     }
 
     pub fn insert(&mut self, service: Service) {
-        self.remove(&service.name.clone());
+        self.remove(&service.name);
         let service = Arc::new(service);
         self.by_address
             .insert(service.vip.v4.into(), Arc::clone(&service));

@@ -36,7 +36,7 @@ fn replace(path: &Path, content: &[u8], mode: u32) -> Result<(), FileError> {
     let directory = path
         .parent()
         .filter(|d| !d.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
+        .unwrap_or_else(|| Path::new("."));
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".new-{}", std::process::id()));
     let temporary: PathBuf = directory.join(name);

@@ -77,11 +77,7 @@ impl MuxStream {
     }
 
     /// Sends a part of `data`, at least one byte of it.
-    pub fn poll_send(
-        &self,
-        cx: &mut Context<'_>,
-        data: &[u8],
-    ) -> Poll<Result<usize, StreamError>> {
+    pub fn poll_send(&self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize, StreamError>> {
         let mut shared = self.shared.borrow_mut();
         let capacity = ready!(self.poll_allowance(&mut shared, cx))?;
         let bytes = capacity.min(data.len());
@@ -170,7 +166,9 @@ impl MuxStream {
     /// Ready when there is something to receive: bytes, the end, or a reset.
     pub fn poll_readable(&self, cx: &Context<'_>) -> Poll<()> {
         let mut shared = self.shared.borrow_mut();
-        let Some(slot) = shared.slots.get_mut(&self.id) else { return Poll::Ready(()) };
+        let Some(slot) = shared.slots.get_mut(&self.id) else {
+            return Poll::Ready(());
+        };
         if slot.taken < slot.received.len() || slot.ended || slot.reset.is_some() {
             return Poll::Ready(());
         }
@@ -182,7 +180,11 @@ impl MuxStream {
     pub fn reset_reason(&self) -> Option<Reason> {
         let shared = self.shared.borrow();
         let slot = shared.slots.get(&self.id)?;
-        if slot.taken == slot.received.len() { slot.reset } else { None }
+        if slot.taken == slot.received.len() {
+            slot.reset
+        } else {
+            None
+        }
     }
 
     /// Hands what was received to `take`, which says how much of it is used up. `None` is the stream's end. What
@@ -235,11 +237,7 @@ impl MuxStream {
     ///
     /// # Errors
     /// When the stream is reset first.
-    pub async fn recv(
-        &self,
-        out: &mut Vec<u8>,
-        max: usize,
-    ) -> Result<Option<usize>, StreamError> {
+    pub async fn recv(&self, out: &mut Vec<u8>, max: usize) -> Result<Option<usize>, StreamError> {
         poll_fn(|cx| {
             self.poll_recv_with(cx, |_, bytes| {
                 let bytes = &bytes[..bytes.len().min(max)];

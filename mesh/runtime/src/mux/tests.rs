@@ -26,7 +26,7 @@ fn pair(limits: Limits) -> (Mux, Incoming) {
 }
 
 async fn echo(mut incoming: Incoming) {
-    while let Some((mut stream, _)) = incoming.next().await {
+    while let Some((stream, _)) = incoming.next().await {
         spawn_local(async move {
             let mut bytes = Vec::new();
             while let Ok(Some(_)) = stream.recv(&mut bytes, usize::MAX).await {
@@ -71,7 +71,7 @@ fn many_streams_keep_their_bytes_apart() {
 fn a_reader_that_stands_still_holds_back_its_own_stream_only() {
     local(async {
         let (client, mut incoming) = pair(Limits::DEFAULT);
-        let mut slow = client.open(b"slow").await.unwrap();
+        let slow = client.open(b"slow").await.unwrap();
         let filled = spawn_local(async move {
             let _ = slow.send(&vec![1; 4 << 20]).await;
         });
@@ -95,7 +95,7 @@ fn a_reset_carries_its_reason_and_a_lost_carrier_ends_all() {
         spawn_local(driver);
         let (_, mut incoming, driver) = connection(b, Side::Server, Limits::DEFAULT);
         let server = spawn_local(driver);
-        let mut refused = client.open(b"x").await.unwrap();
+        let refused = client.open(b"x").await.unwrap();
         let (stream, header) = incoming.next().await.unwrap();
         assert_eq!(header, b"x");
         stream.reset(Reason::NotAllowed);
