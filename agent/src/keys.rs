@@ -84,12 +84,17 @@ pub(crate) mod tests {
     /// A pair for `id`, signed by itself.
     pub(crate) fn pair(id: &str) -> Pair {
         let key = generate().unwrap();
-        let signer = KeyPair::from_pem(&key).unwrap();
-        let mut params = CertificateParams::default();
-        params.subject_alt_names = vec![SanType::URI(id.try_into().unwrap())];
-        let certificate = params.self_signed(&signer).unwrap();
-        let chain = chain_to_pem(&[certificate.der().to_vec()]).unwrap();
+        let chain = chain_to_pem(&[signed(&key, id, 4000)]).unwrap();
         Pair { key, chain }
+    }
+
+    /// A certificate for `key`, signed by itself, that ends with the year before `year`.
+    pub(crate) fn signed(key: &str, id: &str, year: i32) -> Vec<u8> {
+        let signer = KeyPair::from_pem(key).unwrap();
+        let mut params = CertificateParams::default();
+        params.not_after = rcgen::date_time_ymd(year, 1, 1);
+        params.subject_alt_names = vec![SanType::URI(id.try_into().unwrap())];
+        params.self_signed(&signer).unwrap().der().to_vec()
     }
 
     #[test]

@@ -209,14 +209,27 @@ impl Keeper {
         })
     }
 
-    /// Checks a pair and takes it into use, unless its life is over.
-    fn take(&self, identity: &Identity, pair: &Pair) -> anyhow::Result<LeafFacts> {
+    fn check(
+        &self,
+        identity: &Identity,
+        pair: &Pair,
+    ) -> anyhow::Result<(Arc<CertifiedKey>, LeafFacts)> {
         let (key, facts) = keys::read(pair)?;
-        let id = SpiffeId {
+        let id = self.id(identity);
+        ensure!(facts.id == id, "it is for {}, not for {id}", facts.id);
+        Ok((key, facts))
+    }
+
+    fn id(&self, identity: &Identity) -> SpiffeId {
+        SpiffeId {
             trust_domain: self.trust_domain.clone(),
             identity: identity.clone(),
-        };
-        ensure!(facts.id == id, "it is for {}, not for {id}", facts.id);
+        }
+    }
+
+    /// Checks a pair and takes it into use, unless its life is over.
+    fn take(&self, identity: &Identity, pair: &Pair) -> anyhow::Result<LeafFacts> {
+        let (key, facts) = self.check(identity, pair)?;
         if *identity == self.agent {
             // Also an expired one: control's refusal says more than silence.
             self.links.credential.send_replace(Some(key));
@@ -232,7 +245,7 @@ impl Keeper {
                 verifier,
                 &[ALPN_MESH],
             )?),
-            id,
+            id: facts.id.clone(),
             key,
             not_before_s: facts.not_before_s,
             not_after_s: facts.not_after_s,
@@ -329,10 +342,7 @@ impl Keeper {
 
     fn request(&self, batch: &[(Identity, String)]) -> anyhow::Result<proto::RenewRequest> {
         let leaves = batch.iter().map(|(identity, key)| {
-            let id = SpiffeId {
-                trust_domain: self.trust_domain.clone(),
-                identity: identity.clone(),
-            };
+            let id = self.id(identity);
             Ok(proto::LeafRequest {
                 spiffe_id: id.to_string(),
                 csr: keys::request(key, Some(&id))?.into(),
@@ -392,7 +402,7 @@ impl Keeper {
             chain: keys::chain_to_pem(chain)?,
         };
         // What is not good must not replace what is on disk.
-        keys::read(&pair)?;
+        self.check(identity, &pair)?;
         match file_name(identity) {
             None => self.links.state.set_agent_chain(&pair.chain)?,
             Some(name) => self.links.state.set_leaf(&name, &pair)?,
@@ -538,4 +548,189 @@ pub(crate) fn now_ms() -> u64 {
 
 fn now_s() -> i64 {
     i64::try_from(now_ms() / 1000).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys::tests::{pair, signed};
+    use crate::state::tests::{Scratch, membership};
+    use crate::view::{Leaves, View};
+    use mesh_api::workload_file::Workload;
+    use mesh_runtime::tls::trust::TrustStore;
+
+    const WEB: &str = "spiffe://corp.example.com/ns/shop/sa/web";
+    const PAST: i32 = 2020;
+    const FUTURE: i32 = 4000;
+
+    struct Bench {
+        keeper: Keeper,
+        sets: watch::Sender<Arc<WorkloadSet>>,
+        credential: watch::Receiver<Option<Arc<CertifiedKey>>>,
+        standings: watch::Receiver<Arc<Standings>>,
+    }
+
+    fn set(accounts: &[&str]) -> Arc<WorkloadSet> {
+        let workloads = accounts.iter().map(|account| {
+            let text = "namespace = \"shop\"\n[owner]\nuser = \"1\"\n";
+            Arc::new(Workload::parse(account, text).unwrap())
+        });
+        Arc::new(WorkloadSet {
+            workloads: workloads.collect(),
+            ..WorkloadSet::default()
+        })
+    }
+
+    /// A keeper over `state`, which gets a credential of the agent's own if it has none.
+    fn bench(state: &State, accounts: &[&str]) -> Bench {
+        if state.agent().unwrap().is_none() {
+            let own = pair(&membership().agent_id().to_string());
+            state.set_agent_key(&own.key).unwrap();
+            state.set_agent_chain(&own.chain).unwrap();
+        }
+        let view = ViewWriter::new(View {
+            host: Arc::new(membership().host),
+            index: None,
+            policies: None,
+            endpoints: Arc::default(),
+            workloads: Arc::default(),
+            owners: Arc::default(),
+            leaves: Arc::new(Leaves::default()),
+            live: false,
+        });
+        let (sets, sets_at) = watch::channel(set(accounts));
+        let (credential_by, credential) = watch::channel(None);
+        let (standings_by, standings) = watch::channel(Arc::default());
+        let links = Links {
+            state: state.clone(),
+            view,
+            trust: TrustStore::default().shared(),
+            sets: sets_at,
+            channel: watch::channel(None).1,
+            judged: watch::channel(0).1,
+            credential: credential_by,
+            standings: standings_by,
+        };
+        Bench {
+            keeper: Keeper::new(links, &membership()).unwrap(),
+            sets,
+            credential,
+            standings,
+        }
+    }
+
+    fn web() -> Identity {
+        SpiffeId::parse(WEB).unwrap().identity
+    }
+
+    impl Bench {
+        fn in_use(&self) -> bool {
+            let view = self.keeper.links.view.now();
+            view.leaves.of(&web()).is_some()
+        }
+
+        fn key(&self) -> String {
+            self.keeper.entries[&web()].key.clone()
+        }
+
+        fn answer(&mut self, answer: proto::LeafResponse) {
+            let wanted = vec![(web(), self.key())];
+            let answer = Ok(vec![answer]);
+            self.keeper.renewed(Renewed { wanted, answer });
+            self.keeper.publish();
+        }
+
+        fn standing(&self) -> LeafStanding {
+            self.standings.borrow()[&web()].clone()
+        }
+    }
+
+    fn chain(der: Vec<u8>) -> proto::LeafResponse {
+        proto::LeafResponse {
+            certificate_chain: vec![der.into()],
+            refusal: None,
+        }
+    }
+
+    #[test]
+    fn a_new_leaf_is_on_disk_and_in_use_and_survives_a_restart() {
+        let Scratch(state) = &Scratch::new();
+        let mut first = bench(state, &["web"]);
+        assert!(first.credential.borrow().is_some());
+        assert!(!first.in_use());
+        let der = signed(&first.key(), WEB, FUTURE);
+        first.answer(chain(der));
+        assert!(first.in_use());
+        assert!(first.standing().not_after_s.is_some());
+        assert!(bench(state, &["web"]).in_use(), "from disk at once");
+    }
+
+    #[test]
+    fn a_leaf_of_another_key_or_identity_is_not_taken() {
+        let Scratch(state) = &Scratch::new();
+        let mut bench = bench(state, &["web"]);
+        let other_key = signed(&keys::generate().unwrap(), WEB, FUTURE);
+        bench.answer(chain(other_key));
+        let other_id = signed(&bench.key(), "spiffe://evil.example.com/control", FUTURE);
+        bench.answer(chain(other_id));
+        bench.answer(chain(b"nonsense".to_vec()));
+        assert!(!bench.in_use() && state.leaf_names().is_empty());
+        assert_eq!(bench.standing().not_after_s, None);
+    }
+
+    #[test]
+    fn a_refusal_is_shown_and_rests_until_control_judges_anew() {
+        let Scratch(state) = &Scratch::new();
+        let mut bench = bench(state, &["web"]);
+        bench.answer(proto::LeafResponse {
+            certificate_chain: vec![],
+            refusal: Some(proto::Refusal {
+                reason: Reason::OutOfScope.to_wire().into(),
+                message: "no".to_owned(),
+            }),
+        });
+        let refused = Some((Reason::OutOfScope, "no".to_owned()));
+        assert_eq!(bench.standing().refused, refused);
+        let entry = &bench.keeper.entries[&web()];
+        assert!(entry.rests(now_ms()) && !entry.rests(now_ms() + REFUSED_WAIT_MS));
+        let der = signed(&bench.key(), WEB, FUTURE);
+        bench.answer(chain(der));
+        assert_eq!(bench.standing().refused, None);
+    }
+
+    #[test]
+    fn an_expired_or_damaged_leaf_on_disk_is_not_used() {
+        let Scratch(state) = &Scratch::new();
+        let key = keys::generate().unwrap();
+        let old = Pair {
+            chain: keys::chain_to_pem(&[signed(&key, WEB, PAST)]).unwrap(),
+            key,
+        };
+        state.set_leaf("shop.web", &old).unwrap();
+        assert!(!bench(state, &["web"]).in_use());
+        let damaged = Pair {
+            chain: "nonsense".to_owned(),
+            ..pair(WEB)
+        };
+        state.set_leaf("shop.web", &damaged).unwrap();
+        assert!(!bench(state, &["web"]).in_use());
+    }
+
+    #[test]
+    fn the_leaf_of_a_removed_workload_goes_and_a_late_answer_is_dropped() {
+        let Scratch(state) = &Scratch::new();
+        state.set_leaf("shop.web", &pair(WEB)).unwrap();
+        let mut bench = bench(state, &["web"]);
+        assert!(bench.in_use());
+        let late = Renewed {
+            wanted: vec![(web(), bench.key())],
+            answer: Ok(vec![chain(signed(&bench.key(), WEB, FUTURE))]),
+        };
+        bench.sets.send_replace(set(&[]));
+        bench.keeper.converge().unwrap();
+        assert!(!bench.in_use());
+        assert!(state.leaf_names().is_empty());
+        bench.keeper.renewed(late);
+        assert!(!bench.in_use() && state.leaf_names().is_empty());
+    }
 }
