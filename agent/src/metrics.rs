@@ -172,7 +172,7 @@ impl Metrics {
                 metrics.decisions.clone(),
             );
             registry.register(
-                "mesh_connections",
+                "peer_connections",
                 "TLS connections with other agents that are open now",
                 metrics.mesh_connections.clone(),
             );
