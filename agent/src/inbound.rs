@@ -5,7 +5,7 @@ use std::cell::{Cell, RefCell};
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_api::header::{Header, StreamKind};
 use mesh_core::identity::{Identity, SpiffeId};
@@ -34,6 +34,9 @@ mod http;
 
 /// Refusals that one connection may log; the rest is only counted, so that a peer can not fill the log.
 const LOGGED_MAX: u32 = 20;
+
+/// How often a draining connection is looked at: its last stream's end closes it.
+const DRAIN_LOOK: Duration = Duration::from_millis(20);
 
 /// An authenticated peer: one TLS connection.
 pub(crate) struct Peer {
@@ -124,6 +127,8 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
             _ = draining.wait_for(|draining| *draining), if !gone_away => {
                 gone_away = true;
                 mux.go_away(Reason::Draining);
+            }
+            () = tokio::time::sleep(DRAIN_LOOK), if gone_away => {
                 if mux.open_streams() == 0 {
                     mux.close();
                 }
