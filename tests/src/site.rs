@@ -27,7 +27,10 @@ pub(crate) struct Shared {
     pub(crate) prefix: String,
     /// State of the hosts; short, since it holds unix sockets.
     pub(crate) dir: PathBuf,
+    /// In `dir`, so that two runs at once keep theirs apart.
     pub(crate) logs: PathBuf,
+    /// Where they are kept when the test fails.
+    kept_logs: PathBuf,
     pub(crate) cgroup: PathBuf,
     pub(crate) kept: bool,
     hosts: AtomicU32,
@@ -54,20 +57,17 @@ impl Site {
             nix::unistd::geteuid().is_root(),
             "network namespaces need root; run this as root"
         );
-        let logs = crate::root().join("target/mesh-tests").join(name);
-        if logs.exists() {
-            fs::remove_dir_all(&logs).expect("old logs");
-        }
-        fs::create_dir_all(&logs).expect("a directory for logs");
+        let dir = std::env::temp_dir().join(&prefix);
         let shared = Shared {
-            dir: std::env::temp_dir().join(&prefix),
+            logs: dir.join("logs"),
+            kept_logs: crate::root().join("target/mesh-tests").join(name),
+            dir,
             cgroup: cgroup::root().join(&prefix),
             prefix,
-            logs,
             kept,
             hosts: AtomicU32::new(0),
         };
-        fs::create_dir_all(&shared.dir).expect("a directory for state");
+        fs::create_dir_all(&shared.logs).expect("a directory for state");
         fs::create_dir_all(&shared.cgroup).expect("a cgroup");
         let bridge = shared.bridge_namespace();
         add_namespace(&bridge);
@@ -121,14 +121,20 @@ impl Drop for Shared {
         if self.kept {
             return;
         }
-        let failed = std::thread::panicking();
-        if failed {
+        if std::thread::panicking() {
             show_logs(&self.logs);
+            keep_logs(&self.logs, &self.kept_logs);
         }
         sweep::site(&self.prefix);
-        if !failed {
-            drop(fs::remove_dir_all(&self.logs));
-        }
+    }
+}
+
+/// Copies what a failed test logged to where it outlives the site. What can not be copied was shown.
+fn keep_logs(from: &Path, to: &Path) {
+    drop(fs::remove_dir_all(to));
+    drop(fs::create_dir_all(to));
+    for entry in fs::read_dir(from).into_iter().flatten().flatten() {
+        drop(fs::copy(entry.path(), to.join(entry.file_name())));
     }
 }
 

@@ -17,8 +17,8 @@ spec:
 
 const TRY: &str = "\
 import socket
-c = socket.create_connection(('cache.shop.mesh.internal', 6379), 20)
 try:
+    c = socket.create_connection(('cache.shop.mesh.internal', 6379), 20)
     c.sendall(b'PING\\r\\n')
     print('got', c.recv(100))
 except ConnectionResetError:
