@@ -134,7 +134,7 @@ impl Keeper {
                 }
                 changed = self.links.judged.changed() => {
                     changed.context("the session with control is gone")?;
-                    self.want(|entry| entry.refused.take().is_some());
+                    self.want(Entry::end_rest);
                 }
                 Some(done) = calls.join_next() => self.renewed(done.context("a renewal failed")?),
                 () = tokio::time::sleep(sleep) => (),
@@ -501,6 +501,12 @@ impl Entry {
         }
     }
 
+    /// Control may decide otherwise now. True if there was a refusal.
+    fn end_rest(&mut self) -> bool {
+        // It stays shown until then, and is told once.
+        self.refused.as_mut().map(|r| r.at_ms = 0).is_some()
+    }
+
     fn rests(&self, now: u64) -> bool {
         let refused = self.refused.as_ref();
         refused.is_some_and(|r| now.abs_diff(r.at_ms) < REFUSED_WAIT_MS)
@@ -693,6 +699,10 @@ mod tests {
         assert_eq!(bench.standing().refused, refused);
         let entry = &bench.keeper.entries[&web()];
         assert!(entry.rests(now_ms()) && !entry.rests(now_ms() + REFUSED_WAIT_MS));
+        let entry = bench.keeper.entries.get_mut(&web()).unwrap();
+        assert!(entry.end_rest() && !entry.rests(now_ms()));
+        bench.keeper.publish();
+        assert_eq!(bench.standing().refused, refused, "shown meanwhile");
         let der = signed(&bench.key(), WEB, FUTURE);
         bench.answer(chain(der));
         assert_eq!(bench.standing().refused, None);

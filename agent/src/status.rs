@@ -204,8 +204,10 @@ impl Status {
                 let ports: Vec<String> = service.ports.iter().map(u16::to_string).collect();
                 let name = format!("{}:{}", service.name, ports.join(","));
                 let health = match &service.refused {
-                    Some(refused) => format!("{}, {}", service.health, refused.reason),
-                    None => service.health.clone(),
+                    Some(refused) if refused.reason != service.health => {
+                        format!("{}, {}", service.health, refused.reason)
+                    }
+                    _ => service.health.clone(),
                 };
                 rows.push([account, owner, leaf, name, health]);
             }
