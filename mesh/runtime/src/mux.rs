@@ -167,7 +167,16 @@ impl Incoming {
     pub async fn next(&mut self) -> Option<(MuxStream, Vec<u8>)> {
         poll_fn(|cx| {
             let mut shared = self.0.borrow_mut();
-            if let Some((id, header)) = shared.incoming.pop_front() {
+            while let Some((id, header)) = shared.incoming.pop_front() {
+                // Opened and reset before anybody looked: nothing was asked.
+                if shared
+                    .slots
+                    .get(&id)
+                    .is_none_or(|slot| slot.reset.is_some())
+                {
+                    shared.drop_stream(id, Reason::Cancelled);
+                    continue;
+                }
                 let stream = MuxStream::new(Rc::clone(&self.0), id);
                 return Poll::Ready(Some((stream, header)));
             }
