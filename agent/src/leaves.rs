@@ -247,7 +247,6 @@ impl Keeper {
             )?),
             id: facts.id.clone(),
             key,
-            not_before_s: facts.not_before_s,
             not_after_s: facts.not_after_s,
         });
         self.links.view.change(|view| {

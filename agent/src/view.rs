@@ -62,7 +62,6 @@ pub(crate) struct Leaf {
     /// Shows this leaf and accepts only the workload that the SNI names.
     pub(crate) client: Arc<ClientConfig>,
     /// Unix time, seconds.
-    pub(crate) not_before_s: i64,
     pub(crate) not_after_s: i64,
 }
 

@@ -39,11 +39,6 @@ impl WorkloadSet {
     pub(crate) fn number(&self, account: &Account) -> Option<Number> {
         self.numbers.get(account).copied()
     }
-
-    pub(crate) fn by_number(&self, number: Number) -> Option<&Arc<Workload>> {
-        let (account, _) = self.numbers.iter().find(|(_, n)| **n == number)?;
-        self.workloads.iter().find(|w| w.account == *account)
-    }
 }
 
 /// What is wrong with a file.
@@ -343,7 +338,6 @@ mod tests {
         let b = Account::parse("shop/b").unwrap();
         let number = first.number(&b).unwrap();
         assert_eq!(second.number(&b), Some(number));
-        assert_eq!(second.by_number(number).unwrap().account, b);
         let numbers: std::collections::BTreeSet<_> = second.numbers.values().collect();
         assert_eq!(numbers.len(), 2);
     }
