@@ -15,7 +15,7 @@ mod worker_process;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -48,7 +48,7 @@ pub(crate) struct HolderConfig {
     pub(crate) capture: CaptureSettings,
     /// As control fixed them; the state directory has them since the join.
     pub(crate) ranges: VipRanges,
-    /// Where other agents reach this one; see [`HolderConfig::mesh_on_all`].
+    /// Where other agents reach this one.
     pub(crate) mesh: Vec<SocketAddr>,
     /// Arguments that make this program a worker: `worker`, `--config`, its path.
     pub(crate) worker_arguments: Vec<OsString>,
@@ -58,30 +58,24 @@ pub(crate) struct HolderConfig {
     pub(crate) keep_link: bool,
 }
 
-impl HolderConfig {
-    /// Every address of both families.
-    pub(crate) fn mesh_on_all(port: u16) -> Vec<SocketAddr> {
-        [
-            IpAddr::from(Ipv4Addr::UNSPECIFIED),
-            Ipv6Addr::UNSPECIFIED.into(),
-        ]
-        .map(|ip| SocketAddr::new(ip, port))
-        .to_vec()
-    }
-}
-
-/// Sets everything up, keeps a worker running until SIGTERM or SIGINT, and takes everything down.
-pub(crate) fn run(config: &HolderConfig) -> anyhow::Result<ExitCode> {
+/// Sets everything up, keeps a worker running until SIGTERM or SIGINT, and takes everything down; `served` is called when
+/// there was a worker and is none any more, so not after a start that failed.
+pub(crate) fn run(config: &HolderConfig, served: impl FnOnce()) -> anyhow::Result<ExitCode> {
     let signals = catch_signals().context("could not catch signals")?;
     privileges::raise_open_files().context("could not raise the limit of open files")?;
     let mut capture = Capture::open(&config.capture, &config.ranges)?;
     // From here on the table is ours, so whatever fails, it is we who clean up.
-    let outcome = hold(config, signals, &mut capture);
+    let outcome = hold(config, signals, &mut capture, served);
     capture.close(config.keep_link)?;
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-fn hold(config: &HolderConfig, signals: SignalFd, capture: &mut Capture) -> anyhow::Result<()> {
+fn hold(
+    config: &HolderConfig,
+    signals: SignalFd,
+    capture: &mut Capture,
+    served: impl FnOnce(),
+) -> anyhow::Result<()> {
     let sockets = sockets::bind(&config.mesh, &config.ranges)?;
     let common = sockets::workload(COMMON, "")?;
     privileges::confine_holder().context("could not give up capabilities")?;
@@ -98,7 +92,9 @@ fn hold(config: &HolderConfig, signals: SignalFd, capture: &mut Capture) -> anyh
     // Before the first worker is asked: the common listener takes the SYNs meanwhile.
     let common = holder.common_workload();
     holder.capture.apply(&[common])?;
-    holder.serve()
+    let outcome = holder.serve();
+    served();
+    outcome
 }
 
 fn catch_signals() -> nix::Result<SignalFd> {

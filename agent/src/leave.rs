@@ -1,27 +1,44 @@
-//! Leaving the mesh: every trace of the agent goes from this host, but for what its package put there.
+//! Leaving the mesh: every trace of the agent goes from this host, but for what its package and its operator put there.
 
-use anyhow::bail;
+use anyhow::Context as _;
 
+use crate::alone;
 use crate::capture;
 use crate::config::Config;
 use crate::dns::resolv_conf;
 use crate::state::State;
 
+/// What this host was before it left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// A member, under this name.
+    Host(String),
+    /// A member that can not be told by name: its file is damaged.
+    Unnamed,
+    /// No member; leftovers of an agent are gone too.
+    Nothing,
+}
+
 /// Removes rules, routes, link, the resolver's line, and all state. May be repeated.
-pub(crate) fn leave(config: &Config) -> anyhow::Result<()> {
-    let socket = config.admin_socket();
-    if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
-        bail!(
-            "the agent runs (it answers at {}); stop it first, e.g. `systemctl stop mesh-agent`",
-            socket.display()
-        );
-    }
+pub(crate) fn leave(config: &Config) -> anyhow::Result<Left> {
+    // Where there is no such directory no agent runs.
+    let _alone = (config.runtime_dir.exists())
+        .then(|| alone::alone(config))
+        .transpose()
+        .context("stop the agent first, e.g. `systemctl stop mesh-agent`")?;
+    let state = State::new(&config.state_dir);
+    let left = match state.membership() {
+        Ok(Some(membership)) => Left::Host(membership.host.name.to_string()),
+        Ok(None) => Left::Nothing,
+        Err(_) => Left::Unnamed,
+    };
     capture::remove_all(&config.capture)?;
     if let Some(path) = config.resolv_conf() {
         resolv_conf::unwire(path)?;
     }
-    let _ = std::fs::remove_file(&socket);
-    State::new(&config.state_dir).clear()
+    state.clear()?;
+    alone::remove_runtime_dir(config);
+    Ok(left)
 }
 
 /// Takes our line out of the resolver's file; what can not be done is said.

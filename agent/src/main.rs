@@ -4,6 +4,7 @@
 //! them. What happens to a call is read in `outbound.rs` and `inbound.rs`, what happens to a change in `control.rs`.
 
 // What the host is: configuration, the join and what is on disk.
+mod alone;
 mod config;
 mod join;
 mod keys;
@@ -47,6 +48,7 @@ use mesh_runtime::log::Target;
 use config::Config;
 use holder::HolderConfig;
 use join::Joined;
+use leave::Left;
 use state::State;
 
 #[derive(Debug, Parser)]
@@ -86,7 +88,7 @@ enum Command {
         #[arg(long)]
         host_name: Option<String>,
     },
-    /// Leave the mesh and remove every trace of the agent from this host
+    /// Remove every trace of the mesh from this host; the operator deletes it at control
     Leave,
     /// Say how the agent stands
     Status {
@@ -146,8 +148,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Leave => {
             log_to("warn", Target::Stderr)?;
-            leave::leave(&config)?;
-            say("this host has left its mesh; `meshctl delete host` removes it there too\n")
+            say(&left(&leave::leave(&config)?))
         }
         Command::Status { output } => status(&config, output),
     }
@@ -164,23 +165,24 @@ fn run(config: &Config, config_path: Option<PathBuf>) -> anyhow::Result<ExitCode
         bail!("this host has not joined a mesh; run `mesh-agent join <token>`");
     };
     files::create_private_dir(&config.runtime_dir)?;
+    // Before anything is touched: what a running agent set up is not ours to take down.
+    let _alone = alone::alone(config)?;
     let vips = membership.host.vips;
     let ranges = capture::VipRanges::new(&vips.v4().to_string(), &vips.v6().to_string())?;
     let mut worker_arguments = vec![OsString::from("worker")];
     if let Some(path) = config_path {
         worker_arguments.extend(["--config".into(), path.into_os_string()]);
     }
-    let outcome = holder::run(&HolderConfig {
+    let holder = HolderConfig {
         capture: config.capture.clone(),
         ranges,
         mesh: config.mesh_addresses(),
         worker_arguments,
         drain: config.holder_drain(),
         keep_link: true,
-    });
+    };
     // Also when the worker could not do it.
-    leave::unwire(config);
-    outcome
+    holder::run(&holder, || leave::unwire(config))
 }
 
 fn join(config: &Config, request: &join::Request) -> anyhow::Result<ExitCode> {
@@ -209,6 +211,21 @@ fn join(config: &Config, request: &join::Request) -> anyhow::Result<ExitCode> {
         membership.address,
         config.services_dir.display()
     ))
+}
+
+fn left(left: &Left) -> String {
+    let name = match left {
+        Left::Nothing => {
+            return "nothing to leave: this host is in no mesh; nothing of an agent is left on it\n"
+                .to_owned();
+        }
+        Left::Host(name) => name,
+        Left::Unnamed => "NAME",
+    };
+    format!(
+        "nothing of the mesh is left on this host; control still lists it: the operator removes it with\n  \
+         meshctl delete host {name}\n"
+    )
 }
 
 fn status(config: &Config, output: Output) -> anyhow::Result<ExitCode> {

@@ -297,17 +297,28 @@ impl State {
         files::write_private(&self.root.join("contact"), text.as_bytes())
     }
 
-    /// Removes all content; the directory itself belongs to the package.
+    /// Removes all that is ours, and the directory, unless somebody put something else into it.
     pub(crate) fn clear(&self) -> anyhow::Result<()> {
         let entries = match fs::read_dir(&self.root) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries.with_context(|| format!("cannot list {}", self.root.display()))?,
         };
         // First what makes it a member: whatever is left then belongs to nobody.
-        remove(&self.root.join("agent.json"))?;
-        for entry in entries {
-            remove(&entry?.path())?;
+        for name in ["agent.json", "agent.key"] {
+            remove(&self.root.join(name))?;
         }
+        self.forget_mesh()?;
+        for entry in entries {
+            let path = entry?.path();
+            // Of a file that was being written when the agent was killed.
+            if path
+                .extension()
+                .is_some_and(|e| e.as_encoded_bytes().starts_with(b"new-"))
+            {
+                remove(&path)?;
+            }
+        }
+        let _ = fs::remove_dir(&self.root);
         Ok(())
     }
 }
@@ -415,8 +426,14 @@ pub(crate) mod tests {
         }
         state.remove_leaf("shop.web");
         assert!(state.leaf_names().is_empty());
+        let theirs = state.root().join("notes");
+        fs::write(&theirs, "").unwrap();
+        fs::write(state.root().join("index.new-4711"), "").unwrap();
         state.clear().unwrap();
-        assert_eq!(fs::read_dir(state.root()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(state.root()).unwrap().count(), 1);
+        fs::remove_file(theirs).unwrap();
+        state.clear().unwrap();
+        assert!(!state.root().exists());
     }
 
     #[test]
