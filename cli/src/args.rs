@@ -108,7 +108,7 @@ pub(crate) struct Apply {
     /// YAML or JSON, one or more documents; `-` reads stdin
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
-    /// Say what would change and change nothing
+    /// Say what would change, and change nothing
     #[arg(long)]
     pub dry_run: bool,
 }
@@ -140,7 +140,8 @@ pub(crate) enum Kind {
 pub(crate) enum Deletable {
     #[value(alias = "services")]
     Service,
-    /// Removes the host from the mesh: its certificates and its session end
+    /// Removes a host: its session and its endpoints go at once, and no certificate of it is renewed. Those that it
+    /// has open other hosts' mesh ports until they end, 48 h at most
     #[value(alias = "hosts")]
     Host,
     #[value(alias = "policies")]

@@ -19,6 +19,14 @@ pub(crate) fn note(text: &str) {
     drop(writeln!(std::io::stderr().lock(), "{text}"));
 }
 
+/// What control warns of: said, and no failure.
+pub(crate) fn warnings(object: &str, answer: &Value) {
+    let warnings = answer.get("warnings").and_then(Value::as_array);
+    for warning in warnings.into_iter().flatten().filter_map(Value::as_str) {
+        note(&format!("warning: {object}: {warning}"));
+    }
+}
+
 pub(crate) fn error(text: &str) {
     note(&format!("meshctl: {text}"));
 }

@@ -22,6 +22,7 @@ pub(crate) mod policy;
 pub(crate) mod service;
 mod text;
 pub(crate) mod token;
+pub(crate) mod warnings;
 
 use objects::{
     Digest, Host, Operator, Policy, PolicyKey, Revoked, Service, Settings, Token, Tombstone,

@@ -113,7 +113,7 @@ fn services(list: &Value) -> String {
             text(service, "/status/vip4"),
             text(service, "/status/vip6"),
             ports.join(","),
-            transport.map_or_else(|| "permissive".to_owned(), super::plain),
+            transport.map_or_else(|| "permissive".to_owned(), |t| enforced(service, t)),
             endpoints(service),
             text(service, "/status/source"),
         ]);
@@ -126,6 +126,19 @@ fn port(port: &Value) -> String {
         Some(protocol) => format!("{}/{protocol}", text(port, "/port")),
         None => text(port, "/port"),
     }
+}
+
+/// The transport, and whether control says that it does not hold.
+fn enforced(service: &Value, transport: &Value) -> String {
+    let conditions = service
+        .pointer("/status/conditions")
+        .and_then(Value::as_array);
+    let not = |c: &Value| text(c, "/type") == "TransportEnforced" && text(c, "/status") == "False";
+    let transport = super::plain(transport);
+    if conditions.into_iter().flatten().any(not) {
+        return format!("{transport} (not enforced)");
+    }
+    transport
 }
 
 /// How many endpoints answer, of how many.
@@ -258,6 +271,7 @@ mod tests {
                 "annotations": {"meshwork.io/transport": "strict"}},
             "spec": {"ports": [{"port": 80, "appProtocol": "http"}, {"port": 81}]},
             "status": {"vip4": "252.64.0.2", "vip6": "fd6d::2", "source": "host/vm-1",
+                "conditions": [{"type": "TransportEnforced", "status": "False"}],
                 "endpoints": [{"state": "healthy"}, {"state": "stale"}]}
         }]);
         let text = table(Kind::Services, &list);
@@ -269,6 +283,8 @@ mod tests {
             "fd6d::2",
             "80/http,81",
             "strict",
+            "(not",
+            "enforced)",
             "1/2",
             "host/vm-1",
         ];

@@ -47,17 +47,24 @@ pub(crate) async fn apply(client: &Client, apply: Apply) -> Result<(), Failure> 
             body: Some(&body),
         })
         .await?;
-    let dry = if apply.dry_run { " (dry run)" } else { "" };
     for result in results(&answer) {
         let message = text(result, "/message");
         let colon = if message.is_empty() { "" } else { ": " };
-        output::print(&format!(
-            "{} {}{dry}{colon}{message}\n",
-            text(result, "/object"),
-            text(result, "/action")
-        ));
+        let object = text(result, "/object");
+        let done = done(&text(result, "/action"), apply.dry_run);
+        output::print(&format!("{object} {done}{colon}{message}\n"));
+        output::warnings(&object, result);
     }
     Ok(())
+}
+
+/// What was done, or would be.
+fn done(action: &str, dry_run: bool) -> String {
+    match (action, dry_run) {
+        (action, false) => action.to_owned(),
+        ("unchanged", true) => "unchanged (dry run)".to_owned(),
+        (action, true) => format!("would be {action} (dry run)"),
+    }
 }
 
 fn results(answer: &Value) -> &[Value] {
@@ -84,7 +91,7 @@ fn read(path: &Path) -> std::io::Result<String> {
 
 pub(crate) async fn delete(client: &Client, delete: Delete) -> Result<(), Failure> {
     let (path, object) = target(&delete);
-    client
+    let answer = client
         .json(&Ask {
             operation: "delete",
             object: &object,
@@ -94,6 +101,14 @@ pub(crate) async fn delete(client: &Client, delete: Delete) -> Result<(), Failur
         })
         .await?;
     output::print(&format!("{object} deleted\n"));
+    output::warnings(&object, &answer);
+    let end = text(&answer, "/certificatesEnd");
+    if !end.is_empty() {
+        output::note(&format!(
+            "its session ended and its endpoints are gone; none of its certificates is renewed, but those that it \
+             has open other hosts' mesh ports until {end} at most"
+        ));
+    }
     Ok(())
 }
 

@@ -17,6 +17,7 @@ use crate::audit::Actor;
 use crate::ca;
 use crate::catalogue::command::{Command, NewToken, Outcome};
 use crate::catalogue::objects::{Digest, Scope};
+use crate::catalogue::warnings;
 use crate::clock;
 use crate::control::Control;
 use crate::refusal::Refusal;
@@ -165,6 +166,9 @@ pub(super) async fn apply(
         if let Some(message) = one.message {
             result["message"] = message.into();
         }
+        if !one.warnings.is_empty() {
+            result["warnings"] = one.warnings.into();
+        }
         result
     });
     Ok(Json(results.collect()))
@@ -177,7 +181,23 @@ pub(super) async fn delete(
 ) -> Result<Json<Value>, Refusal> {
     let command = deletion(&kind, &namespace, &name)?;
     control.writer.ask(actor, command).await?;
-    Ok(Json(json!({"deleted": true})))
+    let mut answer = json!({"deleted": true});
+    match kind.as_str() {
+        "hosts" => {
+            // Nothing revokes a leaf: what the host was given ends by itself.
+            let life_s = control.leaves.workload().as_secs();
+            let ends_s = (clock::now_s() + life_s).min(control.ca.issuer_ends_s());
+            answer["certificatesEnd"] = clock::rfc3339(ends_s).into();
+        }
+        "policies" => {
+            let warning = warnings::of_no_rule(&control.writer.now());
+            if let Some(warning) = warning {
+                answer["warnings"] = json!([warning]);
+            }
+        }
+        _ => {}
+    }
+    Ok(Json(answer))
 }
 
 /// `POST …/{name}:revoke` is how a host is removed by tools that do not delete.

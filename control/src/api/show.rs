@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::catalogue::Catalogue;
 use crate::catalogue::objects::{Host, Offer, Policy, Scope, Service, Source, Token};
+use crate::catalogue::warnings;
 use crate::clock;
 use crate::control::Control;
 use crate::refusal::Refusal;
@@ -193,7 +194,7 @@ fn service(now: &Catalogue, service: &Service) -> Value {
         "vip6": service.vip.v6,
         "source": source(now, &service.source),
         "endpoints": endpoints(now, &service.name),
-        "conditions": conditions(now, &service.name),
+        "conditions": conditions(now, service),
     });
     object(
         "v1",
@@ -221,9 +222,18 @@ fn endpoints(now: &Catalogue, name: &ServiceName) -> Vec<Value> {
     list.iter().map(show).collect()
 }
 
-/// Why hosts that offer the service are not listed.
-fn conditions(now: &Catalogue, name: &ServiceName) -> Vec<Value> {
+/// What the service says that does not hold, and why hosts that offer it are not listed.
+fn conditions(now: &Catalogue, service: &Service) -> Vec<Value> {
+    let name = &service.name;
     let mut conditions = Vec::new();
+    if warnings::is_unenforced(service) {
+        conditions.push(json!({
+            "type": "TransportEnforced",
+            "status": "False",
+            "reason": "NotSupported",
+            "message": warnings::STRICT,
+        }));
+    }
     for host in now.servers_of(name) {
         let problems = now.problems_of(host).into_iter();
         let ours = problems.filter(|p| p.service.as_ref().is_none_or(|s| s == name));

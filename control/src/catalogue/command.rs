@@ -10,7 +10,7 @@ use mesh_core::vip::Allocator;
 
 use super::draft::{Draft, Op};
 use super::objects::{Digest, Host, PolicyKey, Scope, Workload};
-use super::{Catalogue, host, policy, service, token};
+use super::{Catalogue, host, policy, service, token, warnings};
 use crate::refusal::Refusal;
 
 /// A change that somebody asks for.
@@ -98,6 +98,8 @@ pub(crate) struct Applied {
     pub object: String,
     pub action: Action,
     pub message: Option<String>,
+    /// What it says that has no effect, as far as is known.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,7 +224,11 @@ fn reduce(draft: &mut Draft<'_>, command: &Command) -> Result<Outcome, Refusal> 
                 Resource::Service(object) => service::apply(draft, object),
                 Resource::Policy(object) => policy::apply(draft, object),
             });
-            let applied = applied.collect::<Result<_, _>>()?;
+            let mut applied = applied.collect::<Result<Vec<Applied>, _>>()?;
+            // Last: a policy may stand before its service.
+            for (one, resource) in applied.iter_mut().zip(resources) {
+                one.warnings = warnings::of(&draft.next, resource);
+            }
             Ok(Outcome::Applied(applied))
         }
         Command::DeleteService { name } => service::delete(draft, name),

@@ -58,6 +58,7 @@ pub(super) fn apply(
         object: label,
         action,
         message: None,
+        warnings: Vec::new(),
     })
 }
 

@@ -139,6 +139,7 @@ fn applied(object: String, action: Action, message: Option<String>) -> Applied {
         object,
         action,
         message,
+        warnings: Vec::new(),
     }
 }
 
