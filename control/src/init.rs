@@ -101,6 +101,7 @@ fn told(plan: &Plan, settings: &Settings, ca: &Ca, admin: &Path) -> String {
          \x20 policy      everyone: all workloads and hosts of this trust domain may call by mesh name; narrow it.\n\
          \x20             Plaintext to a program's own port is not guarded yet: bind it to loopback or firewall it\n\
          \x20 operator    {} (private: it may do everything)\n\
+         {}\
          next: mesh-control run --state-dir {}\n\
          then: meshctl --context {} token create --namespace <namespace>\n",
         settings.trust_domain,
@@ -111,8 +112,23 @@ fn told(plan: &Plan, settings: &Settings, ca: &Ca, admin: &Path) -> String {
         settings.vip4_range,
         settings.vip6_range,
         admin.display(),
+        address_warning(plan, settings),
         plan.state_dir.display(),
         admin.display(),
+    )
+}
+
+/// Nobody said where hosts reach control: a name that they can not resolve would show at the first join only.
+fn address_warning(plan: &Plan, settings: &Settings) -> String {
+    if !plan.addresses.is_empty() {
+        return String::new();
+    }
+    format!(
+        "warning: no --address was said, so hosts are told to reach control at {}: it goes into every token and \
+         must resolve on every host. Say another for one token with `meshctl token create --address HOST:PORT`; \
+         for all, remove {} and run init again with --address\n",
+        settings.addresses.join(", "),
+        plan.state_dir.display()
     )
 }
 

@@ -59,20 +59,22 @@ enum Command {
 #[derive(Debug, Args)]
 struct Init {
     /// The trust domain of all identities: a DNS name, never to be changed.
-    #[arg(long)]
+    #[arg(long, value_name = "NAME")]
     trust_domain: TrustDomain,
-    #[arg(long, default_value = "/var/lib/meshwork-control")]
+    /// Where the mesh is kept: store, keys, exports, audit log.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/meshwork-control")]
     state_dir: PathBuf,
     /// Mesh names are <service>.<namespace>.<this>.
-    #[arg(long, default_value = "mesh.internal")]
+    #[arg(long, value_name = "NAME", default_value = "mesh.internal")]
     dns_suffix: String,
-    /// Virtual IPv4 addresses of services.
+    /// Virtual IPv4 addresses of services [default: 252.64.0.0/12]
     #[arg(long, value_name = "CIDR")]
     vip4_range: Option<String>,
-    /// Virtual IPv6 addresses of services.
+    /// Virtual IPv6 addresses of services [default: fd6d:6573:6800::/64]
     #[arg(long, value_name = "CIDR")]
     vip6_range: Option<String>,
-    /// Where hosts reach control, host:port; may be repeated.
+    /// Where hosts reach control, host:port; may be repeated. It goes into every join token [default: this host's
+    /// name, port 7440]
     #[arg(long = "address", value_name = "HOST:PORT")]
     addresses: Vec<String>,
     /// Your root certificate (PEM).
@@ -96,14 +98,14 @@ struct Init {
 
 #[derive(Debug, Args)]
 struct Run {
-    /// Configuration file; without it the defaults and the options here count.
+    /// Configuration file [default: /etc/meshwork/control.toml, if it exists]
     #[arg(long, value_name = "FILE", env = "MESH_CONTROL_CONFIG")]
     config: Option<PathBuf>,
     /// Overrides the configuration.
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
     /// Overrides the configuration; may be repeated.
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = config::address)]
     listen: Vec<SocketAddr>,
     /// Prints the configuration in force and ends.
     #[arg(long)]
@@ -114,7 +116,8 @@ struct Run {
 struct Restore {
     /// What `meshctl backup`, or control itself, wrote.
     file: PathBuf,
-    #[arg(long, default_value = "/var/lib/meshwork-control")]
+    /// Where the mesh is kept.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/meshwork-control")]
     state_dir: PathBuf,
     /// Sets a store that is there aside.
     #[arg(long)]
@@ -132,7 +135,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            complain(&format!("mesh-control: {error:#}\n"));
+            complain(&format!("mesh-control: {}\n", in_one_line(&error)));
             ExitCode::FAILURE
         }
     }
@@ -166,16 +169,14 @@ fn init(args: Init) -> anyhow::Result<()> {
 }
 
 fn run(args: Run) -> anyhow::Result<()> {
-    let mut config: Config = match &args.config {
-        Some(path) => mesh_runtime::config::load(path)?,
-        None => Config::default(),
-    };
+    let mut config = Config::load(args.config.as_deref())?;
     if let Some(state_dir) = args.state_dir {
         config.state_dir = state_dir;
     }
     if !args.listen.is_empty() {
         config.listen = args.listen;
     }
+    config.admin_socket = config.admin_socket();
     if args.print_config {
         print(&toml::to_string(&config)?);
         return Ok(());
@@ -186,6 +187,21 @@ fn run(args: Run) -> anyhow::Result<()> {
         .build()
         .context("cannot start the runtime")?;
     runtime.block_on(run::run(config))
+}
+
+/// An error and its causes. Some errors end with the text of their cause: that is said once.
+fn in_one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !line.is_empty() {
+            if line.ends_with(&cause) {
+                continue;
+            }
+            line += ": ";
+        }
+        line += &cause;
+    }
+    line
 }
 
 /// A closed stdout stops nothing: what was done is done.
@@ -201,3 +217,31 @@ fn complain(text: &str) {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod command_line {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_help_names_the_default_ranges() {
+        let mut command = Cli::command();
+        command.clone().debug_assert();
+        let init = command.find_subcommand_mut("init").unwrap();
+        let help = init.render_long_help().to_string();
+        let ranges = mesh_core::vip::VipRanges::default();
+        for range in [ranges.v4().to_string(), ranges.v6().to_string()] {
+            assert!(help.contains(&format!("[default: {range}]")), "{help}");
+        }
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let cause = || std::io::Error::from_raw_os_error(13);
+        let error = anyhow::Error::new(cause()).context(format!("cannot read x: {}", cause()));
+        assert_eq!(in_one_line(&error).matches("denied").count(), 1);
+        let error = anyhow::Error::new(cause()).context("cannot start");
+        assert!(in_one_line(&error).starts_with("cannot start: Permission"));
+    }
+}

@@ -25,8 +25,12 @@ const BROKEN: &str = "store.broken-";
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StoreError {
-    #[error("cannot open the store {path}: {cause}; is another mesh-control running on it?")]
-    Busy { path: String, cause: String },
+    #[error("another mesh-control has the store {path}; end it, or name another --state-dir")]
+    Busy { path: String },
+    #[error(
+        "cannot open the store {path}: {cause}; it must belong to the user that runs mesh-control"
+    )]
+    Denied { path: String, cause: std::io::Error },
     #[error("cannot open the store {path}: {cause}")]
     Unreadable { path: String, cause: String },
     #[error("cannot commit to the store: {0}")]
@@ -219,13 +223,22 @@ fn open_db(path: &Path) -> Result<sled::Db, StoreError> {
             // The lock of another process, or permissions: nothing is broken.
             sled::Error::Io(io) if !is_content(io.kind()) => {
                 if give_up <= Instant::now() {
-                    return Err(StoreError::Busy { path, cause });
+                    return Err(if is_lock(&io) {
+                        StoreError::Busy { path }
+                    } else {
+                        StoreError::Denied { path, cause: io }
+                    });
                 }
                 std::thread::sleep(LOCK_RETRY);
             }
             _ => return Err(StoreError::Unreadable { path, cause }),
         }
     }
+}
+
+/// Whether somebody else has the files. sled tells that by its text alone.
+fn is_lock(error: &std::io::Error) -> bool {
+    error.kind() == ErrorKind::WouldBlock || error.to_string().contains("could not acquire lock")
 }
 
 /// Whether an error speaks of what is in the files.
