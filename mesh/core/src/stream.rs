@@ -243,9 +243,11 @@ impl Machine {
         self.streams.len()
     }
 
-    /// Whether the peer's limits have arrived.
-    pub fn is_ready(&self) -> bool {
-        self.peer.is_some()
+    /// Whether nearly all of the connection's credit is held, in either direction, by what was not read yet.
+    pub fn is_starved(&self) -> bool {
+        let Some(peer) = self.peer else { return false };
+        self.send_credit < u64::from(peer.max_frame)
+            || self.receive_credit < u64::from(self.limits.max_frame)
     }
 
     /// Whether another stream can be opened now.

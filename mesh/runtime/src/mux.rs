@@ -6,7 +6,7 @@
 //! so what several streams wrote leaves in one system call.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -41,11 +41,17 @@ struct Shared {
     /// What waits for the carrier; up to `written` it is gone already.
     output: Vec<u8>,
     written: usize,
-    /// Counts how often the output was empty, so that [`QUANTUM`] is a stream's share of one round.
+    /// A round ends when what was queued at its begin has left; [`QUANTUM`] is a stream's share of one.
     round: u64,
+    /// Of `output`, what is queued from before this round.
+    round_end: usize,
+    /// A stream waits because the output is full.
+    was_full: bool,
     slots: HashMap<u32, Slot>,
-    /// Streams whose writer waits for a new round or for credit of the connection.
-    waiting: Vec<u32>,
+    /// Who waits for a new round, for room in the output or for credit of the connection, in the order in which
+    /// they began to: who was served last comes last.
+    waiting: BTreeMap<u64, Waiter>,
+    tickets: u64,
     incoming: VecDeque<(u32, Vec<u8>)>,
     accepting: Option<Waker>,
     opening: Vec<Waker>,
@@ -54,7 +60,16 @@ struct Shared {
     closed: Option<Reason>,
     /// The owner wants the carrier closed when the output has left.
     closing: bool,
+    /// The owner wants the carrier closed when the last stream is over.
+    retired: bool,
     heard: bool,
+}
+
+#[derive(Debug)]
+enum Waiter {
+    /// The writer of this stream.
+    Stream(u32),
+    Open(Waker),
 }
 
 /// A stream's bytes and who waits for them.
@@ -68,8 +83,12 @@ struct Slot {
     accepted: bool,
     round: u64,
     sent_in_round: usize,
+    /// Its place among those who wait to write.
+    ticket: Option<u64>,
     reader: Option<Waker>,
     writer: Option<Waker>,
+    /// Who only wants to know of a reset.
+    watcher: Option<Waker>,
 }
 
 /// A connection over `carrier`, with the driver that must be run on this thread.
@@ -80,14 +99,18 @@ pub fn connection<C>(carrier: C, side: Side, limits: Limits) -> (Mux, Incoming, 
         output: Vec::new(),
         written: 0,
         round: 1,
+        round_end: 0,
+        was_full: false,
         slots: HashMap::new(),
-        waiting: Vec::new(),
+        waiting: BTreeMap::new(),
+        tickets: 0,
         incoming: VecDeque::new(),
         accepting: None,
         opening: Vec::new(),
         driver: None,
         closed: None,
         closing: false,
+        retired: false,
         heard: false,
     }));
     let driver = Driver::new(carrier, Rc::clone(&shared));
@@ -104,13 +127,26 @@ impl Mux {
     /// # Errors
     /// Why the connection takes no new stream.
     pub async fn open(&self, header: &[u8]) -> Result<MuxStream, Reason> {
-        poll_fn(|cx| self.poll_open(cx, header)).await
+        let mut ticket = None;
+        poll_fn(|cx| self.poll_open(cx, header, &mut ticket)).await
     }
 
-    fn poll_open(&self, cx: &mut Context<'_>, header: &[u8]) -> Poll<Result<MuxStream, Reason>> {
+    fn poll_open(
+        &self,
+        cx: &Context<'_>,
+        header: &[u8],
+        ticket: &mut Option<u64>,
+    ) -> Poll<Result<MuxStream, Reason>> {
         let mut shared = self.0.borrow_mut();
         if let Some(reason) = shared.closed {
             return Poll::Ready(Err(reason));
+        }
+        if shared.output.len() - shared.written >= OUTPUT_MAX {
+            shared.was_full = true;
+            let ticket = *ticket.get_or_insert_with(|| shared.next_ticket());
+            let waiter = Waiter::Open(cx.waker().clone());
+            shared.waiting.insert(ticket, waiter);
+            return Poll::Pending;
         }
         match shared.machine.open() {
             Ok(id) => {
@@ -139,6 +175,7 @@ impl Mux {
         let shared = self.0.borrow();
         shared.closed.is_none()
             && !shared.closing
+            && !shared.retired
             && matches!(shared.machine.can_open(), Ok(()) | Err(OpenError::NotReady))
     }
 
@@ -147,11 +184,18 @@ impl Mux {
         self.0.borrow().machine.open_streams()
     }
 
-    /// Tells the peer to open no more streams; those that are open go on.
-    pub fn go_away(&self, reason: Reason) {
+    /// Takes no new streams, and closes the connection with the last one.
+    pub fn retire(&self, reason: Reason) {
         let mut shared = self.0.borrow_mut();
+        shared.retired = true;
         shared.machine.go_away(reason);
         shared.wake_driver();
+    }
+
+    /// Whether readers that stand still hold nearly all of the connection's credit, on either side: new streams
+    /// would wait for them.
+    pub fn is_starved(&self) -> bool {
+        self.0.borrow().machine.is_starved()
     }
 
     /// Closes the connection when what was written has left.
@@ -197,6 +241,11 @@ impl Shared {
         }
     }
 
+    /// Whether the owner wants no more of the connection.
+    fn is_over(&self) -> bool {
+        self.closing || (self.retired && self.machine.open_streams() == 0)
+    }
+
     fn take_control(&mut self) {
         while let Some(frame) = self.machine.poll_control() {
             frame::encode(&frame, &mut self.output);
@@ -206,6 +255,7 @@ impl Shared {
     /// How much `stream` may send in one frame now; nothing while its share of this round is used up.
     fn allowance(&mut self, stream: u32) -> usize {
         if self.output.len() - self.written >= OUTPUT_MAX {
+            self.was_full = true;
             return 0;
         }
         let capacity = self.machine.send_capacity(stream);
@@ -224,27 +274,66 @@ impl Shared {
         self.machine.sent(stream, bytes, end);
         if let Some(slot) = self.slots.get_mut(&stream) {
             slot.sent_in_round += bytes;
+            slot.ticket = None;
         }
         self.wake_driver();
     }
 
-    /// The carrier took all output: every stream has a new share.
-    fn next_round(&mut self) {
-        self.output.clear();
-        self.written = 0;
-        self.round += 1;
-        // A burst must not be paid for by a connection's whole life.
-        if self.output.capacity() > 4 * QUANTUM {
-            self.output.shrink_to(QUANTUM);
+    /// The carrier took `bytes` more. What has left is not kept: a connection that is never idle must not grow.
+    fn note_written(&mut self, bytes: usize) {
+        self.written += bytes;
+        let pending = self.output.len() - self.written;
+        if pending == 0 {
+            self.output.clear();
+            // A burst must not be paid for by a connection's whole life.
+            if self.output.capacity() > 4 * QUANTUM {
+                self.output.shrink_to(QUANTUM);
+            }
+            self.forget_written(self.written);
+        } else if self.written >= QUANTUM && self.written >= pending {
+            self.output.drain(..self.written);
+            self.forget_written(self.written);
         }
-        self.wake_writers();
+        if self.written >= self.round_end {
+            self.round += 1;
+            self.round_end = self.output.len();
+            self.wake_writers();
+        } else if self.was_full && pending < OUTPUT_MAX / 2 {
+            self.wake_writers();
+        }
+    }
+
+    fn forget_written(&mut self, bytes: usize) {
+        self.round_end = self.round_end.saturating_sub(bytes);
+        self.written = 0;
     }
 
     fn wake_writers(&mut self) {
-        for id in self.waiting.drain(..) {
-            if let Some(slot) = self.slots.get_mut(&id) {
-                wake(&mut slot.writer);
+        self.was_full = false;
+        for waiter in std::mem::take(&mut self.waiting).into_values() {
+            match waiter {
+                Waiter::Open(waker) => waker.wake(),
+                Waiter::Stream(id) => {
+                    if let Some(slot) = self.slots.get_mut(&id) {
+                        wake(&mut slot.writer);
+                    }
+                }
             }
+        }
+    }
+
+    fn next_ticket(&mut self) -> u64 {
+        self.tickets += 1;
+        self.tickets
+    }
+
+    /// The writer of `stream` waits until [`Self::wake_writers`] or until credit of its own comes.
+    fn wait_to_write(&mut self, stream: u32, waker: &Waker) {
+        let next = self.next_ticket();
+        if let Some(slot) = self.slots.get_mut(&stream) {
+            slot.writer = Some(waker.clone());
+            let ticket = *slot.ticket.get_or_insert(next);
+            self.waiting.insert(ticket, Waiter::Stream(stream));
         }
     }
 
@@ -255,11 +344,10 @@ impl Shared {
         self.closed = Some(reason);
         self.incoming.clear();
         for slot in self.slots.values_mut() {
-            slot.reset.get_or_insert(reason);
-            wake(&mut slot.reader);
-            wake(&mut slot.writer);
+            slot.end_by(reason);
         }
         wake(&mut self.accepting);
+        self.wake_writers();
         self.opening.drain(..).for_each(Waker::wake);
     }
 
@@ -303,9 +391,7 @@ impl Shared {
             }
             Event::Reset { stream, reason } => {
                 if let Some(slot) = self.slots.get_mut(&stream) {
-                    slot.reset = Some(reason);
-                    wake(&mut slot.reader);
-                    wake(&mut slot.writer);
+                    slot.end_by(reason);
                 }
                 self.opening.drain(..).for_each(Waker::wake);
             }
@@ -327,9 +413,7 @@ impl Shared {
             if self.machine.is_ours(id) {
                 self.machine.reset(id, Reason::Draining);
                 if let Some(slot) = self.slots.get_mut(&id) {
-                    slot.reset.get_or_insert(Reason::Draining);
-                    wake(&mut slot.reader);
-                    wake(&mut slot.writer);
+                    slot.end_by(Reason::Draining);
                 }
             }
         }
@@ -348,6 +432,16 @@ impl Shared {
         }
         self.opening.drain(..).for_each(Waker::wake);
         self.wake_driver();
+    }
+}
+
+impl Slot {
+    /// The stream is reset; who first said why is heard.
+    fn end_by(&mut self, reason: Reason) {
+        self.reset.get_or_insert(reason);
+        wake(&mut self.reader);
+        wake(&mut self.writer);
+        wake(&mut self.watcher);
     }
 }
 

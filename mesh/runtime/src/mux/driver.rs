@@ -101,17 +101,17 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
     fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut shared = self.shared.borrow_mut();
         loop {
-            shared.take_control();
+            // While a peer takes nothing, what it asks for waits in the machine, where its number is bounded.
+            if shared.output.len() - shared.written < super::OUTPUT_MAX {
+                shared.take_control();
+            }
             if shared.written == shared.output.len() {
-                if !shared.output.is_empty() {
-                    shared.next_round();
-                }
                 return Pin::new(&mut self.carrier).poll_flush(cx);
             }
             let output = &shared.output[shared.written..];
             match Pin::new(&mut self.carrier).poll_write(cx, output) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Poll::Ready(Ok(bytes)) => shared.written += bytes,
+                Poll::Ready(Ok(bytes)) => shared.note_written(bytes),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => return Poll::Pending,
             }
@@ -149,7 +149,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
         }
         match self.poll_output(cx) {
             Poll::Ready(Err(error)) => Poll::Ready(lost(&error)),
-            Poll::Ready(Ok(())) if self.shared.borrow().closing => Poll::Ready(Reason::Cancelled),
+            Poll::Ready(Ok(())) if self.shared.borrow().is_over() => Poll::Ready(Reason::Cancelled),
             _ => Poll::Pending,
         }
     }

@@ -18,6 +18,9 @@ use super::Shared;
 /// A buffer of a stream that was drained is given back above this size, so that idle streams cost nothing.
 const KEEP_MAX: usize = 4096;
 
+/// Consumed bytes at the front of a stream's buffer before what is behind them is moved.
+const COMPACT_MIN: usize = 64 * 1024;
+
 /// A stream. Dropping it before both ends are through resets it.
 #[derive(Debug)]
 pub struct MuxStream {
@@ -108,16 +111,14 @@ impl MuxStream {
         cx: &Context<'_>,
     ) -> Poll<Result<usize, StreamError>> {
         let allowance = shared.allowance(self.id);
-        let Some(slot) = shared.slots.get_mut(&self.id) else {
+        let Some(slot) = shared.slots.get(&self.id) else {
             return Poll::Ready(Err(StreamError::Reset(Reason::PeerLost)));
         };
         if let Some(reason) = slot.reset {
             return Poll::Ready(Err(StreamError::Reset(reason)));
         }
         if allowance == 0 {
-            if slot.writer.replace(cx.waker().clone()).is_none() {
-                shared.waiting.push(self.id);
-            }
+            shared.wait_to_write(self.id, cx.waker());
             return Poll::Pending;
         }
         Poll::Ready(Ok(allowance))
@@ -176,6 +177,19 @@ impl MuxStream {
         Poll::Pending
     }
 
+    /// Ready when the stream was reset; others may wait to receive meanwhile.
+    pub fn poll_reset(&self, cx: &Context<'_>) -> Poll<Reason> {
+        let mut shared = self.shared.borrow_mut();
+        let Some(slot) = shared.slots.get_mut(&self.id) else {
+            return Poll::Ready(Reason::PeerLost);
+        };
+        if let Some(reason) = slot.reset {
+            return Poll::Ready(reason);
+        }
+        slot.watcher = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
     /// Why the stream was reset, if it was and all that came before is read.
     pub fn reset_reason(&self) -> Option<Reason> {
         let shared = self.shared.borrow();
@@ -216,6 +230,10 @@ impl MuxStream {
             if slot.received.capacity() > KEEP_MAX {
                 slot.received = Vec::new();
             }
+        } else if slot.taken >= COMPACT_MIN && slot.taken * 2 >= slot.received.len() {
+            // A reader that is never quite through keeps what it has not read, not what it has.
+            slot.received.drain(..slot.taken);
+            slot.taken = 0;
         }
         shared.machine.consumed(self.id, bytes);
         if shared.machine.has_control() {

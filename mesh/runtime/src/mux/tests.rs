@@ -138,13 +138,102 @@ fn going_away_lets_open_streams_finish() {
         open.send(b"one").await.unwrap();
         let mut bytes = Vec::new();
         open.recv(&mut bytes, 100).await.unwrap();
-        server.go_away(Reason::Draining);
+        server.retire(Reason::Draining);
         while client.takes_streams() {
             tokio::task::yield_now().await;
         }
         open.send(b"two").await.unwrap();
         open.end();
         assert_eq!(read_all(&mut open).await.unwrap(), b"two");
-        assert_eq!(client.open(b"y").await.unwrap_err(), Reason::Draining);
+        let after = client.open(b"y").await.unwrap_err();
+        assert!(
+            matches!(after, Reason::Draining | Reason::PeerLost),
+            "{after}"
+        );
+        while client.closed().is_none() {
+            tokio::task::yield_now().await;
+        }
+    });
+}
+
+#[test]
+fn a_reader_that_is_never_through_keeps_only_what_it_has_not_read() {
+    local(async {
+        let (client, mut incoming) = pair(Limits::DEFAULT);
+        let stream = client.open(b"x").await.unwrap();
+        spawn_local(async move {
+            let block = vec![7; 100_000];
+            while stream.send(&block).await.is_ok() {}
+        });
+        let (stream, _) = incoming.next().await.unwrap();
+        let mut bytes = Vec::new();
+        let mut total = 0;
+        while total < 64 << 20 {
+            bytes.clear();
+            // Always less than what is there.
+            total += stream.recv(&mut bytes, 5_000).await.unwrap().unwrap();
+            let shared = incoming.0.borrow();
+            let held: usize = shared.slots.values().map(|s| s.received.len()).sum();
+            assert!(
+                held <= 4 * Limits::DEFAULT.stream_credit as usize,
+                "{held} bytes held"
+            );
+        }
+    });
+}
+
+#[test]
+fn output_that_never_runs_dry_does_not_grow_and_all_streams_have_their_share() {
+    local(async {
+        let (client, mut incoming) = pair(Limits::DEFAULT);
+        let counts: Vec<Rc<std::cell::Cell<usize>>> = (0..24).map(|_| Rc::default()).collect();
+        for count in &counts {
+            let (client, count) = (client.clone(), Rc::clone(count));
+            spawn_local(async move {
+                let block = vec![7; 50_000];
+                loop {
+                    let stream = client.open(b"x").await.unwrap();
+                    stream.send(&block).await.unwrap();
+                    stream.end();
+                    count.set(count.get() + 1);
+                }
+            });
+        }
+        for _ in 0..2_000 {
+            let (mut stream, _) = incoming.next().await.unwrap();
+            spawn_local(async move { read_all(&mut stream).await.map(drop) });
+            let held = client.0.borrow().output.len();
+            assert!(held <= 3 * OUTPUT_MAX, "{held} bytes held");
+        }
+        let (least, most) = (
+            counts.iter().map(|c| c.get()).min(),
+            counts.iter().map(|c| c.get()).max(),
+        );
+        let (least, most) = (least.unwrap(), most.unwrap());
+        assert!(least * 4 >= most, "shares from {least} to {most}");
+    });
+}
+
+#[test]
+fn a_peer_that_asks_and_never_reads_is_given_up() {
+    local(async {
+        let (a, mut b) = duplex(10_000);
+        let (_client, _, driver) = connection(a, Side::Client, Limits::DEFAULT);
+        let driver = spawn_local(driver);
+        let mut bytes = Vec::new();
+        let limits = Limits::DEFAULT;
+        frame::encode(&Frame::Hello { version: 1, limits }, &mut bytes);
+        b.write_all(&bytes).await.unwrap();
+        bytes.clear();
+        (0..50).for_each(|nonce| frame::encode(&Frame::Ping { nonce }, &mut bytes));
+        // Paced: between two writes all that can be done is done.
+        let mut sent = 0;
+        while b.write_all(&bytes).await.is_ok() && sent < 400_000 {
+            sent += 50;
+            tokio::task::yield_now().await;
+        }
+        drop(b);
+        assert!(sent < 400_000, "nobody minds {sent} pings without a reader");
+        assert_eq!(driver.await.unwrap(), Reason::ProtocolError);
     });
 }
