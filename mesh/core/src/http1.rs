@@ -30,7 +30,16 @@ pub enum Framing {
 pub enum Method {
     Head,
     Connect,
+    /// GET, OPTIONS, TRACE, PUT, DELETE: doing it twice is doing it once (RFC 9110 §9.2.2).
+    Idempotent,
     Other,
+}
+
+impl Method {
+    /// Whether a request may be repeated when it is not known what became of it.
+    pub const fn is_idempotent(self) -> bool {
+        matches!(self, Self::Head | Self::Idempotent)
+    }
 }
 
 /// A judged request head.
@@ -43,7 +52,7 @@ pub struct Request {
     /// Whether the client lets the connection live after this request.
     pub keep_alive: bool,
     pub upgrade: bool,
-    /// Whether it has headers of ours.
+    /// Whether it has headers that [`rewrite`] removes.
     pub has_ours: bool,
 }
 
@@ -73,38 +82,52 @@ pub enum Sniff {
     More,
 }
 
-/// Tells whether bytes begin an HTTP/1 request: a method of letters, a target, `HTTP/1.`. Decided by the first
-/// line at the latest, mostly by the first byte. HTTP/2's preface is not HTTP/1.
+/// Tells whether bytes begin what a lenient server might take for an HTTP/1 request: then it must be judged as one,
+/// for as bytes it would carry whatever headers its sender likes. Decided by the first line at the latest, mostly
+/// by the first byte. HTTP/2's preface is not HTTP/1.
 pub fn sniff(bytes: &[u8]) -> Sniff {
-    const METHOD_MAX: usize = 24;
+    /// A longer first line is a request if it is text and begins like one.
     const LINE_MAX: usize = 8192;
-    let method = bytes
+    // Servers skip empty lines before a request (RFC 9112 §2.2).
+    let blank = bytes
         .iter()
-        .take_while(|b| b.is_ascii_uppercase() || **b == b'-')
+        .take_while(|b| matches!(b, b'\r' | b'\n' | b' ' | b'\t'))
         .count();
-    if method == bytes.len() && method <= METHOD_MAX {
-        return Sniff::More;
-    }
-    if method == 0 || method > METHOD_MAX || bytes[method] != b' ' {
+    let line = &bytes[blank..];
+    let Some(first) = line.first() else {
+        return if bytes.len() > LINE_MAX {
+            Sniff::Other
+        } else {
+            Sniff::More
+        };
+    };
+    if !is_token(*first) {
         return Sniff::Other;
     }
-    let line = &bytes[method + 1..];
-    match line
+    let end = line.iter().position(|b| *b == b'\n');
+    let text = &line[..end.unwrap_or(line.len())];
+    if text
         .iter()
-        .position(|b| *b == b'\n' || !(0x20..0x7f).contains(b) && *b != b'\r')
+        .any(|b| *b < 0x20 && !matches!(b, b'\t' | b'\r'))
     {
-        Some(end) if line[end] == b'\n' => {
-            let line = line[..end].strip_suffix(b"\r").unwrap_or(&line[..end]);
-            let version = line.rsplit(|b| *b == b' ').next().unwrap_or_default();
-            if version.starts_with(b"HTTP/1.") {
-                Sniff::Http1
-            } else {
-                Sniff::Other
-            }
-        }
-        Some(_) => Sniff::Other,
-        None if bytes.len() > LINE_MAX => Sniff::Other,
-        None => Sniff::More,
+        return Sniff::Other;
+    }
+    if end.is_some() {
+        let version = |part: &[u8]| part.eq_ignore_ascii_case(b"HTTP/1");
+        return if text.windows(6).any(version) {
+            Sniff::Http1
+        } else {
+            Sniff::Other
+        };
+    }
+    if bytes.len() <= LINE_MAX {
+        return Sniff::More;
+    }
+    let method = text.iter().take_while(|b| is_token(**b)).count();
+    if matches!(text.get(method), Some(b' ' | b'\t')) {
+        Sniff::Http1
+    } else {
+        Sniff::Other
     }
 }
 
@@ -141,6 +164,7 @@ pub fn parse_request(bytes: &[u8], max: usize) -> Result<Option<Request>, Reason
     let method = match method {
         b"HEAD" => Method::Head,
         b"CONNECT" => Method::Connect,
+        b"GET" | b"OPTIONS" | b"TRACE" | b"PUT" | b"DELETE" => Method::Idempotent,
         _ => Method::Other,
     };
     let framing = match (facts.chunked, facts.length) {
@@ -346,19 +370,20 @@ impl Facts {
                 }
                 10 if name.eq_ignore_ascii_case(b"connection") => {
                     for option in value.split(|b| *b == b',').map(trim) {
+                        // A proxy behind the app's door would remove our header.
+                        if is_ours(option) {
+                            return Err(malformed);
+                        }
                         facts.close |= option.eq_ignore_ascii_case(b"close");
                         facts.keep |= option.eq_ignore_ascii_case(b"keep-alive");
                         facts.connection_upgrade |= option.eq_ignore_ascii_case(b"upgrade");
                     }
                 }
                 7 if name.eq_ignore_ascii_case(b"upgrade") => {
-                    // An upgrade to HTTP/2 is ignored by all who could take it (RFC 9113 §3.1).
-                    has_upgrade |= !value.eq_ignore_ascii_case(b"h2c");
+                    has_upgrade |= !is_h2c(value);
+                    facts.has_ours |= is_h2c(value);
                 }
-                _ => {
-                    let head = name.get(..OUR_PREFIX.len()).unwrap_or_default();
-                    facts.has_ours |= head.eq_ignore_ascii_case(OUR_PREFIX);
-                }
+                _ => facts.has_ours |= is_ours(name),
             }
         }
         facts.upgrade = has_upgrade && facts.connection_upgrade;
@@ -407,14 +432,27 @@ impl<'a> Iterator for Lines<'a> {
     }
 }
 
-/// Appends `head` without headers of ours, and with the header line `insert` (without CRLF) if there is one. The
+/// Whether a header's name is ours, or becomes ours in a server that makes `_` of `-` (CGI, RFC 3875 §4.1.18).
+fn is_ours(name: &[u8]) -> bool {
+    let same = |(a, b): (&u8, &u8)| a.eq_ignore_ascii_case(b) || (*a == b'_' && *b == b'-');
+    name.len() >= OUR_PREFIX.len() && name.iter().zip(OUR_PREFIX).all(same)
+}
+
+/// Whether an Upgrade asks for HTTP/2 in the clear, which is ignored by all (RFC 9113 §3.1).
+fn is_h2c(value: &[u8]) -> bool {
+    value
+        .split(|b| *b == b',')
+        .any(|part| trim(part).eq_ignore_ascii_case(b"h2c"))
+}
+
+/// Appends `head` without headers of ours and without an Upgrade to HTTP/2, and with the header line `insert` (without CRLF) if there is one. The
 /// rest stays byte for byte.
 pub fn rewrite(head: &[u8], insert: Option<&str>, out: &mut Vec<u8>) {
     let body = head.strip_suffix(b"\r\n\r\n").unwrap_or(head);
     for (at, line) in Lines(body).enumerate() {
-        let ours = line
-            .get(..OUR_PREFIX.len())
-            .is_some_and(|p| p.eq_ignore_ascii_case(OUR_PREFIX));
+        let colon = line.iter().position(|b| *b == b':').unwrap_or(line.len());
+        let (name, value) = (&line[..colon], line.get(colon + 1..).unwrap_or_default());
+        let ours = is_ours(name) || (name.eq_ignore_ascii_case(b"upgrade") && is_h2c(value));
         if at == 0 || !ours {
             out.extend_from_slice(line);
             out.extend_from_slice(b"\r\n");

@@ -72,6 +72,7 @@ fn what_could_be_read_in_two_ways_is_refused() {
         "X: a\0b",
         "X\0: a",
         "no colon",
+        "Connection: close, x-meshwork-client-id",
         ": empty",
         "X y: a",
     ] {
@@ -227,18 +228,29 @@ fn a_rewritten_head_keeps_all_but_ours() {
 }
 
 #[test]
-fn sniffing_decides_early_and_never_wrong() {
+fn sniffing_takes_for_http_what_a_server_might() {
+    let long = format!("GET /{}", "x".repeat(9000));
     for (bytes, expected) in [
         ("", Sniff::More),
         ("GE", Sniff::More),
+        ("\r\n", Sniff::More),
         ("GET / HTTP/1.1\r", Sniff::More),
         ("GET / HTTP/1.1\r\n", Sniff::Http1),
+        ("\r\nGET / HTTP/1.1\r\n", Sniff::Http1),
+        ("GET /\u{e9} HTTP/1.1\r\n", Sniff::Http1),
+        ("get / http/1.0\n", Sniff::Http1),
+        (
+            "A_VERY_LONG_METHOD_THAT_NOBODY_KNOWS / HTTP/1.1\r\n",
+            Sniff::Http1,
+        ),
+        ("GET\t/\tHTTP/1.1\r\n", Sniff::Http1),
+        (long.as_str(), Sniff::Http1),
         ("PRI * HTTP/2.0\r\n", Sniff::Other),
         ("*1\r\n$4\r\nPING\r\n", Sniff::Other),
         ("\x16\x03\x01", Sniff::Other),
+        ("\0\0\0\x08\x04", Sniff::Other),
         ("EHLO example.com\r\n", Sniff::Other),
-        ("get / HTTP/1.1\r\n", Sniff::Other),
-        ("GETGETGETGETGETGETGETGETGET", Sniff::Other),
+        ("SSH-2.0-x\r\n", Sniff::Other),
     ] {
         assert_eq!(sniff(bytes.as_bytes()), expected, "{bytes:?}");
     }
