@@ -34,6 +34,8 @@ const ATTEMPT_MAX: Duration = Duration::from_secs(5);
 /// Waits between the attempts at one host: the first is mostly lost to an agent that is about to be ready.
 const RETRY_MIN: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Failures at a place before the host is told.
+const FAILURES_TOLD: u32 = 2;
 /// How long to sleep when nothing is to be tried.
 const IDLE: Duration = Duration::from_secs(3600);
 
@@ -54,6 +56,7 @@ struct Turn {
     at: Instant,
     /// The wait after the next failure.
     retry: Duration,
+    failures: u32,
 }
 
 impl Prover {
@@ -106,6 +109,7 @@ impl Prover {
                 let turn = Turn {
                     at: Instant::now(),
                     retry: RETRY_MIN,
+                    failures: 0,
                 };
                 self.waiting.entry(host.uid.clone()).or_insert(turn);
             }
@@ -130,6 +134,7 @@ impl Prover {
                     trust: Arc::clone(&self.trust),
                     host: Arc::clone(host),
                     name,
+                    tell: FAILURES_TOLD <= turn.failures + 1,
                 };
                 let trusting = self.trusting;
                 self.attempts.spawn(async move {
@@ -143,6 +148,9 @@ impl Prover {
     fn tried(&mut self, uid: &HostUid, result: Result<(), Reason>) {
         self.running.remove(uid);
         if let Err(reason) = result {
+            if let Some(turn) = self.waiting.get_mut(uid) {
+                turn.failures = turn.failures.saturating_add(1);
+            }
             self.control.metrics.refused(Reason::AddressUnproven);
             let host = self.control.writer.now().host_label(uid);
             log::info!(host, reason = reason.code(); "could not prove the host's address; trying again");
@@ -169,22 +177,35 @@ struct Attempt {
     trust: SharedTrust,
     host: Arc<Host>,
     name: ServerName<'static>,
+    /// Whether a failure is told to the host.
+    tell: bool,
 }
 
 impl Attempt {
     async fn run(self, trusting: bool) -> Result<(), Reason> {
-        let host = &self.host;
-        if !trusting {
+        let (uid, address) = (self.host.uid.clone(), self.host.address);
+        let mesh_port = self.host.mesh_port;
+        let proof = if trusting {
+            Ok(())
+        } else {
             let proof = timeout(ATTEMPT_MAX, self.prove()).await;
-            proof.map_err(|_| Reason::PeerUnreachable)??;
-        }
-        let command = Command::Proven {
-            uid: host.uid.clone(),
-            address: host.address,
-            mesh_port: host.mesh_port,
+            proof.unwrap_or(Err(Reason::PeerUnreachable))
+        };
+        let command = match proof {
+            Err(reason) if !self.tell => return Err(reason),
+            Err(_) => Command::Doubted {
+                uid,
+                address,
+                mesh_port,
+            },
+            Ok(()) => Command::Proven {
+                uid,
+                address,
+                mesh_port,
+            },
         };
         let told = self.control.writer.ask(Actor::control(), command).await;
-        told.map(drop).map_err(|refusal| refusal.reason)
+        proof.and(told.map(drop).map_err(|refusal| refusal.reason))
     }
 
     async fn prove(&self) -> Result<(), Reason> {

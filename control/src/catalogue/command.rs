@@ -43,6 +43,12 @@ pub(crate) enum Command {
         address: IpAddr,
         mesh_port: u16,
     },
+    /// Control did not find a host's agent where the host says it is, more than once.
+    Doubted {
+        uid: HostUid,
+        address: IpAddr,
+        mesh_port: u16,
+    },
     RemoveHost {
         name: Label,
     },
@@ -131,6 +137,7 @@ impl Command {
             Self::Lease { live: true, .. } => "lease live",
             Self::Lease { live: false, .. } => "lease stale",
             Self::Proven { .. } => "prove address",
+            Self::Doubted { .. } => "doubt address",
             Self::RemoveHost { .. } => "remove host",
             Self::Apply { dry_run: true, .. } => "apply (dry run)",
             Self::Apply { .. } => "apply",
@@ -148,7 +155,8 @@ impl Command {
             Self::Hello { uid, .. }
             | Self::Report { uid, .. }
             | Self::Lease { uid, .. }
-            | Self::Proven { uid, .. } => catalogue.host_label(uid),
+            | Self::Proven { uid, .. }
+            | Self::Doubted { uid, .. } => catalogue.host_label(uid),
             Self::RemoveHost { name } => format!("host/{name}"),
             Self::Apply { resources, .. } => match resources.as_slice() {
                 [one] => one.object(),
@@ -217,7 +225,12 @@ fn reduce(draft: &mut Draft<'_>, command: &Command) -> Result<Outcome, Refusal> 
             uid,
             address,
             mesh_port,
-        } => host::proven(draft, uid, *address, *mesh_port),
+        } => host::judged(draft, uid, (*address, *mesh_port), true),
+        Command::Doubted {
+            uid,
+            address,
+            mesh_port,
+        } => host::judged(draft, uid, (*address, *mesh_port), false),
         Command::RemoveHost { name } => host::remove(draft, name),
         Command::Apply { resources, .. } => {
             let applied = resources.iter().map(|resource| match resource {

@@ -47,6 +47,7 @@ pub(super) fn join(draft: &mut Draft<'_>, join: &Join) -> Result<Outcome, Refusa
         mesh_port: join.mesh_port,
         version: join.version.clone(),
         proven: false,
+        doubted: false,
         key: join.key,
         token: token.id.clone(),
         scope: token.scope.clone(),
@@ -151,7 +152,9 @@ fn rejoin(
 
 /// What moved must be proven again.
 fn put_if_changed(draft: &mut Draft<'_>, old: &Arc<Host>, mut next: Host) -> Arc<Host> {
-    next.proven &= old.same_place(&next);
+    let same_place = old.same_place(&next);
+    next.proven &= same_place;
+    next.doubted &= same_place;
     if **old != next {
         draft.put_host(next.clone());
     }
@@ -187,23 +190,25 @@ pub(super) fn lease(draft: &mut Draft<'_>, uid: &HostUid, live: bool) -> Result<
     if host.live != live {
         let mut next = Host::clone(&host);
         next.live = live;
+        next.doubted = false;
         next.since_s = draft.now_s;
         draft.put_host(next);
     }
     Ok(Outcome::Done)
 }
 
-/// Control reached the host's agent at `address` and `mesh_port`. It may have moved since.
-pub(super) fn proven(
+/// Control reached the host's agent at `place`, or failed to. The host may have moved since.
+pub(super) fn judged(
     draft: &mut Draft<'_>,
     uid: &HostUid,
-    address: IpAddr,
-    mesh_port: u16,
+    place: (IpAddr, u16),
+    reached: bool,
 ) -> Result<Outcome, Refusal> {
     let host = get(draft, uid)?;
-    if (host.address, host.mesh_port) == (address, mesh_port) && !host.proven {
+    if (host.address, host.mesh_port) == place && !host.proven && (reached || !host.doubted) {
         let mut next = Host::clone(&host);
-        next.proven = true;
+        next.proven = reached;
+        next.doubted = !reached;
         draft.put_host(next);
     }
     Ok(Outcome::Done)

@@ -20,7 +20,7 @@ pub(crate) struct Problem {
 }
 
 impl Catalogue {
-    /// All that is wrong with a host's report.
+    /// All that is wrong with a host's report. That its address is being proven is not.
     pub(crate) fn problems_of(&self, host: &Host) -> Vec<Problem> {
         let mut problems = Vec::new();
         for workload in &host.workloads {
@@ -38,6 +38,10 @@ impl Catalogue {
             }
             for offer in &workload.offers {
                 if let Err((reason, message)) = self.judge(host, &workload.account, offer) {
+                    // The first proof is mostly lost to an agent that is about to be ready: no problem yet.
+                    if reason == Reason::AddressUnproven && !host.doubted {
+                        continue;
+                    }
                     problems.push(Problem {
                         account: workload.account.clone(),
                         service: Some(offer.service.clone()),

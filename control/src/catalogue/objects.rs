@@ -179,6 +179,9 @@ pub(crate) struct Host {
     /// Whether control reached the host's agent at its address and port.
     #[serde(default)]
     pub proven: bool,
+    /// Whether control failed at it often enough for people to hear of it.
+    #[serde(default)]
+    pub doubted: bool,
     /// SHA-256 of the SubjectPublicKeyInfo that joined.
     #[serde(with = "text")]
     pub key: Digest,

@@ -408,6 +408,14 @@ fn a_host_that_moved_is_not_listed_until_it_is_proven_again() {
     w.run(&hello("10.0.0.1")).unwrap();
     assert_eq!(w.endpoints("shop/web").len(), 1, "it did not move");
     w.run(&hello("10.0.0.50")).unwrap();
+    assert_eq!(w.problems(&a), [], "it is about to be proven");
+    let doubted = Command::Doubted {
+        uid: a.clone(),
+        address: "10.0.0.50".parse().unwrap(),
+        mesh_port: 7441,
+    };
+    w.run(&doubted).unwrap();
+    w.run(&doubted).unwrap();
     assert_eq!(w.problems(&a), [Reason::AddressUnproven]);
     let proven = |address: &str| Command::Proven {
         uid: a.clone(),

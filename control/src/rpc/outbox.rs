@@ -290,6 +290,7 @@ mod tests {
             mesh_port: 7441,
             version: String::new(),
             proven: true,
+            doubted: false,
             key: Digest([0; 32]),
             token: "t-1".to_owned(),
             scope: Scope::default(),
