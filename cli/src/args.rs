@@ -32,6 +32,7 @@ pub(crate) enum Command {
     Delete(Delete),
     /// Show how control and the mesh are
     Status {
+        /// The form of the answer
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
@@ -49,14 +50,19 @@ pub(crate) enum TokenCommand {
     Create(CreateToken),
     /// List tokens, without their secrets
     List {
+        /// The form of the answer
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
     /// Make a token useless. Hosts that joined with it stay
-    Revoke { id: String },
+    Revoke {
+        /// As `meshctl token list` shows it, e.g. t-3f9c1a2b4d5e
+        id: String,
+    },
 }
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  meshctl token create --namespace shop --expires 2h --uses 5")]
 pub(crate) struct CreateToken {
     /// A note for lists and the audit log
     #[arg(long)]
@@ -71,7 +77,7 @@ pub(crate) struct CreateToken {
     #[arg(long, value_name = "NS/SERVICE")]
     pub service: Vec<String>,
     /// A network the host may be in [default: `default`]
-    #[arg(long)]
+    #[arg(long, value_name = "NETWORK")]
     pub network: Vec<String>,
     /// How long the token can be used, e.g. 30m, 1h, 7d
     #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::duration::parse)]
@@ -89,13 +95,15 @@ pub(crate) struct CreateToken {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Get {
+    /// What to show
     #[arg(value_enum)]
     pub kind: Kind,
-    /// One object: its name, or `namespace/name`
+    /// One object: its name, looked for in all namespaces, or `namespace/name` (`/name`: in none)
     pub name: Option<String>,
     /// Only this namespace; `all` shows all
     #[arg(short, long, value_name = "NS", default_value = "all")]
     pub namespace: String,
+    /// The form of the answer
     #[arg(short, long, value_enum, default_value_t)]
     pub output: Format,
     /// Of the audit log: how many of the newest entries
@@ -104,6 +112,16 @@ pub(crate) struct Get {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  \
+    meshctl apply -f - <<'END'\n  \
+    apiVersion: meshwork.io/v1alpha1\n  \
+    kind: Policy\n  \
+    metadata: {name: web, namespace: shop}\n  \
+    spec:\n    \
+      service: web\n    \
+      rules:\n    \
+      - {name: front, from: [{identity: shop/front}]}\n  \
+    END")]
 pub(crate) struct Apply {
     /// YAML or JSON, one or more documents; `-` reads stdin
     #[arg(short, long, value_name = "FILE")]
@@ -115,10 +133,12 @@ pub(crate) struct Apply {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Delete {
+    /// What to remove
     #[arg(value_enum)]
     pub kind: Deletable,
-    /// Its name, or `namespace/name`
+    /// Its name, looked for in all namespaces, or `namespace/name` (`/name`: in none)
     pub name: String,
+    /// Only in this namespace
     #[arg(short, long, value_name = "NS")]
     pub namespace: Option<String>,
 }

@@ -1,6 +1,7 @@
 //! One file a command; what they share.
 
 pub(crate) mod backup;
+mod find;
 pub(crate) mod get;
 pub(crate) mod status;
 pub(crate) mod token;

@@ -66,7 +66,15 @@ impl Context {
             ));
         }
         let text = std::fs::read_to_string(&path).map_err(|e| bad(&e))?;
-        let context: Self = serde_norway::from_str(&text).map_err(|e| bad(&e))?;
+        let not_one = |cause: String| bad(&format!("it is no context file: {cause}"));
+        let value: serde_json::Value =
+            serde_norway::from_str(&text).map_err(|e| not_one(format!("it is not YAML: {e}")))?;
+        if !value.is_object() {
+            return Err(not_one(
+                "it has none of addresses, root and token".to_owned(),
+            ));
+        }
+        let context: Self = serde_json::from_value(value).map_err(|e| not_one(e.to_string()))?;
         if context.addresses.is_empty() {
             return Err(bad(&"`addresses` is empty"));
         }

@@ -31,7 +31,7 @@ impl Failure {
             operation: operation.to_owned(),
             object: object.to_owned(),
             cause: format!("control refused: {message} (reason {reason})"),
-            remedy: remedy_of(reason).to_owned(),
+            remedy: remedy_of(reason, object).to_owned(),
         }
     }
 
@@ -82,8 +82,11 @@ impl Failure {
 }
 
 /// What to do where the message of control does not say it.
-fn remedy_of(reason: &str) -> &'static str {
+fn remedy_of(reason: &str, object: &str) -> &'static str {
     match reason {
+        "not_found" if object.starts_with("token ") => {
+            "see what there is with `meshctl token list`"
+        }
         "not_authenticated" => {
             "use the admin.yaml that `mesh-control init` of this mesh wrote (--context)"
         }

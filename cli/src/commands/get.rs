@@ -3,6 +3,7 @@
 use http::Method;
 use serde_json::Value;
 
+use super::find::{self, Wanted};
 use super::{NO_NAMESPACE, items, text};
 use crate::args::{Get, Kind};
 use crate::client::{Ask, Client};
@@ -12,10 +13,16 @@ use crate::table::Table;
 
 /// Shows all namespaces.
 const ALL: &str = "all";
-/// The namespace of a named object when none was typed, as in Kubernetes.
-const DEFAULT_NAMESPACE: &str = "default";
 
-pub(crate) async fn run(client: &Client, get: Get) -> Result<(), Failure> {
+pub(crate) async fn run(client: &Client, mut get: Get) -> Result<(), Failure> {
+    if let Some(name) = bare_name(&get) {
+        let wanted = Wanted {
+            operation: "get",
+            kind: word(get.kind),
+            name,
+        };
+        get.namespace = find::namespace(client, wanted).await?;
+    }
     let path = path(&get)?;
     let object = match &get.name {
         Some(name) => format!("{} {name}", word(get.kind)),
@@ -37,6 +44,13 @@ pub(crate) async fn run(client: &Client, get: Get) -> Result<(), Failure> {
         };
         table(get.kind, &list)
     })
+}
+
+/// The name, if it must be looked for in all namespaces.
+fn bare_name(get: &Get) -> Option<&str> {
+    let name = get.name.as_deref()?;
+    let spaced = !matches!(get.kind, Kind::Hosts | Kind::Audit);
+    (spaced && get.namespace == ALL && !name.contains('/')).then_some(name)
 }
 
 fn word(kind: Kind) -> &'static str {
@@ -63,6 +77,7 @@ fn path(get: &Get) -> Result<String, Failure> {
         return Ok(format!("/v1/{kind}{mark}{}", query.join("&")));
     };
     let (namespace, name) = match name.split_once('/') {
+        Some(("", name)) => (NO_NAMESPACE, name),
         Some(pair) => pair,
         None => match get.kind {
             Kind::Audit => {
@@ -74,8 +89,6 @@ fn path(get: &Get) -> Result<String, Failure> {
                 ));
             }
             Kind::Hosts => (NO_NAMESPACE, name.as_str()),
-            Kind::Policies if get.namespace == ALL => (NO_NAMESPACE, name.as_str()),
-            _ if get.namespace == ALL => (DEFAULT_NAMESPACE, name.as_str()),
             _ => (get.namespace.as_str(), name.as_str()),
         },
     };
@@ -254,9 +267,8 @@ mod tests {
             (&["services", "-n", "shop"], "/v1/services?namespace=shop"),
             (&["services", "web", "-n", "shop"], "/v1/services/shop/web"),
             (&["services", "shop/web"], "/v1/services/shop/web"),
-            (&["services", "web"], "/v1/services/default/web"),
             (&["hosts", "vm-1"], "/v1/hosts/-/vm-1"),
-            (&["policies", "everyone"], "/v1/policies/-/everyone"),
+            (&["policies", "/everyone"], "/v1/policies/-/everyone"),
             (&["policies", "p", "-n", "shop"], "/v1/policies/shop/p"),
             (&["audit", "--limit", "5"], "/v1/audit?limit=5"),
         ] {

@@ -27,17 +27,49 @@ pub(crate) async fn run(client: &Client, format: Format) -> Result<(), Failure> 
     })
 }
 
-/// Nested objects become dotted names, so that a newer control's facts show too.
+/// Names are made of plain words and nested ones are joined, so that a newer control's facts show too.
 fn facts(table: &mut Table, prefix: &str, value: &Value) {
-    match value {
-        Value::Object(fields) => {
-            for (name, value) in fields {
-                let dot = if prefix.is_empty() { "" } else { "." };
-                facts(table, &format!("{prefix}{dot}{name}"), value);
-            }
+    let Value::Object(fields) = value else {
+        table.row(vec![prefix.to_owned(), plain(value)]);
+        return;
+    };
+    for (name, value) in fields {
+        match name.as_str() {
+            // Tells restored stores apart, for agents.
+            "epoch" => {}
+            "hosts" => table.row(vec!["hosts".to_owned(), hosts(value)]),
+            "autonomyHours" => table.row(vec![
+                "runs without control".to_owned(),
+                format!("{} h", plain(value)),
+            ]),
+            _ => facts(table, format!("{prefix} {}", words(name)).trim(), value),
         }
-        other => table.row(vec![prefix.to_owned(), plain(other)]),
     }
+}
+
+/// `live` and `stale` as always, and whatever else is not none.
+fn hosts(counts: &Value) -> String {
+    let count = |state: &str| counts.get(state).and_then(Value::as_u64).unwrap_or(0);
+    let mut text = format!("{} live, {} stale", count("live"), count("stale"));
+    if 0 < count("held") {
+        text += &format!(
+            " ({} held as live: too many fell silent at once)",
+            count("held")
+        );
+    }
+    text
+}
+
+/// `trustDomain` as `trust domain`.
+fn words(name: &str) -> String {
+    let mut words = String::new();
+    for letter in name.chars() {
+        if letter.is_ascii_uppercase() {
+            words.push(' ');
+        }
+        words.push(letter.to_ascii_lowercase());
+    }
+    words
 }
 
 #[cfg(test)]
@@ -47,16 +79,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nested_facts_have_dotted_names() {
+    fn facts_are_said_in_plain_words() {
         let mut table = Table::new(&["FACT", "VALUE"]);
-        facts(
-            &mut table,
-            "",
-            &json!({"hosts": {"live": 3}, "version": "0.1.0"}),
-        );
-        assert_eq!(
-            table.render(),
-            "FACT        VALUE\nhosts.live  3\nversion     0.1.0\n"
-        );
+        let status = json!({
+            "hosts": {"live": 2, "stale": 0, "held": 0},
+            "epoch": "123",
+            "ca": {"rootPin": "ab"},
+            "version": "0.1.0",
+        });
+        facts(&mut table, "", &status);
+        let text = table.render();
+        let lines: Vec<String> = text
+            .lines()
+            .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect();
+        for line in ["hosts 2 live, 0 stale", "ca root pin ab", "version 0.1.0"] {
+            assert!(lines.iter().any(|l| l == line), "{line}: {text}");
+        }
+        assert!(!text.contains("epoch"), "{text}");
     }
 }

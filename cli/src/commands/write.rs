@@ -7,6 +7,7 @@ use http::Method;
 use mesh_api::resource;
 use serde_json::Value;
 
+use super::find::{self, Wanted};
 use super::{NO_NAMESPACE, items, text};
 use crate::args::{Apply, Deletable, Delete};
 use crate::client::{Ask, Client};
@@ -15,8 +16,6 @@ use crate::output;
 
 /// Largest file that is applied, in bytes: `APPLY_MAX` resources of about 3 KiB.
 const FILE_MAX: u64 = 32 * 1024 * 1024;
-/// The namespace of a service when none was typed, as in Kubernetes.
-const DEFAULT_NAMESPACE: &str = "default";
 
 pub(crate) async fn apply(client: &Client, apply: Apply) -> Result<(), Failure> {
     let name = apply.file.display().to_string();
@@ -90,7 +89,21 @@ fn read(path: &Path) -> std::io::Result<String> {
 }
 
 pub(crate) async fn delete(client: &Client, delete: Delete) -> Result<(), Failure> {
-    let (path, object) = target(&delete);
+    let namespace = match &delete.namespace {
+        Some(namespace) => namespace.clone(),
+        None if delete.kind == Deletable::Host || delete.name.contains('/') => {
+            NO_NAMESPACE.to_owned()
+        }
+        None => {
+            let wanted = Wanted {
+                operation: "delete",
+                kind: words(delete.kind).0,
+                name: &delete.name,
+            };
+            find::namespace(client, wanted).await?
+        }
+    };
+    let (path, object) = target(delete.kind, &namespace, &delete.name);
     let answer = client
         .json(&Ask {
             operation: "delete",
@@ -112,20 +125,20 @@ pub(crate) async fn delete(client: &Client, delete: Delete) -> Result<(), Failur
     Ok(())
 }
 
-fn target(delete: &Delete) -> (String, String) {
-    let (plural, word, otherwise) = match delete.kind {
-        Deletable::Service => ("services", "service", DEFAULT_NAMESPACE),
-        Deletable::Host => ("hosts", "host", NO_NAMESPACE),
-        Deletable::Policy => ("policies", "policy", NO_NAMESPACE),
-    };
-    let (namespace, name) = match delete.name.split_once('/') {
-        Some(pair) => pair,
-        None => (
-            delete.namespace.as_deref().unwrap_or(otherwise),
-            delete.name.as_str(),
-        ),
-    };
-    let namespace = if delete.kind == Deletable::Host {
+/// As in paths, and as in messages.
+fn words(kind: Deletable) -> (&'static str, &'static str) {
+    match kind {
+        Deletable::Service => ("services", "service"),
+        Deletable::Host => ("hosts", "host"),
+        Deletable::Policy => ("policies", "policy"),
+    }
+}
+
+/// The path of what is deleted, and its whole name.
+fn target(kind: Deletable, namespace: &str, name: &str) -> (String, String) {
+    let (plural, word) = words(kind);
+    let (namespace, name) = name.split_once('/').unwrap_or((namespace, name));
+    let namespace = if kind == Deletable::Host || namespace.is_empty() {
         NO_NAMESPACE
     } else {
         namespace
@@ -144,24 +157,17 @@ mod tests {
 
     #[test]
     fn what_is_deleted_is_named_whole() {
-        let delete = |kind, name: &str, namespace: Option<&str>| {
-            target(&Delete {
-                kind,
-                name: name.to_owned(),
-                namespace: namespace.map(str::to_owned),
-            })
-        };
-        let (path, object) = delete(Deletable::Service, "web", Some("shop"));
+        let (path, object) = target(Deletable::Service, "shop", "web");
         assert_eq!(
             (path.as_str(), object.as_str()),
             ("/v1/services/shop/web", "service shop/web")
         );
-        let (path, object) = delete(Deletable::Policy, "everyone", None);
+        let (path, object) = target(Deletable::Policy, "-", "everyone");
         assert_eq!(
             (path.as_str(), object.as_str()),
             ("/v1/policies/-/everyone", "policy everyone")
         );
-        let (path, _) = delete(Deletable::Host, "vm-1", Some("shop"));
+        let (path, _) = target(Deletable::Host, "shop", "vm-1");
         assert_eq!(path, "/v1/hosts/-/vm-1");
     }
 }
