@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use mesh_core::names::{Label, NameError, ServiceName, TrustDomain};
 use mesh_core::policy::{Caller, Cidr, Enforce, Level, Policy, Rule};
 use mesh_core::service::{Glob, Pattern, Port, Protocol, Transport};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The group and version of our own kinds.
@@ -177,13 +178,9 @@ impl Resource {
             .and_then(|v| v.as_str())
             .unwrap_or("(no name)");
         let object = format!("{kind} {name}");
-        let field = |error: serde_json::Error| ResourceError::Field {
-            object: object.clone(),
-            message: error.to_string(),
-        };
         let resource = match (api_version.as_str(), kind.as_str()) {
-            ("v1", "Service") => Self::Service(serde_json::from_value(value).map_err(field)?),
-            (OUR_API, "Policy") => Self::Policy(serde_json::from_value(value).map_err(field)?),
+            ("v1", "Service") => Self::Service(typed(value, &object)?),
+            (OUR_API, "Policy") => Self::Policy(typed(value, &object)?),
             _ => return Err(ResourceError::Kind { api_version, kind }),
         };
         let own = "check.invalid"
@@ -207,6 +204,24 @@ impl Resource {
             None => format!("{kind} {}", metadata.name),
         }
     }
+}
+
+/// Reads a resource of a known kind; what does not fit is told with its path.
+fn typed<T: DeserializeOwned>(value: serde_json::Value, object: &str) -> Result<T, ResourceError> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let path = error.path().to_string();
+        let mut message = error.into_inner().to_string();
+        // The names of our types say nothing to who writes YAML.
+        if let Some(at) = message.find("expected struct ") {
+            message.replace_range(at.., "expected a mapping");
+        }
+        let at = if path == "." {
+            String::new()
+        } else {
+            format!("{path}: ")
+        };
+        bad(object, &format!("{at}{message}"))
+    })
 }
 
 fn bad(object: &str, message: &dyn std::fmt::Display) -> ResourceError {
@@ -467,5 +482,19 @@ spec:
                 .to_string();
             assert!(error.contains(expected), "{with}: {error}");
         }
+    }
+
+    #[test]
+    fn a_wrong_type_is_told_with_its_path() {
+        let text = |yaml: &str| parse_all(yaml).unwrap_err().to_string();
+        let port = text(
+            "{apiVersion: v1, kind: Service, metadata: {name: web}, spec: {ports: [{port: x}]}}",
+        );
+        assert!(port.contains("Service web: spec.ports[0].port: "), "{port}");
+        let spec = text("{apiVersion: v1, kind: Service, metadata: {name: web}, spec: 3}");
+        assert!(
+            spec.contains("spec: ") && spec.ends_with("expected a mapping"),
+            "{spec}"
+        );
     }
 }
