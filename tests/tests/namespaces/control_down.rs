@@ -1,5 +1,7 @@
 //! The data path never passes through control: it may be down, killed, and come back.
 
+use std::time::Duration;
+
 use meshwork_tests::control::Control;
 use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
@@ -117,4 +119,28 @@ fn a_worker_that_is_killed_is_replaced_and_nobody_is_refused() {
         assert!(CALLS - 1 <= answered, "{answered} of {CALLS}: {output}");
     });
     assert_eq!(pair.ok(&line), "hello\n");
+}
+
+/// The host of the service is cut off without a word, in the middle of kept connections. Callers are told, and are
+/// served again when it is back.
+#[test]
+fn a_host_that_is_cut_off_is_an_answer_and_not_a_hang() {
+    /// Longer than any timeout of the data path that may pass before the answer.
+    const ANSWER_MAX: Duration = Duration::from_secs(50);
+    let (pair, _web, line) = web("a_host_that_is_cut_off");
+    let line = line.replace("-m 10", "-m 45 -i");
+    pair.server.host.set_link(false);
+    let answer = pair.cmd(&line).deadline(ANSWER_MAX).ok();
+    let lower = answer.to_lowercase();
+    assert!(lower.contains("x-meshwork-reason:"), "{answer}");
+    let reason = lower.split("x-meshwork-reason: ").nth(1).unwrap();
+    let reason = reason.split_whitespace().next().unwrap();
+    let known = ["peer_unreachable", "peer_lost", "timeout"];
+    assert!(known.contains(&reason), "{answer}");
+    assert!(0.0 < pair.client.refused(reason));
+    pair.server.host.set_link(true);
+    wait_until("the call to be answered again", ANSWER_MAX, || {
+        let output = pair.cmd(&line).deadline(ANSWER_MAX).output();
+        check(output.stdout.ends_with("hello\n"), output.to_string())
+    });
 }

@@ -71,12 +71,12 @@ fn postgresql_sees_the_callers_host_and_not_the_loopback() {
 #[test]
 fn mariadb_speaks_first_on_a_port_of_either_kind() {
     let pair = Pair::new("mariadb");
-    let _mariadb = servers::mariadb(&pair.server.host, "sql", 3306);
-    for protocol in ["auto", "tcp"] {
-        pair.declare("sql", 3306, protocol);
+    for (name, port, protocol) in [("sql-auto", 3306, "auto"), ("sql-tcp", 3307, "tcp")] {
+        let _mariadb = servers::mariadb(&pair.server.host, name, port);
+        pair.declare(name, port, protocol);
         let text = pair.ok(&format!(
-            "mariadb --no-defaults --skip-ssl -h {} -u mesh -N -e 'select user(), repeat(\"x\", 100000)'",
-            mesh_name("sql")
+            "mariadb --no-defaults --skip-ssl -h {} -P {port} -u mesh -N -e 'select user(), repeat(\"x\", 100000)'",
+            mesh_name(name)
         ));
         let user = format!("mesh@{}", pair.client.host.v4());
         assert!(
@@ -89,18 +89,14 @@ fn mariadb_speaks_first_on_a_port_of_either_kind() {
 #[test]
 fn http2_passes_as_bytes() {
     let pair = Pair::new("http2");
-    let _server = servers::nghttpd(&pair.server.host, "h2", 8080);
-    let file = pair.server.host.dir().join("h2/www/index.html");
-    std::fs::write(file, "over h2\n").unwrap();
-    for protocol in ["http2", "auto"] {
-        pair.server
-            .serve("h2", &crate::pair::owner("h2"), &[(8080, protocol)]);
-        pair.declare("h2", 8080, protocol);
-        let url = format!("http://{}:8080/", mesh_name("h2"));
-        assert_eq!(
-            pair.ok(&format!("curl -sS -m 20 --http2-prior-knowledge {url}")),
-            "over h2\n"
-        );
+    for (name, port, protocol) in [("h2-said", 8080, "http2"), ("h2-auto", 8081, "auto")] {
+        let _server = servers::nghttpd(&pair.server.host, name, port);
+        let file = pair.server.host.dir().join(name).join("www/index.html");
+        std::fs::write(file, "over h2\n").unwrap();
+        pair.declare(name, port, protocol);
+        let url = format!("http://{}:{port}/", mesh_name(name));
+        let text = pair.ok(&format!("curl -sS -m 20 --http2-prior-knowledge {url}"));
+        assert_eq!(text, "over h2\n");
         let text = pair.ok(&format!("nghttp -v {url}"));
         assert!(text.contains("x-sum: 7"), "the trailer was lost: {text}");
         let text = pair.ok(&format!("h2load -n 2000 -c 4 -m 50 {url}"));
