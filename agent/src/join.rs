@@ -194,9 +194,8 @@ fn judge(address: &str, status: &Status) -> Failed {
             "the call to control at {address} broke: {message}"
         ));
     };
-    let known = Reason::ALL.iter().find(|reason| reason.code() == code);
-    let remedy = known.map_or("", |reason| reason.text());
-    let error = anyhow::anyhow!("control refused the join ({code}): {message}; {remedy}");
+    // Control's message is the reason's text, or a more exact one.
+    let error = anyhow::anyhow!("control refused the join ({code}): {message}");
     match status.code() {
         // Its own trouble: it may have come after the commit.
         Code::Internal | Code::Unavailable | Code::Unknown => Failed::Unknown(error),

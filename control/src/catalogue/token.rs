@@ -91,7 +91,10 @@ pub(super) fn known(draft: &Draft<'_>, join: &Join) -> Result<Arc<Token>, Refusa
     let token = token.filter(|token| token.secret.matches(&join.secret));
     let token = token.ok_or(Reason::TokenUnknown)?;
     if token.revoked {
-        let message = format!("the join token {} was revoked", token.id);
+        let message = format!(
+            "the join token {} was revoked; make a new one with `meshctl token create`",
+            token.id
+        );
         return Err(Refusal::new(Reason::TokenRevoked, message));
     }
     Ok(Arc::clone(token))
