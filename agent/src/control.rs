@@ -21,6 +21,7 @@ use mesh_api::sync::{IndexChange, MeshSettings, Problem, SyncError};
 use mesh_api::{proto, sync};
 use mesh_core::names::ServiceName;
 use mesh_core::session::{Attempt, Command, Installed, Lost, Outgoing, Phase, Session};
+use mesh_runtime::clock;
 use mesh_runtime::tls::client_config;
 use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
@@ -31,7 +32,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 use dial::Event;
-pub(crate) use dial::{ALPN_H2, Ended, channel, dial, reason_of};
+pub(crate) use dial::{ALPN_H2, DialError, Ended, channel, dial, reason_of};
 use keep::Persisted;
 use mirror::Mirror;
 
@@ -173,7 +174,7 @@ impl Shell {
             .send_replace(Arc::new(shell.status.clone()));
         if let Some(installed) = installed {
             log::info!(
-                revision = installed.revision, known_until_ms = shell.status.heard_ms;
+                revision = installed.revision, known_until = clock::rfc3339(shell.status.heard_ms / 1000);
                 "serving from the last good state on disk until control is reached"
             );
         }

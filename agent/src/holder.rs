@@ -384,10 +384,16 @@ impl Holder<'_> {
     }
 }
 
-/// A worker whose link has ended is ending; one that breaks the protocol or hangs is killed. Its end is noticed by signal.
+/// A worker whose link has ended is ending, and what it says then is the cause; one that breaks the protocol or hangs is
+/// killed. Its end is noticed by signal.
 fn give_up(worker: &mut WorkerProcess, error: &io::Error) {
     worker.kill_at = Some(Instant::now() + EXIT_TIMEOUT);
-    if error.kind() != io::ErrorKind::UnexpectedEof {
+    // Reset, where it left something of ours unread.
+    let ended = matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    );
+    if !ended {
         log::error!(worker = worker.id(), error:% = error; "the link to the worker failed and it is killed");
         worker.signal(Signal::SIGKILL);
     }

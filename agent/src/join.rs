@@ -24,7 +24,7 @@ use tonic::{Code, Status};
 
 use crate::capture;
 use crate::config::Config;
-use crate::control::{ALPN_H2, channel, dial, reason_of};
+use crate::control::{ALPN_H2, DialError, channel, dial, reason_of};
 use crate::keys;
 use crate::leaves::now_ms;
 use crate::state::{Kept, Membership, Pair, State};
@@ -87,6 +87,7 @@ pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<J
         None => own_name()?,
     };
     let state = State::new(&config.state_dir);
+    state.check_owner()?;
     if let Some(membership) = state.membership()? {
         ensure!(
             membership.token_id == token.id,
@@ -174,7 +175,8 @@ async fn ask_one(
     request: &proto::JoinRequest,
 ) -> Result<proto::JoinResponse, Failed> {
     let unreached = |text: String| Failed::Unreached(anyhow::anyhow!(text));
-    let stream = dial(address, Arc::clone(tls)).await.map_err(unreached)?;
+    let stream = dial(address, Arc::clone(tls)).await;
+    let stream = stream.map_err(|error| unreached(not_control(address, error)))?;
     let channel = channel(stream).await.map_err(unreached)?;
     let mut client = MeshClient::new(channel).max_decoding_message_size(sync::MESSAGE_MAX);
     match tokio::time::timeout(CALL_MAX, client.join(request.clone())).await {
@@ -184,6 +186,28 @@ async fn ask_one(
             "control at {address} did not answer within {} s",
             CALL_MAX.as_secs()
         ))),
+    }
+}
+
+/// What answered in the place of the control that made the token.
+fn not_control(address: &str, error: DialError) -> String {
+    match error.handshake {
+        Some(Reason::UntrustedIssuer | Reason::UnknownTrustDomain) => format!(
+            "the server at {address} is not the control that made this token: it is of another mesh, or was set up anew; \
+             make a new token there ({})",
+            Reason::UntrustedIssuer
+        ),
+        Some(
+            Reason::NotTls
+            | Reason::PeerHandshake
+            | Reason::PeerUnreachable
+            | Reason::CertificateMalformed
+            | Reason::IdentityKind,
+        ) => format!(
+            "something else than mesh-control answers at {address}; is the token's address right? ({})",
+            error.text
+        ),
+        _ => error.text,
     }
 }
 

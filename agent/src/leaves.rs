@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use mesh_api::proto::mesh_client::MeshClient;
@@ -17,6 +17,8 @@ use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::{Account, TrustDomain};
 use mesh_core::reason::Reason;
 use mesh_core::renewal::{Command, Renewal, Standing};
+use mesh_runtime::clock;
+pub(crate) use mesh_runtime::clock::now_ms;
 use mesh_runtime::tls::leaf::LeafFacts;
 use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
@@ -322,7 +324,7 @@ impl Keeper {
             // The new certificate was told of.
             Standing::Fresh => (),
             Standing::Ageing => log::warn!(
-                identity:% = identity, not_after = not_after_s;
+                identity:% = identity, not_after = date(not_after_s);
                 "a third of the certificate's life is left and it was not renewed; is control reached?"
             ),
             Standing::NotYetValid => log::warn!(
@@ -413,7 +415,7 @@ impl Keeper {
             entry.not_after_s = Some(facts.not_after_s);
             entry.renewal.handle_renewed(not_before, not_after, now);
         }
-        log::info!(identity:% = identity, not_after = facts.not_after_s; "a new certificate is in use");
+        log::info!(identity:% = identity, not_after = date(facts.not_after_s); "a new certificate is in use");
         Ok(())
     }
 
@@ -545,10 +547,9 @@ async fn call(
     Renewed { wanted, answer }
 }
 
-/// Unix time, milliseconds.
-pub(crate) fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+/// For people.
+fn date(unix_s: i64) -> String {
+    clock::rfc3339(u64::try_from(unix_s).unwrap_or_default())
 }
 
 fn now_s() -> i64 {

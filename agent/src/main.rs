@@ -40,7 +40,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use mesh_runtime::files;
 use mesh_runtime::log::Target;
@@ -121,6 +121,15 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    if matches!(
+        cli.command,
+        Command::Run | Command::Join { .. } | Command::Leave
+    ) {
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "mesh-agent needs root for this; run it with sudo"
+        );
+    }
     let config = Config::load(cli.config.as_deref())?;
     match cli.command {
         Command::Run => {
@@ -129,7 +138,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Worker => {
             log_to(&config.log.level, config.log.to)?;
-            worker::run(config)
+            worker::run(config).or_else(|error| {
+                log::error!("{error:#}; the worker ends");
+                Ok(ExitCode::FAILURE)
+            })
         }
         Command::Join {
             token,
@@ -161,6 +173,7 @@ fn log_to(level: &str, target: Target) -> anyhow::Result<()> {
 /// Runs the holder. No thread may be started before it.
 fn run(config: &Config, config_path: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     let state = State::new(&config.state_dir);
+    state.check_owner()?;
     let Some(membership) = state.membership()? else {
         bail!("this host has not joined a mesh; run `mesh-agent join <token>`");
     };
@@ -231,8 +244,7 @@ fn left(left: &Left) -> String {
 fn status(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
     let socket = config.admin_socket();
     let Some(status) = status::ask(&socket)? else {
-        let state = State::new(&config.state_dir);
-        match state.membership()? {
+        match State::new(&config.state_dir).membership()? {
             Some(membership) => bail!(
                 "the agent does not run (nothing answers at {}); this host is {} of {}",
                 socket.display(),

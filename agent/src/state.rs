@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -14,6 +15,7 @@ use mesh_api::{proto, stored::StoredError};
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::{HostUid, Label, Network, TrustDomain};
 use mesh_runtime::files::{self, FileError};
+use nix::unistd::{Uid, User};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
@@ -153,6 +155,31 @@ impl State {
         let made = !self.root.exists();
         files::create_private_dir(&self.root)?;
         Ok(made)
+    }
+
+    /// Checks that the agent may read and write all of it, and nobody else may write. A worker is root without root's
+    /// privileges, so that another's files are closed to it; better to hear it before one is started.
+    pub(crate) fn check_owner(&self) -> anyhow::Result<()> {
+        let names = ["agent.json", "agent.key", "agent.crt", "bundle", "leaves"];
+        let paths = names.map(|name| self.root.join(name));
+        for path in [&self.root].into_iter().chain(&paths) {
+            let facts = match fs::metadata(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                facts => facts.with_context(|| format!("cannot look at {}", path.display()))?,
+            };
+            let (shown, root) = (path.display(), self.root.display());
+            let own = nix::unistd::geteuid();
+            if facts.uid() != own.as_raw() {
+                let (is, be) = (user(facts.uid().into()), user(own));
+                bail!("{shown} is owned by {is}; `chown -R {be}: {root}`");
+            }
+            let needed = if facts.is_dir() { 0o700 } else { 0o600 };
+            if facts.mode() & needed != needed || facts.mode() & 0o022 != 0 {
+                let mode = facts.mode() & 0o7777;
+                bail!("{shown} has mode {mode:04o}; `chmod {needed:04o} {shown}`");
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -331,6 +358,14 @@ enum KeptError {
     Stored(#[from] StoredError),
 }
 
+/// A user's name, or number if it has none.
+fn user(uid: Uid) -> String {
+    match User::from_uid(uid) {
+        Ok(Some(user)) => user.name,
+        _ => uid.to_string(),
+    }
+}
+
 fn remove(path: &Path) -> anyhow::Result<()> {
     let removed = if path.is_dir() {
         fs::remove_dir_all(path)
@@ -348,7 +383,7 @@ fn remove(path: &Path) -> anyhow::Result<()> {
 fn read_if_there(path: &Path, max: u64) -> Result<Option<Vec<u8>>, FileError> {
     match files::read_bounded(path, max) {
         Ok(content) => Ok(Some(content)),
-        Err(error) if error.source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.cause.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -434,6 +469,29 @@ pub(crate) mod tests {
         fs::remove_file(theirs).unwrap();
         state.clear().unwrap();
         assert!(!state.root().exists());
+    }
+
+    #[test]
+    fn a_directory_that_the_agent_may_not_use_is_named_with_the_remedy() {
+        let Scratch(state) = &Scratch::new();
+        state.check_owner().unwrap();
+        for (mode, good) in [(0o755, true), (0o700, true), (0o777, false), (0o500, false)] {
+            fs::set_permissions(state.root(), fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(state.check_owner().is_ok(), good, "{mode:o}");
+        }
+        let error = state.check_owner().unwrap_err().to_string();
+        assert!(error.contains("has mode 0500; `chmod 0700"), "{error}");
+        fs::set_permissions(state.root(), fs::Permissions::from_mode(0o700)).unwrap();
+        let missing = State::new(&state.root().join("none"));
+        missing.check_owner().unwrap();
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(state.root(), Some(65_534), None).unwrap();
+            let error = state.check_owner().unwrap_err().to_string();
+            assert!(
+                error.contains("is owned by") && error.contains("chown -R root:"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use hyper_util::rt::TokioIo;
 use mesh_api::proto::from_control::Message;
 use mesh_api::proto::mesh_client::MeshClient;
 use mesh_api::{proto, sync};
+use mesh_core::reason::Reason;
 use mesh_core::session::{Attempt, Lost};
 use mesh_runtime::tls::verify::handshake_reason;
 use rustls::ClientConfig;
@@ -78,7 +79,8 @@ pub(super) async fn run(
 }
 
 async fn connect(address: &str, tls: Arc<ClientConfig>) -> Result<Channel, Ended> {
-    let stream = dial(address, tls).await.map_err(Ended::broken)?;
+    let stream = dial(address, tls).await;
+    let stream = stream.map_err(|error| Ended::broken(error.text))?;
     channel(stream).await.map_err(Ended::broken)
 }
 
@@ -119,23 +121,66 @@ async fn converse(
     }
 }
 
-/// TCP and TLS to `host:port`. The text says what failed, and what to do.
+/// Why control was not reached.
+#[derive(Debug)]
+pub(crate) struct DialError {
+    /// What failed, and what to do.
+    pub(crate) text: String,
+    /// Where something answered that is not the control which was wanted.
+    pub(crate) handshake: Option<Reason>,
+}
+
+impl From<String> for DialError {
+    fn from(text: String) -> Self {
+        Self {
+            text,
+            handshake: None,
+        }
+    }
+}
+
+/// TCP and TLS to `host:port`.
 pub(crate) async fn dial(
     address: &str,
     tls: Arc<ClientConfig>,
-) -> Result<TlsStream<TcpStream>, String> {
+) -> Result<TlsStream<TcpStream>, DialError> {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let name = ServerName::try_from(host.to_owned())
         .map_err(|_| format!("`{address}` is no address of a control: write host:port"))?;
-    let tcp = within(STEP_MAX, TcpStream::connect(address)).await;
-    let tcp = tcp.map_err(|error| format!("cannot reach control at {address}: {error}"))?;
+    let found = within(STEP_MAX, tokio::net::lookup_host(address)).await;
+    let found: Vec<_> = found
+        .map_err(|error| {
+            format!("the name `{host}` of control can not be looked up: {error}; is it right, and does this host's resolver know it?")
+        })?
+        .collect();
+    let tcp = within(STEP_MAX, TcpStream::connect(&found[..])).await;
+    let tcp = tcp.map_err(|error| {
+        let advice = match error.kind() {
+            io::ErrorKind::ConnectionRefused => "; does mesh-control run there, and at this port?",
+            io::ErrorKind::TimedOut
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable => {
+                "; is the address right, and no firewall between?"
+            }
+            _ => "",
+        };
+        format!("cannot reach control at {address}: {error}{advice}")
+    })?;
     // Beats are small and must not wait for each other. Fails only on a connection that is gone.
     let _ = tcp.set_nodelay(true);
     let connecting = TlsConnector::from(tls).connect(name, tcp);
     within(STEP_MAX, connecting).await.map_err(|error| {
         let reason = handshake_reason(&error);
-        format!("the TLS handshake with control at {address} failed ({reason}): {error}")
+        let cause = match reason {
+            Reason::PeerHandshake | Reason::PeerUnreachable | Reason::Timeout => error.to_string(),
+            // The library's words for what our own verifier said help nobody.
+            _ => reason.text().to_owned(),
+        };
+        DialError {
+            text: format!("the TLS handshake with control at {address} failed ({reason}): {cause}"),
+            handshake: Some(reason),
+        }
     })
 }
 

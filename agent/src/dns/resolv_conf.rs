@@ -39,11 +39,11 @@ pub(crate) enum Error {
     Resolved { path: PathBuf, target: PathBuf },
     #[error("{} has {size} bytes, which no resolv.conf has; look what it is", path.display())]
     TooLarge { path: PathBuf, size: u64 },
-    #[error("can not {verb} {}: {source}; is it on a read-only file system, or owned by another?", path.display())]
+    #[error("can not {verb} {}: {cause}; is it on a read-only file system, or owned by another?", path.display())]
     Io {
         verb: &'static str,
         path: PathBuf,
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -170,10 +170,10 @@ fn refuse_resolved(path: &Path) -> Result<(), Error> {
 
 /// `None` if there is no file.
 fn read(path: &Path) -> Result<Option<String>, Error> {
-    let fail = |source| Error::Io {
+    let fail = |cause| Error::Io {
         verb: "read",
         path: path.to_owned(),
-        source,
+        cause,
     };
     match fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -192,10 +192,10 @@ fn read(path: &Path) -> Result<Option<String>, Error> {
 /// Writes in place, by one call before the file is cut: whoever reads meanwhile sees whole lines of the old
 /// or the new text.
 fn write(path: &Path, text: &str) -> Result<(), Error> {
-    let fail = |source| Error::Io {
+    let fail = |cause| Error::Io {
         verb: "write",
         path: path.to_owned(),
-        source,
+        cause,
     };
     let mut file = OpenOptions::new()
         .write(true)

@@ -42,7 +42,9 @@ pub fn parse<T: DeserializeOwned>(path: &str, text: &str) -> Result<T, ConfigErr
             .filter(|b| **b == b'\n')
             .count()
             + 1;
-        let message = error.message().trim().replace('\n', " ");
+        // The numbers of this size are ports.
+        let message = (error.message().trim().replace('\n', " "))
+            .replace("expected u16", "expected a number from 1 to 65535");
         ConfigError::Form {
             path: path.to_owned(),
             line,
@@ -60,6 +62,9 @@ mod tests {
     struct Form {
         #[expect(dead_code, reason = "only its reading is tested")]
         listen: String,
+        #[serde(default)]
+        #[expect(dead_code, reason = "only its reading is tested")]
+        port: u16,
     }
 
     #[test]
@@ -70,5 +75,14 @@ mod tests {
             text.starts_with("agent.toml:2: ") && text.contains("listen_on"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn what_is_no_port_is_told_what_ports_are() {
+        for value in ["\"x\"", "70000", "-1"] {
+            let text = format!("listen = \"a\"\nport = {value}\n");
+            let error = parse::<Form>("agent.toml", &text).unwrap_err().to_string();
+            assert!(error.contains("from 1 to 65535"), "{error}");
+        }
     }
 }

@@ -7,18 +7,19 @@ use std::path::{Path, PathBuf};
 
 /// A file operation that failed, with what it was about.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {operation} {path}: {source}")]
+#[error("cannot {operation} {path}: {cause}")]
 pub struct FileError {
     pub operation: &'static str,
     pub path: String,
-    pub source: io::Error,
+    /// Part of the text above, so not told again as its source.
+    pub cause: io::Error,
 }
 
 fn fault<'a>(operation: &'static str, path: &'a Path) -> impl Fn(io::Error) -> FileError + 'a {
-    move |source| FileError {
+    move |cause| FileError {
         operation,
         path: path.display().to_string(),
-        source,
+        cause,
     }
 }
 

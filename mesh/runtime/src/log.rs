@@ -6,6 +6,8 @@ use std::str::FromStr;
 use log::kv::{Key, Value, VisitSource};
 use log::{LevelFilter, Log, Metadata, Record};
 
+use crate::clock;
+
 /// Where records go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -46,7 +48,11 @@ struct Fields<'a>(&'a mut String);
 impl<'kvs> VisitSource<'kvs> for Fields<'_> {
     fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), log::kv::Error> {
         use std::fmt::Write as _;
-        let _ = write!(self.0, " {key}={value}");
+        let value = value.to_string();
+        // A field that does not apply says nothing.
+        if !value.is_empty() {
+            let _ = write!(self.0, " {key}={value}");
+        }
         Ok(())
     }
 }
@@ -60,7 +66,13 @@ impl Log for Stderr {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let mut line = format!("{} {}: {}", record.level(), record.target(), record.args());
+        let mut line = format!(
+            "{} {} {}: {}",
+            clock::rfc3339_ms(clock::now_ms()),
+            record.level(),
+            record.target(),
+            record.args()
+        );
         let _ = record.key_values().visit(&mut Fields(&mut line));
         // A peer's text may be in a field: one record stays one line.
         line.retain(|c| !c.is_control());
