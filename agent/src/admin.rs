@@ -1,19 +1,22 @@
 //! The admin socket of a worker: health, readiness, metrics, state, configuration and the log level.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use http::{Method, StatusCode};
 use mesh_api::sync::Problem;
-use mesh_api::workload_file::Workload;
+use mesh_api::workload_file::{LocalService, Workload};
 use mesh_core::health::Verdict;
 use mesh_core::identity::Identity;
+use mesh_core::names::Account;
 use mesh_core::reason::Reason;
 use mesh_core::session::Phase;
 use mesh_runtime::admin::{Answer, Handler};
 use tokio::sync::watch;
 
+use crate::capture::sockdiag::{Listener, SockDiag};
 use crate::config::Config;
 use crate::control::SessionStatus;
 use crate::dns;
@@ -29,6 +32,9 @@ use crate::status::{
 use crate::view::{View, ViewReader};
 use crate::workloads::WorkloadSet;
 
+/// Ports looked at for one answer, since each costs a question to the kernel, and the session waits meanwhile.
+const PORTS_MAX: usize = 1_024;
+
 /// What the answers are made of.
 #[derive(Debug)]
 pub(crate) struct Sources {
@@ -42,6 +48,7 @@ pub(crate) struct Sources {
     pub(crate) standings: watch::Receiver<Arc<Standings>>,
     pub(crate) owners: watch::Receiver<Arc<OwnerStatus>>,
     pub(crate) dns: Option<Arc<dns::Counters>>,
+    pub(crate) diag: Mutex<SockDiag>,
 }
 
 /// Answers from `sources`.
@@ -150,12 +157,25 @@ impl Sources {
             autonomy_s: None,
             dns: self.dns.as_deref().map(counters).unwrap_or_default(),
         };
+        let mut ports = PORTS_MAX;
         for workload in &set.workloads {
+            let account = &workload.account;
             let mut shown = workload_status(workload, &session.problems, &verdicts);
-            let identity = Identity::Workload(workload.account.clone());
+            let identity = Identity::Workload(account.clone());
             shown.leaf = leaf(&identity, standings.get(&identity));
-            shown.number = set.number(&workload.account).unwrap_or_default();
-            shown.problem = owners.problems.get(&workload.account).cloned();
+            shown.number = set.number(account).unwrap_or_default();
+            let problem = owners.problems.get(account);
+            shown.problem = problem.or_else(|| owners.absent.get(account)).cloned();
+            for (service, shown_service) in workload.services.iter().zip(&mut shown.services) {
+                if shown.problem.is_none() {
+                    shown_service.problems =
+                        self.port_problems(&view, account, service, &mut ports);
+                }
+                let in_doubt = shown.problem.is_some() || !shown_service.problems.is_empty();
+                if in_doubt && ["healthy", NOT_CHECKED].contains(&shown_service.health.as_str()) {
+                    "not served".clone_into(&mut shown_service.health);
+                }
+            }
             status.workloads.push(shown);
         }
         let lives = status.workloads.iter().filter_map(|w| w.leaf.left_s);
@@ -163,6 +183,63 @@ impl Sources {
         status
     }
 }
+
+impl Sources {
+    /// What is wrong with the ports of a service, as the kernel's listening sockets say.
+    fn port_problems(
+        &self,
+        view: &View,
+        account: &Account,
+        service: &LocalService,
+        left: &mut usize,
+    ) -> Vec<String> {
+        let looked_at = service.ports.iter().take(*left);
+        let problems = looked_at.clone().filter_map(|port| {
+            let listeners = self.listeners(port.number);
+            port_problem(port.number, listeners, |listener| {
+                view.owners.find(listener.uid, listener.cgroup) == Some(account)
+            })
+        });
+        let problems = problems.collect();
+        *left -= looked_at.len();
+        problems
+    }
+
+    fn listeners(&self, port: u16) -> io::Result<Vec<Listener>> {
+        let mut diag = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
+        diag.listeners(port)
+    }
+}
+
+fn port_problem(
+    port: u16,
+    listeners: io::Result<Vec<Listener>>,
+    own: impl Fn(&Listener) -> bool,
+) -> Option<String> {
+    let listeners = match listeners {
+        Ok(listeners) => listeners,
+        Err(error) => {
+            return Some(format!(
+                "who listens on port {port} can not be told: {error}"
+            ));
+        }
+    };
+    let Some(first) = listeners.first() else {
+        return Some(format!(
+            "nothing listens on port {port}; start the program, or correct the port"
+        ));
+    };
+    if listeners.iter().any(own) {
+        return None;
+    }
+    Some(format!(
+        "port {port} is held by another program (uid {}, {}), which is not of this workload's owner; calls are refused",
+        first.uid, first.address
+    ))
+}
+
+/// The health of a service that nobody asked to be checked.
+const NOT_CHECKED: &str = "not checked";
 
 fn control(session: &SessionStatus) -> ControlStatus {
     let live = session.phase == Phase::Live;
@@ -202,15 +279,24 @@ fn leaf(identity: &Identity, standing: Option<&LeafStanding>) -> LeafStatus {
             .map(|not_after| not_after.saturating_sub(now_s)),
         refused: standing
             .and_then(|s| s.refused.as_ref())
-            .map(|(reason, message)| refusal(*reason, message)),
+            .map(|(reason, message)| refusal(*reason, message, identity)),
     }
 }
 
-fn refusal(reason: Reason, message: &str) -> RefusalStatus {
+fn refusal(reason: Reason, message: &str, whose: &Identity) -> RefusalStatus {
+    let remedy = match (reason, whose) {
+        // What a host may hold is fixed by the token of its join.
+        (Reason::OutOfScope, Identity::Workload(account)) => format!(
+            "it must join again with a token of `meshctl token create --namespace {} --replace`: stop the agent, \
+             `mesh-agent leave`, `mesh-agent join <token>`",
+            account.namespace
+        ),
+        _ => reason.text().to_owned(),
+    };
     RefusalStatus {
         reason: reason.code().to_owned(),
         message: message.to_owned(),
-        remedy: reason.text().to_owned(),
+        remedy,
     }
 }
 
@@ -219,10 +305,11 @@ fn workload_status(
     problems: &[Problem],
     verdicts: &Verdicts,
 ) -> WorkloadStatus {
+    let identity = Identity::Workload(workload.account.clone());
     let refused = |service: Option<&mesh_core::names::Label>| {
         let mut own = problems.iter().filter(|p| p.account == workload.account);
         let problem = own.find(|p| p.service.as_ref() == service)?;
-        Some(refusal(problem.reason, &problem.message))
+        Some(refusal(problem.reason, &problem.message, &identity))
     };
     let services = workload.services.iter().map(|service| {
         let served = (workload.account.clone(), service.name.clone());
@@ -230,7 +317,12 @@ fn workload_status(
         ServiceStatus {
             name: service.name.to_string(),
             ports: service.ports.iter().map(|p| p.number).collect(),
-            health: verdict.as_str().to_owned(),
+            health: match &service.check {
+                Some(_) => verdict.as_str(),
+                None => NOT_CHECKED,
+            }
+            .to_owned(),
+            problems: Vec::new(),
             refused: refused(Some(&service.name.name)),
         }
     });

@@ -33,6 +33,8 @@ pub(crate) struct OwnerStatus {
     pub(crate) error: Option<String>,
     /// Workloads whose owner can not be told.
     pub(crate) problems: BTreeMap<Account, String>,
+    /// Workloads whose owner is not there now; it may come at any time.
+    pub(crate) absent: BTreeMap<Account, String>,
 }
 
 /// What the owner of the owners works with.
@@ -127,13 +129,14 @@ impl Owners {
 
     /// Resolves all owners, shows them to the data path, and tells the holder what changed; `again`: in any case.
     async fn tell(&mut self, again: bool) -> anyhow::Result<()> {
-        let (desired, table, problems) = self.resolve()?;
+        let (desired, table, problems, absent) = self.resolve()?;
         for (account, problem) in &problems {
             if self.status.problems.get(account) != Some(problem) {
                 log::warn!(workload:% = account; "{problem}");
             }
         }
         self.status.problems = problems;
+        self.status.absent = absent;
         let set = Arc::clone(&self.set);
         self.links.view.change(|view| {
             view.workloads = set;
@@ -157,17 +160,26 @@ impl Owners {
 
     #[expect(
         clippy::type_complexity,
-        reason = "three results of one pass, named at the call"
+        reason = "four results of one pass, named at the call"
     )]
     fn resolve(
         &self,
-    ) -> Result<(Vec<DesiredWorkload>, OwnerTable, BTreeMap<Account, String>), CgroupError> {
+    ) -> Result<
+        (
+            Vec<DesiredWorkload>,
+            OwnerTable,
+            BTreeMap<Account, String>,
+            BTreeMap<Account, String>,
+        ),
+        CgroupError,
+    > {
         let mut desired = Vec::new();
         let mut table = OwnerTable {
             workloads: Vec::new(),
             tree: self.tree.clone(),
         };
         let mut problems = BTreeMap::new();
+        let mut absent = BTreeMap::new();
         let mut seen = Seen::default();
         for workload in &self.set.workloads {
             let account = &workload.account;
@@ -180,6 +192,9 @@ impl Owners {
                 continue;
             }
             let found = resolved.owner;
+            if let Some(missing) = missing(&workload.owner, &found) {
+                absent.insert(account.clone(), missing);
+            }
             desired.push(DesiredWorkload {
                 number,
                 label: account.to_string(),
@@ -195,7 +210,7 @@ impl Owners {
                 uids: found.uids,
             });
         }
-        Ok((desired, table, problems))
+        Ok((desired, table, problems, absent))
     }
 
     fn resolve_one(&self, owner: &Owner) -> Result<Resolved, CgroupError> {
@@ -320,6 +335,22 @@ fn path(owner: &Owner) -> Result<Option<OwnerPath>, String> {
     path.map(Some).map_err(|error| error.to_string())
 }
 
+/// What is to be said of an owner without processes.
+fn missing(owner: &Owner, found: &Found) -> Option<String> {
+    if !found.own.is_empty() || !found.sockets.is_empty() {
+        return None;
+    }
+    match owner {
+        Owner::Unit(name) => Some(format!(
+            "the unit {name} does not run or is none; see `systemctl status {name}`"
+        )),
+        Owner::Cgroup(path) => Some(format!(
+            "there is no cgroup {path}; start its program, or correct the path"
+        )),
+        Owner::User(_) => None,
+    }
+}
+
 fn uid(owner: &Owner) -> Result<u32, String> {
     match owner {
         Owner::User(name) => uid_of(name).map_err(|error| error.to_string()),
@@ -345,6 +376,15 @@ mod tests {
         assert_eq!(uid(&Owner::User("root".to_owned())), Ok(0));
         let error = uid(&Owner::User("no-such-user-here".to_owned())).unwrap_err();
         assert!(error.contains("no-such-user-here"), "{error}");
+    }
+
+    #[test]
+    fn an_owner_that_is_not_there_is_told() {
+        let unit = Owner::Unit("no-such.service".to_owned());
+        let told = missing(&unit, &Found::default()).unwrap();
+        assert!(told.contains("no-such.service"), "{told}");
+        let user = Owner::User("33".to_owned());
+        assert_eq!(missing(&user, &Found::default()), None);
     }
 
     #[test]

@@ -8,6 +8,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use mesh_core::reason::Reason;
+use mesh_runtime::clock;
 use serde::{Deserialize, Serialize};
 
 /// How long the daemon may take to answer.
@@ -96,8 +98,10 @@ pub(crate) struct WorkloadStatus {
 pub(crate) struct ServiceStatus {
     pub(crate) name: String,
     pub(crate) ports: Vec<u16>,
-    /// healthy, unhealthy, unknown or draining
+    /// healthy, unhealthy, unknown, draining, not checked or not served
     pub(crate) health: String,
+    /// What is wrong with its ports on this host.
+    pub(crate) problems: Vec<String>,
     /// Why control does not list it.
     pub(crate) refused: Option<RefusalStatus>,
 }
@@ -141,19 +145,50 @@ impl Status {
             None if self.capture.applied => writeln!(page, "capture      in force")?,
             None => writeln!(page, "capture      being set up")?,
         }
-        if let Some(left) = self.autonomy_s {
+        if let Some(left) = self.autonomy_s
+            && !self.is_removed()
+        {
             writeln!(page, "autonomy     {} without control", span(left))?;
         }
         for problem in &self.file_problems {
             writeln!(page, "file         {problem}")?;
         }
+        match self.problems() {
+            0 => writeln!(page, "problems     none")?,
+            count => writeln!(page, "problems     {count}")?,
+        }
         writeln!(page)?;
         self.write_workloads(page)
+    }
+
+    /// Whether control said that this host is out of the mesh.
+    fn is_removed(&self) -> bool {
+        let reason = self.control.last_reason.as_deref();
+        reason == Some(Reason::HostRevoked.code())
+    }
+
+    /// How many things somebody should look at.
+    fn problems(&self) -> usize {
+        let host = self.file_problems.len()
+            + usize::from(self.control.stale_since_s.is_some())
+            + usize::from(self.capture.error.is_some())
+            + usize::from(self.policies.is_none())
+            + usize::from(self.host_leaf.refused.is_some());
+        let workloads = self.workloads.iter().map(|w| w.problems().len());
+        host + workloads.sum::<usize>()
     }
 
     fn write_control(&self, page: &mut String, now_s: u64) -> std::fmt::Result {
         let control = &self.control;
         let address = &control.address;
+        if self.is_removed() {
+            return writeln!(
+                page,
+                "control      REMOVED: the operator took this host out of the mesh ({}); to join it again:\n             \
+                 1. stop the agent  2. `mesh-agent leave`  3. `mesh-agent join <token>` with a new token",
+                Reason::HostRevoked
+            );
+        }
         match control.stale_since_s {
             None => writeln!(page, "control      live at {address}")?,
             Some(0) => writeln!(
@@ -165,9 +200,10 @@ impl Status {
                 let ago = i64::try_from(now_s.saturating_sub(since)).unwrap_or(i64::MAX);
                 writeln!(
                     page,
-                    "control      NOT REACHED ({} {address}); what is in use is stale since {} (Unix time {since})",
+                    "control      NOT REACHED ({} {address}); what is in use is stale since {} ({})",
                     control.session,
-                    span(ago) + " ago"
+                    span(ago) + " ago",
+                    clock::rfc3339(since)
                 )?;
             }
         }
@@ -214,33 +250,39 @@ impl Status {
         }
         table(page, &rows)?;
         for workload in &self.workloads {
-            workload.write_problems(page)?;
+            for problem in workload.problems() {
+                writeln!(page, "\n{problem}")?;
+            }
         }
         Ok(())
     }
 }
 
 impl WorkloadStatus {
-    fn write_problems(&self, page: &mut String) -> std::fmt::Result {
-        if let Some(problem) = &self.problem {
-            writeln!(page, "\n{}: {problem}", self.account)?;
-        }
-        let own = self.leaf.refused.iter().chain(&self.refused);
+    /// Each a line. What control says twice, of the certificate and of the report, is one.
+    fn problems(&self) -> Vec<String> {
+        let account = &self.account;
+        let mut problems = Vec::new();
+        problems.extend(self.problem.iter().map(|p| format!("{account}: {p}")));
+        let own: Vec<&RefusalStatus> = self.leaf.refused.iter().chain(&self.refused).collect();
+        let mut told: Vec<&str> = Vec::new();
         for refused in own {
-            writeln!(page, "\n{}: {}", self.account, refused.line())?;
-        }
-        for service in &self.services {
-            if let Some(refused) = &service.refused {
-                writeln!(
-                    page,
-                    "\n{} {}: {}",
-                    self.account,
-                    service.name,
-                    refused.line()
-                )?;
+            if !told.contains(&refused.reason.as_str()) {
+                told.push(&refused.reason);
+                problems.push(format!("{account}: {}", refused.line()));
             }
         }
-        Ok(())
+        for service in &self.services {
+            let name = &service.name;
+            let found = service.problems.iter();
+            problems.extend(found.map(|p| format!("{account} {name}: {p}")));
+            if let Some(refused) = &service.refused
+                && !told.contains(&refused.reason.as_str())
+            {
+                problems.push(format!("{account} {name}: {}", refused.line()));
+            }
+        }
+        problems
     }
 }
 
@@ -341,6 +383,7 @@ mod tests {
                     name: "shop/web".to_owned(),
                     ports: vec![80],
                     health: "healthy".to_owned(),
+                    problems: vec!["nothing listens on port 80".to_owned()],
                     refused: Some(RefusalStatus {
                         reason: "out_of_scope".to_owned(),
                         message: "not in the token".to_owned(),
@@ -362,13 +405,25 @@ mod tests {
             "shop/web:80",
             "healthy, out_of_scope",
             "not in the token; ask",
+            "problems     3\n",
+            "shop/web shop/web: nothing listens on port 80",
         ] {
             assert!(page.contains(expected), "{expected} is missing:\n{page}");
         }
         let mut stale = status();
         stale.control.stale_since_s = Some(1_000_000 - 720);
         let page = stale.render(1_000_000);
-        assert!(page.contains("stale since 12 min ago"), "{page}");
+        assert!(
+            page.contains("stale since 12 min ago (1970-01-12T13:34:40Z)"),
+            "{page}"
+        );
+        stale.control.last_reason = Some("host_revoked".to_owned());
+        let page = stale.render(1_000_000);
+        assert!(
+            page.contains("REMOVED") && !page.contains("NOT REACHED"),
+            "{page}"
+        );
+        assert!(!page.contains("autonomy"), "{page}");
     }
 
     #[test]

@@ -134,10 +134,7 @@ impl Worker {
                     break;
                 }
                 _ = reload.recv() => log::info!("files are followed by themselves; nothing is to be reloaded"),
-                error = self.tasks.failed() => {
-                    log::error!("{error:#}; the worker ends");
-                    return Err(error);
-                }
+                error = self.tasks.failed() => return Err(error),
             }
         }
         log::info!("the worker takes no new calls and lets the open ones end");
@@ -282,6 +279,7 @@ impl Parts {
                 standings,
                 owners: owner_status,
                 dns: counters,
+                diag: Mutex::new(sockdiag()?),
             },
             &mut tasks,
         )?;
@@ -412,10 +410,13 @@ fn start_admin(sources: admin::Sources, tasks: &mut Tasks) -> anyhow::Result<()>
     Ok(())
 }
 
+fn sockdiag() -> anyhow::Result<SockDiag> {
+    SockDiag::open().context("cannot ask the kernel for its listening sockets")
+}
+
 /// Where programs listen, as the kernel says. Asked a few times a second at most.
 fn listening() -> anyhow::Result<Listening> {
-    let diag = SockDiag::open().context("cannot ask the kernel for its listening sockets")?;
-    let diag = Mutex::new(diag);
+    let diag = Mutex::new(sockdiag()?);
     Ok(Arc::new(move |port| {
         let found = diag
             .lock()
