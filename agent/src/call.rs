@@ -9,14 +9,15 @@ use std::time::Instant;
 
 use mesh_api::header::{HEADER_MAX, Header, StreamKind};
 use mesh_core::balance::{Balancer, Outcome};
+use mesh_core::identity::SpiffeId;
 use mesh_core::names::{Account, HostUid, ServiceName, TrustDomain};
-use mesh_core::reason::Reason;
+use mesh_core::reason::{Fault, Reason};
 use mesh_core::service::{Endpoint, Service};
 use mesh_runtime::mux::MuxStream;
 use tokio::sync::mpsc;
 
 use crate::data::Thread;
-use crate::view::{Leaf, View};
+use crate::view::View;
 
 /// Endpoints that one call tries before it gives up.
 pub(crate) const TRIES_MAX: usize = 3;
@@ -101,7 +102,8 @@ impl Balancers {
 /// Who calls what.
 #[derive(Debug)]
 pub(crate) struct Caller {
-    pub(crate) leaf: Arc<Leaf>,
+    /// Its leaf is looked up for each call: it is renewed while connections live.
+    pub(crate) id: SpiffeId,
     pub(crate) service: Arc<Service>,
     pub(crate) port: u16,
 }
@@ -151,11 +153,16 @@ impl Call {
 
     /// The endpoint failed the call for `reason`; a refusal by policy is an answer.
     pub(crate) fn failed(&self, reason: Reason) {
-        let outcome = match reason {
-            Reason::NotAllowed | Reason::HttpMalformed | Reason::Cancelled => Outcome::Cancelled,
-            _ => Outcome::Failure,
-        };
-        self.started.tell(outcome);
+        self.started.tell(outcome_of(reason));
+    }
+}
+
+/// What a failure says of the endpoint: the caller's own faults, and a policy at work, say nothing.
+fn outcome_of(reason: Reason) -> Outcome {
+    match reason.fault() {
+        Fault::Upstream => Outcome::Failure,
+        _ if reason == Reason::Overloaded => Outcome::Failure,
+        _ => Outcome::Cancelled,
     }
 }
 
@@ -184,11 +191,9 @@ pub(crate) async fn open(
             break;
         };
         let endpoint = Rc::clone(&started.endpoint);
-        let opened = match thread
-            .peers
-            .connection(thread, &caller.leaf, &endpoint)
-            .await
-        {
+        let leaf = thread.view.borrow().leaves.of(&caller.id.identity).cloned();
+        let leaf = leaf.ok_or(Reason::NoIdentity)?;
+        let opened = match thread.peers.connection(thread, &leaf, &endpoint).await {
             Ok(mux) => tokio::time::timeout(thread.settings.connect, mux.open(&header))
                 .await
                 .unwrap_or(Err(Reason::Overloaded)),
@@ -203,7 +208,7 @@ pub(crate) async fn open(
                 });
             }
             Err(reason) => {
-                started.tell(Outcome::Failure);
+                started.tell(outcome_of(reason));
                 tried.push(endpoint);
                 last = reason;
                 if reason == Reason::NoIdentity {

@@ -2,7 +2,8 @@
 //! immutable pictures and counters, nothing else.
 
 use std::cell::{Cell, RefCell};
-use std::net::TcpListener as StdListener;
+use std::collections::HashMap;
+use std::net::{IpAddr, TcpListener as StdListener};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ use tokio::task::{LocalSet, spawn_local};
 use crate::call::Balancers;
 use crate::capture::app_socket::AppDialer;
 use crate::capture::sockdiag::SockDiag;
-use crate::inbound::app::AppPool;
+use crate::inbound::app::{AppPool, KEPT_MAX};
 use crate::inbound::certificates;
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
@@ -44,7 +45,8 @@ pub(crate) struct DataSettings {
     pub(crate) hold: Duration,
     /// Connections held so at once, a thread.
     pub(crate) held_max: usize,
-    /// Connections of callers and peers that are open at once, a thread.
+    /// Connections of callers, and as many of peers, that are open at once, a thread. Less where the process may have
+    /// fewer descriptors.
     pub(crate) connections_max: usize,
     /// Longest HTTP head, in bytes.
     pub(crate) head_max: usize,
@@ -171,7 +173,14 @@ pub(crate) struct Thread {
     pub(crate) mesh_tls: Arc<rustls::ServerConfig>,
     /// Calls that wait for their endpoints.
     pub(crate) held: Cell<usize>,
-    open: Cell<usize>,
+    callers: Cell<usize>,
+    peers_open: Cell<usize>,
+    /// Calls of peers that are being served, each with at most one connection to an app.
+    pub(crate) serving: Cell<usize>,
+    /// The most of each of the three.
+    pub(crate) share: usize,
+    pub(crate) handshakes: RefCell<Handshakes>,
+    pub(crate) refusals: RefCell<LogGate>,
     /// True when this thread takes no new calls.
     pub(crate) draining: watch::Sender<bool>,
 }
@@ -182,25 +191,111 @@ impl Thread {
         Arc::clone(&self.view.borrow())
     }
 
-    /// Counts a connection while it lives; `None` when there are as many as may be.
+    /// Counts a connection while it lives; `None` when there are as many as may be. Callers and peers have a share
+    /// each, so that neither can lock the other out.
     fn admit(self: &Rc<Self>, direction: Direction) -> Option<Admission> {
-        if self.open.get() >= self.settings.connections_max {
+        let admission = Admission(Rc::clone(self), direction);
+        let open = admission.count();
+        open.set(open.get() + 1);
+        if open.get() > self.share {
             self.metrics.refused(direction, Reason::Overloaded);
             return None;
         }
-        self.open.set(self.open.get() + 1);
-        Some(Admission(Rc::clone(self)))
+        Some(admission)
     }
 }
 
 /// A connection that counts.
 #[derive(Debug)]
-pub(crate) struct Admission(Rc<Thread>);
+pub(crate) struct Admission(Rc<Thread>, Direction);
+
+impl Admission {
+    fn count(&self) -> &Cell<usize> {
+        match self.1 {
+            Direction::Outbound => &self.0.callers,
+            Direction::Inbound => &self.0.peers_open,
+        }
+    }
+}
 
 impl Drop for Admission {
     fn drop(&mut self) {
-        self.0.open.set(self.0.open.get() - 1);
+        let open = self.count();
+        open.set(open.get() - 1);
     }
+}
+
+/// TLS handshakes under way: who has not shown who it is gets little.
+#[derive(Debug, Default)]
+pub(crate) struct Handshakes {
+    all: usize,
+    by_address: HashMap<IpAddr, usize>,
+}
+
+impl Handshakes {
+    /// At once, a thread: half a second's work of a core.
+    const MAX: usize = 1024;
+    /// At once from one address: a gateway that brings many peers has so many new ones at once.
+    const PER_ADDRESS_MAX: usize = 256;
+
+    pub(crate) fn begin(&mut self, from: IpAddr) -> bool {
+        let here = self.by_address.get(&from).copied().unwrap_or(0);
+        if self.all >= Self::MAX || here >= Self::PER_ADDRESS_MAX {
+            return false;
+        }
+        self.all += 1;
+        self.by_address.insert(from, here + 1);
+        true
+    }
+
+    pub(crate) fn end(&mut self, from: IpAddr) {
+        self.all -= 1;
+        if let Some(here) = self.by_address.get_mut(&from) {
+            *here -= 1;
+            if *here == 0 {
+                self.by_address.remove(&from);
+            }
+        }
+    }
+}
+
+/// Lets some log lines pass a second; what a stranger causes must not fill the log.
+#[derive(Debug, Default)]
+pub(crate) struct LogGate {
+    second: Option<Instant>,
+    passed: u32,
+}
+
+impl LogGate {
+    const A_SECOND: u32 = 10;
+
+    pub(crate) fn passes(&mut self) -> bool {
+        let fresh = self
+            .second
+            .is_none_or(|at| at.elapsed() >= Duration::from_secs(1));
+        if fresh {
+            (self.second, self.passed) = (Some(Instant::now()), 0);
+        }
+        self.passed += 1;
+        self.passed <= Self::A_SECOND
+    }
+}
+
+/// What each of callers, peers and apps may have of the process's descriptors: a little less than a third.
+fn share_of_descriptors(threads: usize) -> usize {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
+    let have = if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() {
+        hard
+    } else {
+        soft
+    };
+    let have = usize::try_from(have)
+        .unwrap_or(usize::MAX)
+        .saturating_sub(256)
+        / threads.max(1);
+    // Kept connections to apps are beside those in use.
+    (have.saturating_sub(KEPT_MAX) / 3).max(64)
 }
 
 async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::Result<()> {
@@ -209,6 +304,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
     let mesh_tls =
         mesh_runtime::tls::server_config(resolver, verifier, &[mesh_runtime::tls::ALPN_MESH])?;
     let seed = std::process::id() as u64 ^ (Arc::as_ptr(&shared.metrics) as u64).rotate_left(17);
+    let share = share_of_descriptors(shared.settings.threads).min(shared.settings.connections_max);
     let thread = Rc::new(Thread {
         dialer: AppDialer::new(shared.settings.app_mark),
         view: shared.view,
@@ -222,7 +318,12 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         apps: AppPool::default(),
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
-        open: Cell::new(0),
+        callers: Cell::new(0),
+        peers_open: Cell::new(0),
+        serving: Cell::new(0),
+        share,
+        handshakes: RefCell::default(),
+        refusals: RefCell::default(),
         draining: watch::Sender::new(false),
     });
     spawn_local(sweep(Rc::clone(&thread)));
@@ -269,11 +370,12 @@ async fn drain(thread: &Rc<Thread>, deadline: Duration) {
     let until = Instant::now() + deadline;
     // Kept connections to peers and apps are nobody's calls.
     thread.peers.close_idle();
-    while thread.open.get() > 0 && Instant::now() < until {
+    let open = || thread.callers.get() + thread.peers_open.get();
+    while open() > 0 && Instant::now() < until {
         tokio::time::sleep(Duration::from_millis(20)).await;
         thread.peers.close_idle();
     }
-    let cut = thread.open.get();
+    let cut = open();
     if cut > 0 {
         log::warn!(connections = cut; "the drain deadline is over; what is still open is cut");
     }
@@ -319,6 +421,7 @@ async fn accept(
     listener: &TcpListener,
     draining: &mut watch::Receiver<bool>,
 ) -> Option<(TcpStream, std::net::SocketAddr)> {
+    let mut gate = LogGate::default();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -334,7 +437,9 @@ async fn accept(
                 return Some((socket, from));
             }
             Err(error) => {
-                log::warn!("accept failed: {error}; what is open goes on");
+                if gate.passes() {
+                    log::warn!("accept failed: {error}; what is open goes on");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -1,11 +1,14 @@
 //! What both agents do with an HTTP/1.1 message: read its head, measure its body, pass its bytes on unchanged.
 
+use std::time::Duration;
+
 use mesh_core::http1::Body;
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::{MuxStream, StreamError};
 use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::time::Instant;
 
 use crate::relay::Activity;
 
@@ -77,21 +80,36 @@ impl Sink for &MuxStream {
     }
 }
 
+/// How long a head may take from its first byte to its last.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Reads until `parse` finds a whole head at the start of `buffer`. `None`: the source ended before its first
 /// byte.
 pub(crate) async fn read_head<T>(
     source: &mut impl Source,
     buffer: &mut Vec<u8>,
     activity: &Activity,
-    parse: impl Fn(&[u8]) -> Result<Option<T>, Reason>,
+    (max, parse): (usize, impl Fn(&[u8]) -> Result<Option<T>, Reason>),
 ) -> Result<Option<T>, Broken> {
+    let mut seen = 0;
+    let mut until = None;
     loop {
-        if !buffer.is_empty()
+        if worth_parsing(buffer, seen, max)
             && let Some(head) = parse(buffer).map_err(Broken::Malformed)?
         {
             return Ok(Some(head));
         }
-        if source.take(buffer).await? == 0 {
+        seen = buffer.len();
+        let read = source.take(buffer);
+        let bytes = if seen == 0 {
+            read.await?
+        } else {
+            // Only a head that comes in pieces costs a timer.
+            let until = *until.get_or_insert_with(|| Instant::now() + HEAD_TIMEOUT);
+            let read = tokio::time::timeout_at(until, read).await;
+            read.unwrap_or(Err(Broken::Malformed(Reason::Timeout)))?
+        };
+        if bytes == 0 {
             return if buffer.is_empty() {
                 Ok(None)
             } else {
@@ -100,6 +118,19 @@ pub(crate) async fn read_head<T>(
         }
         activity.note();
     }
+}
+
+/// Whether what came behind `seen` may have completed a head, or spoiled it: each byte is looked at once.
+fn worth_parsing(buffer: &[u8], seen: usize, max: usize) -> bool {
+    if buffer.len() >= max {
+        return true;
+    }
+    let new = buffer.iter().enumerate().skip(seen);
+    new.into_iter().any(|(at, byte)| match byte {
+        0 => true,
+        b'\n' => at == 0 || buffer[at - 1] != b'\r' || buffer[..at].ends_with(b"\r\n\r"),
+        _ => false,
+    })
 }
 
 /// Passes a body on, what `buffer` already has of it first. What follows the body stays in `buffer`.
@@ -132,5 +163,31 @@ pub(crate) async fn pump(
             };
         }
         activity.note();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_is_parsed_when_it_may_be_whole_or_spoiled() {
+        for (text, seen, expected) in [
+            ("GET / HTTP/1.1\r\nHost: a\r\n", 0, false),
+            ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 0, true),
+            ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 26, true),
+            ("GET / HTTP/1.1\r\nHost: a\r\n\r\nbody", 29, false),
+            ("GET / HTTP/1.1\n", 0, true),
+            ("\n", 0, true),
+            ("GET /\0", 0, true),
+            ("xxxxxxxxxx", 0, false),
+        ] {
+            assert_eq!(
+                worth_parsing(text.as_bytes(), seen, 100),
+                expected,
+                "{text:?} from {seen}"
+            );
+        }
+        assert!(worth_parsing(b"xxxxxxxxxx", 10, 10), "too large");
     }
 }

@@ -2,6 +2,7 @@
 //! relay. Read down.
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::Account;
 use mesh_core::policy::{Permit, PolicySet, Target, authorize};
 use mesh_core::reason::Reason;
+use mesh_core::service::Protocol;
 use mesh_core::stream::{Limits, Side};
 use mesh_runtime::mux::{self, MuxStream, StreamError};
 use mesh_runtime::tls::leaf::read_leaf;
@@ -21,10 +23,12 @@ use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
 
 use crate::data::Thread;
 use crate::metrics::{Direction, Flow, FlowLabels};
-use crate::relay::{self, Activity, Local};
+use crate::peers::unix_now_s;
+use crate::relay::{self, Activity, Local, Open};
 use crate::view::ViewReader;
 use crate::workloads::WorkloadSet;
 
@@ -35,8 +39,8 @@ mod http;
 /// Refusals that one connection may log; the rest is only counted, so that a peer can not fill the log.
 const LOGGED_MAX: u32 = 20;
 
-/// How often a draining connection is looked at: its last stream's end closes it.
-const DRAIN_LOOK: Duration = Duration::from_millis(20);
+/// A connection that carried nothing for so long is closed. The calling side closes after 45 s at most.
+const IDLE: Duration = Duration::from_secs(120);
 
 /// An authenticated peer: one TLS connection.
 pub(crate) struct Peer {
@@ -47,16 +51,18 @@ pub(crate) struct Peer {
     /// The workload of this host that the peer's SNI asked for.
     server: Account,
     server_id: String,
-    /// The last decision: mostly the next one's too.
-    decided: RefCell<Option<Decided>>,
+    /// The end of the peer's leaf, Unix seconds: it closes no connection, but opens no stream.
+    not_after_s: i64,
+    /// What was asked and admitted. As many as there are declared ports, at most.
+    decided: RefCell<Vec<Decided>>,
+    /// What the decisions rest on.
+    basis: RefCell<(Option<Arc<PolicySet>>, Arc<WorkloadSet>)>,
     logged: Cell<u32>,
 }
 
 /// A decision, good while policies and workloads are the same.
 struct Decided {
     header: Header,
-    policies: Arc<PolicySet>,
-    workloads: Arc<WorkloadSet>,
     admitted: Rc<Admitted>,
 }
 
@@ -66,6 +72,8 @@ pub(crate) struct Admitted {
     pub(crate) server: Account,
     pub(crate) flow: Arc<Flow>,
     allowed: prometheus_client::metrics::counter::Counter,
+    /// Completes when policy changed its mind.
+    revoked: CancellationToken,
 }
 
 /// Picks the certificate of the workload that the SNI names.
@@ -89,13 +97,23 @@ impl ResolvesServerCert for ByServerName {
 
 /// Serves one connection of a peer until it is over.
 pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAddr) {
+    crate::peers::watch_silence(&socket);
+    let address = canonical(from.ip());
+    if !thread.handshakes.borrow_mut().begin(address) {
+        thread
+            .metrics
+            .refused(Direction::Inbound, Reason::Overloaded);
+        return relay::abort(socket);
+    }
     let handshake = TlsAcceptor::from(Arc::clone(&thread.mesh_tls)).accept(socket);
-    let tls = match tokio::time::timeout(thread.settings.handshake, handshake).await {
+    let shaken = tokio::time::timeout(thread.settings.handshake, handshake).await;
+    thread.handshakes.borrow_mut().end(address);
+    let tls = match shaken {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => return not_authenticated(thread, from, handshake_reason(&error), &error),
         Err(_) => return not_authenticated(thread, from, Reason::Timeout, &"no handshake in time"),
     };
-    let (id, server) = match authenticated(thread, tls.get_ref().1) {
+    let (id, not_after_s, server) = match authenticated(thread, tls.get_ref().1) {
         Ok(both) => both,
         Err(reason) => return not_authenticated(thread, from, reason, &"after the handshake"),
     };
@@ -106,31 +124,47 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     let peer = Rc::new(Peer {
         thread: Rc::clone(thread),
         id,
-        address: canonical(from.ip()),
+        address,
         server,
         server_id: server_id.to_string(),
-        decided: RefCell::new(None),
+        not_after_s,
+        decided: RefCell::default(),
+        basis: RefCell::default(),
         logged: Cell::new(0),
     });
     let (mux, mut incoming, driver) = mux::connection(tls, Side::Server, Limits::DEFAULT);
     let driver = spawn_local(driver);
     thread.metrics.mesh_connections.inc();
     let mut draining = thread.draining.subscribe();
-    let mut gone_away = false;
+    let mut view = thread.view.clone();
+    let mut retired = false;
+    let mut used = true;
+    let mut idle = tokio::time::interval(IDLE);
+    let live = Rc::new(Cell::new(0));
     loop {
         tokio::select! {
             stream = incoming.next() => {
                 let Some((stream, header)) = stream else { break };
+                used = true;
+                let Some(serving) = Serving::begin(&peer, &live) else {
+                    peer.refuse(stream, Reason::Overloaded, "a stream");
+                    continue;
+                };
                 let peer = Rc::clone(&peer);
-                spawn_local(async move { peer.serve_stream(stream, &header).await });
+                spawn_local(async move {
+                    peer.serve_stream(stream, &header).await;
+                    drop(serving);
+                });
             }
-            _ = draining.wait_for(|draining| *draining), if !gone_away => {
-                gone_away = true;
-                mux.go_away(Reason::Draining);
+            Ok(()) = view.changed() => peer.decide_again(),
+            _ = draining.wait_for(|draining| *draining), if !retired => {
+                retired = true;
+                mux.retire(Reason::Draining);
             }
-            () = tokio::time::sleep(DRAIN_LOOK), if gone_away => {
-                if mux.open_streams() == 0 {
-                    mux.close();
+            _ = idle.tick(), if !retired => {
+                if mux.open_streams() == 0 && !std::mem::take(&mut used) {
+                    retired = true;
+                    mux.retire(Reason::Draining);
                 }
             }
         }
@@ -149,7 +183,7 @@ fn id_domain(thread: &Thread) -> mesh_core::names::TrustDomain {
 fn authenticated(
     thread: &Thread,
     tls: &rustls::ServerConnection,
-) -> Result<(SpiffeId, Account), Reason> {
+) -> Result<(SpiffeId, i64, Account), Reason> {
     let leaf = tls
         .peer_certificates()
         .and_then(|chain| chain.first())
@@ -158,7 +192,7 @@ fn authenticated(
     let name = tls.server_name().ok_or(Reason::UnknownServerName)?;
     let server =
         SpiffeId::account_of_sni(name, &id_domain(thread)).ok_or(Reason::UnknownServerName)?;
-    Ok((facts.id, server))
+    Ok((facts.id, facts.not_after_s, server))
 }
 
 fn not_authenticated(
@@ -168,7 +202,38 @@ fn not_authenticated(
     detail: &dyn std::fmt::Display,
 ) {
     thread.metrics.refused(Direction::Inbound, reason);
-    log::info!(from:% = from, reason:% = reason; "refused a connection at the mesh port: {detail}");
+    if thread.refusals.borrow_mut().passes() {
+        log::info!(from:% = from, reason:% = reason; "refused a connection at the mesh port: {detail}");
+    }
+}
+
+/// A call that is being served counts until its handler is through, whatever became of its stream: a peer that opens
+/// and resets does not get more than one that waits.
+struct Serving {
+    thread: Rc<Thread>,
+    live: Rc<Cell<u32>>,
+}
+
+impl Serving {
+    fn begin(peer: &Peer, live: &Rc<Cell<u32>>) -> Option<Self> {
+        let all = &peer.thread.serving;
+        if live.get() >= Limits::DEFAULT.max_streams || all.get() >= peer.thread.share {
+            return None;
+        }
+        live.set(live.get() + 1);
+        all.set(all.get() + 1);
+        Some(Self {
+            thread: Rc::clone(&peer.thread),
+            live: Rc::clone(live),
+        })
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.live.set(self.live.get() - 1);
+        self.thread.serving.set(self.thread.serving.get() - 1);
+    }
 }
 
 impl Peer {
@@ -189,6 +254,9 @@ impl Peer {
         };
         let outcome = tokio::select! {
             outcome = Box::pin(way) => outcome,
+            // The caller is gone: what its call holds here is given up at once.
+            _ = poll_fn(|cx| stream.poll_reset(cx)), if header.kind != StreamKind::Tcp => Ok(()),
+            () = admitted.revoked.cancelled() => Err(Reason::NotAllowed),
             () = activity.ceased(self.thread.settings.idle) => Err(Reason::Timeout),
         };
         if let Err(reason) = outcome {
@@ -200,25 +268,67 @@ impl Peer {
     /// What is asked, and may the peer have it?
     fn admit(&self, header: &[u8]) -> Result<(Header, Rc<Admitted>), (Reason, String)> {
         let header = Header::decode(header).map_err(|reason| (reason, "a header".to_owned()))?;
-        let view = self.thread.view();
-        let what = || {
-            format!(
-                "{}/{}:{}",
-                self.server.namespace, header.service, header.port
+        if self.not_after_s <= unix_now_s() {
+            return Err((Reason::CertificateExpired, self.what(&header)));
+        }
+        self.decide_again();
+        if let Some(known) = self.decided.borrow().iter().find(|d| d.header == header) {
+            known.admitted.allowed.inc();
+            return Ok((header, Rc::clone(&known.admitted)));
+        }
+        let admitted = Rc::new(self.decide(&header).map_err(|(reason, by)| {
+            let what = self.what(&header);
+            (
+                reason,
+                by.map_or_else(|| what.clone(), |by| format!("{what} (decided by {by})")),
             )
+        })?);
+        let decided = Decided {
+            header: header.clone(),
+            admitted: Rc::clone(&admitted),
         };
+        self.decided.borrow_mut().push(decided);
+        Ok((header, admitted))
+    }
+
+    fn what(&self, header: &Header) -> String {
+        format!(
+            "{}/{}:{}",
+            self.server.namespace, header.service, header.port
+        )
+    }
+
+    /// When policies or workloads are others, all that was admitted is judged anew; what is no longer allowed ends.
+    fn decide_again(&self) {
+        let view = self.thread.view();
+        {
+            let (policies, workloads) = &*self.basis.borrow();
+            let same = match (policies, &view.policies) {
+                (Some(old), Some(new)) => Arc::ptr_eq(old, new),
+                (None, None) => true,
+                _ => false,
+            };
+            if same && Arc::ptr_eq(workloads, &view.workloads) {
+                return;
+            }
+        }
+        *self.basis.borrow_mut() = (view.policies.clone(), Arc::clone(&view.workloads));
+        self.decided.borrow_mut().retain(|known| {
+            let allowed = self.decide(&known.header).is_ok();
+            if !allowed {
+                known.admitted.revoked.cancel();
+            }
+            allowed
+        });
+    }
+
+    /// Judges by the policies of now; with a refusal comes which policy decided.
+    fn decide(&self, header: &Header) -> Result<Admitted, (Reason, Option<String>)> {
+        let view = self.thread.view();
         let policies = view
             .policies
             .as_ref()
-            .ok_or_else(|| (Reason::PolicyUnknown, what()))?;
-        if let Some(decided) = self.decided.borrow().as_ref()
-            && decided.header == header
-            && Arc::ptr_eq(&decided.policies, policies)
-            && Arc::ptr_eq(&decided.workloads, &view.workloads)
-        {
-            decided.admitted.allowed.inc();
-            return Ok((header, Rc::clone(&decided.admitted)));
-        }
+            .ok_or((Reason::PolicyUnknown, None))?;
         let workload = view
             .workloads
             .workloads
@@ -227,7 +337,19 @@ impl Peer {
         let services = workload.map(|w| w.services.as_slice()).unwrap_or_default();
         let service = services.iter().find(|s| s.name.name == header.service);
         let port = service.and_then(|service| Some((service, service.port(header.port)?)));
-        let (service, port) = port.ok_or_else(|| (Reason::NoSuchPort, what()))?;
+        let (service, port) = port.ok_or((Reason::NoSuchPort, None))?;
+        // How the bytes are read is the declaration's to say: a peer that could choose would pass HTTP as bytes.
+        let fits = match header.kind {
+            StreamKind::Tcp => matches!(
+                port.protocol,
+                Protocol::Tcp | Protocol::Http2 | Protocol::Grpc
+            ),
+            StreamKind::Http1 => matches!(port.protocol, Protocol::Http | Protocol::Auto),
+            StreamKind::Auto => port.protocol == Protocol::Auto,
+        };
+        if !fits {
+            return Err((Reason::HeaderMalformed, None));
+        }
         let target = Target {
             service: service.name.clone(),
             port: port.number,
@@ -238,10 +360,7 @@ impl Peer {
             metrics
                 .decision(&src, &dst, &denial.decided_by, "denied")
                 .inc();
-            (
-                denial.reason,
-                format!("{} (decided by {})", what(), denial.decided_by),
-            )
+            (denial.reason, Some(denial.decided_by))
         })?;
         let decision = if permit.audited() {
             "audited"
@@ -249,7 +368,7 @@ impl Peer {
             "allowed"
         };
         if permit.audited() {
-            log::info!(src:% = self.id, dst:% = what(), rule = permit.rule(); "would be refused if enforce were on");
+            log::info!(src:% = self.id, dst = self.what(header), rule = permit.rule(); "would be refused if enforce were on");
         }
         let allowed = metrics.decision(&src, &dst, permit.rule(), decision);
         allowed.inc();
@@ -261,21 +380,14 @@ impl Peer {
             tls: self.server_id.clone(),
             protocol: port.protocol.as_str(),
         });
-        let admitted = Rc::new(Admitted {
+        let revoked = CancellationToken::new();
+        Ok(Admitted {
             permit,
             server: self.server.clone(),
             flow,
             allowed,
-        });
-        let (policies, workloads) = (Arc::clone(policies), Arc::clone(&view.workloads));
-        let decided = Decided {
-            header: header.clone(),
-            policies,
-            workloads,
-            admitted: Rc::clone(&admitted),
-        };
-        *self.decided.borrow_mut() = Some(decided);
-        Ok((header, admitted))
+            revoked,
+        })
     }
 
     async fn serve_tcp(
@@ -288,7 +400,7 @@ impl Peer {
         let app = app::connect(&self.thread, admitted, self.address).await?;
         stream.accept();
         admitted.flow.connected(begun.elapsed().as_secs_f64());
-        carry(app, stream, admitted, activity).await
+        carry(app, stream, admitted, (activity, self.thread.settings.idle)).await
     }
 
     fn refuse(&self, stream: MuxStream, reason: Reason, what: &str) {
@@ -314,14 +426,18 @@ async fn carry(
     mut app: TcpStream,
     stream: &MuxStream,
     admitted: &Admitted,
-    activity: &Activity,
+    (activity, idle): (&Activity, Duration),
 ) -> Result<(), Reason> {
-    admitted.flow.open.inc();
-    let outcome = relay::relay(&mut app, stream, Local::Service, &admitted.flow, activity).await;
-    admitted.flow.open.dec();
+    let open = Open::count(&admitted.flow.open);
+    let bounds = (activity, idle);
+    let outcome = relay::relay(&mut app, stream, Local::Service, &admitted.flow, bounds).await;
+    drop(open);
     admitted.flow.connection(outcome.is_ok());
     match outcome {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            relay::settle(&app);
+            Ok(())
+        }
         // The caller's side ended it; the app must not take that for a proper end.
         Err(StreamError::Reset(reason)) => {
             log::debug!("a caller's stream was reset: {reason}");

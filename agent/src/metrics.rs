@@ -1,6 +1,6 @@
 //! What the data path counts. A connection or stream looks its counters up once; counting is an atomic add.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -90,6 +90,11 @@ impl Flow {
         self.latency.observe(seconds);
     }
 
+    /// Counts a response that this agent made itself: it says nothing of latency.
+    pub(crate) fn refused(&self, status: u16) {
+        self.statuses[usize::from(status / 100).clamp(1, 5) - 1].inc();
+    }
+
     /// Counts a connection that ended.
     pub(crate) fn connection(&self, ok: bool) {
         self.statuses[if ok { 5 } else { 6 }].inc();
@@ -106,6 +111,8 @@ impl Flow {
 pub(crate) struct Metrics {
     registry: Mutex<Registry>,
     flows: Mutex<HashMap<FlowLabels, Arc<Flow>>>,
+    /// Callers of which policy decided something.
+    known: Mutex<HashSet<String>>,
     requests: Family<RequestLabels, Counter>,
     bytes_sent: Family<FlowLabels, Counter>,
     bytes_received: Family<FlowLabels, Counter>,
@@ -124,6 +131,7 @@ impl Metrics {
         let metrics = Self {
             registry: Mutex::new(Registry::with_prefix("mesh")),
             flows: Mutex::default(),
+            known: Mutex::default(),
             requests: Family::default(),
             bytes_sent: Family::default(),
             bytes_received: Family::default(),
@@ -258,13 +266,16 @@ impl Metrics {
         rule: &str,
         decision: &'static str,
     ) -> Counter<u64, AtomicU64> {
-        let full = self
-            .flows
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .len()
-            >= FLOWS_MAX;
-        let src = if full { "overflow" } else { src };
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = !known.contains(src);
+        let src = if new && known.len() >= FLOWS_MAX {
+            "overflow"
+        } else {
+            src
+        };
+        if new {
+            known.insert(src.to_owned());
+        }
         let labels = DecisionLabels {
             src: src.to_owned(),
             dst: dst.to_owned(),

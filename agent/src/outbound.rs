@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use mesh_core::identity::Identity;
+use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::Account;
 use mesh_core::reason::Reason;
 use mesh_core::service::{Port, Protocol, Service};
@@ -15,7 +15,7 @@ use crate::capture::sockdiag::Owner;
 use crate::data::Thread;
 use crate::metrics::Direction;
 use crate::relay::{self, Activity};
-use crate::view::{Leaf, View};
+use crate::view::View;
 
 mod auto;
 mod http;
@@ -42,28 +42,27 @@ pub(crate) async fn serve(
         Ok((identity, (service, port))) => (identity, service, port),
         Err(reason) => return refuse(thread, client, reason, from, to),
     };
-    let Some(leaf) = leaf_of(&view, &identity) else {
-        return refuse(thread, client, Reason::NoIdentity, from, to);
+    let id = SpiffeId {
+        trust_domain: view.host.trust_domain.clone(),
+        identity,
     };
+    if view.leaves.of(&id.identity).is_none() {
+        return refuse(thread, client, Reason::NoIdentity, from, to);
+    }
     drop(view);
+    relay::guard(&client);
     let caller = Caller {
-        leaf,
+        id,
         service,
         port: port.number,
     };
     let activity = Activity::default();
-    let way = async {
-        match port.protocol {
-            Protocol::Tcp | Protocol::Http2 | Protocol::Grpc => {
-                tcp::serve(thread, &caller, client, &activity).await
-            }
-            Protocol::Http => http::serve(thread, &caller, client, &activity).await,
-            Protocol::Auto => auto::serve(thread, &caller, client, &activity).await,
+    match port.protocol {
+        Protocol::Tcp | Protocol::Http2 | Protocol::Grpc => {
+            Box::pin(tcp::serve(thread, &caller, client, &activity)).await;
         }
-    };
-    tokio::select! {
-        () = Box::pin(way) => (),
-        () = activity.ceased(thread.settings.idle) => log::debug!("an idle connection was closed"),
+        Protocol::Http => Box::pin(http::serve(thread, &caller, client, &activity)).await,
+        Protocol::Auto => Box::pin(auto::serve(thread, &caller, client, &activity)).await,
     }
 }
 
@@ -80,10 +79,14 @@ fn whose_identity(
         return Ok(Identity::Workload(account));
     }
     match thread.diag.borrow_mut().owner_of(from, to) {
-        Ok(Owner::Known(owner)) => Ok(match view.owners.find(owner.uid, Some(owner.cgroup)) {
-            Some(account) => Identity::Workload(account.clone()),
-            None => Identity::Host(view.host.name.clone()),
-        }),
+        Ok(Owner::Known(owner)) => match view.owners.find(owner.uid, Some(owner.cgroup)) {
+            Ok(Some(account)) => Ok(Identity::Workload(account.clone())),
+            Ok(None) => Ok(Identity::Host(view.host.name.clone())),
+            Err(error) => {
+                log::warn!("whose a connection is can not be told: {error}");
+                Err(Reason::CallerUnknown)
+            }
+        },
         Ok(Owner::Unknown) => Err(Reason::CallerUnknown),
         Err(error) => {
             log::warn!("the kernel can not be asked whose a connection is: {error}");
@@ -106,21 +109,22 @@ fn whither(view: &View, to: SocketAddr) -> Result<(Arc<Service>, Port), Reason> 
     Ok((Arc::clone(service), port.clone()))
 }
 
-fn leaf_of(view: &View, identity: &Identity) -> Option<Arc<Leaf>> {
-    view.leaves.of(identity).cloned()
-}
-
 fn refuse(thread: &Thread, client: TcpStream, reason: Reason, from: SocketAddr, to: SocketAddr) {
     thread.metrics.refused(Direction::Outbound, reason);
-    log::info!(from:% = from, to:% = to, reason:% = reason; "refused a call: {}", reason.text());
+    if thread.refusals.borrow_mut().passes() {
+        log::info!(from:% = from, to:% = to, reason:% = reason; "refused a call: {}", reason.text());
+    }
     relay::abort(client);
 }
 
 /// Says why a call of a known caller failed: in log and metric.
 fn note_refusal(thread: &Thread, caller: &Caller, reason: Reason) {
     thread.metrics.refused(Direction::Outbound, reason);
+    if !thread.refusals.borrow_mut().passes() {
+        return;
+    }
     log::info!(
-        src:% = caller.leaf.id, dst:% = caller.service.name, port = caller.port, reason:% = reason;
+        src:% = caller.id, dst:% = caller.service.name, port = caller.port, reason:% = reason;
         "a call failed: {}", reason.text()
     );
 }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mesh_core::identity::Identity;
 use mesh_core::reason::Reason;
@@ -14,6 +14,7 @@ use mesh_runtime::mux::{self, Mux};
 use mesh_runtime::tls::leaf::read_leaf;
 use mesh_runtime::tls::verify::handshake_reason;
 use rustls_pki_types::ServerName;
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::task::spawn_local;
@@ -22,6 +23,12 @@ use tokio_rustls::TlsConnector;
 use crate::call::EndpointKey;
 use crate::data::Thread;
 use crate::view::Leaf;
+
+/// Connections to one endpoint as one identity. A second one is made when readers that stand still hold the credit
+/// of the first, so that they hold back nobody else.
+const CONNECTIONS_MAX: usize = 4;
+/// Data that a peer does not acknowledge for so long ends the connection: its host is gone without a word.
+const SILENT_MAX: Duration = Duration::from_secs(10);
 
 /// Sweeps that a connection without streams survives: at least 30 s of quiet.
 const IDLE_SWEEPS: u32 = 3;
@@ -35,7 +42,7 @@ pub(crate) struct Peers {
 /// The place of one connection. Those who need it while it is being made wait on `making`.
 #[derive(Debug, Default)]
 struct Slot {
-    live: RefCell<Option<Live>>,
+    live: RefCell<Vec<Live>>,
     making: Mutex<()>,
     /// When making it failed last, and why: those who waited for it share the answer.
     failed: Cell<Option<(Instant, Reason)>>,
@@ -49,22 +56,23 @@ struct Live {
 }
 
 impl Slot {
-    /// The connection, if it takes streams, is made with the leaf of today, and that lives.
+    /// A connection that takes streams and was made with the leaf of today.
     fn usable(&self, leaf: &Arc<Leaf>) -> Option<Mux> {
         let mut live = self.live.borrow_mut();
-        let current = live.as_ref()?;
-        if !current.mux.takes_streams() {
-            *live = None;
-            return None;
-        }
-        if !Arc::ptr_eq(&current.leaf, leaf) {
-            // Renewed: the old connection carries its streams to their end.
-            current.mux.go_away(Reason::Draining);
-            *live = None;
-            return None;
-        }
+        live.retain(|current| {
+            let good = current.mux.takes_streams() && Arc::ptr_eq(&current.leaf, leaf);
+            if !good {
+                // Renewed, or told to go: it carries its streams to their end.
+                current.mux.retire(Reason::Draining);
+            }
+            good
+        });
+        let full = live.len() >= CONNECTIONS_MAX;
+        let found = live
+            .iter()
+            .find(|current| full || !current.mux.is_starved())?;
         self.idle_sweeps.set(0);
-        Some(current.mux.clone())
+        Some(found.mux.clone())
     }
 }
 
@@ -99,7 +107,7 @@ impl Peers {
         }
         match dial(thread, leaf, endpoint).await {
             Ok(mux) => {
-                *slot.live.borrow_mut() = Some(Live {
+                slot.live.borrow_mut().push(Live {
                     mux: mux.clone(),
                     leaf: Arc::clone(leaf),
                 });
@@ -118,19 +126,17 @@ impl Peers {
             if Rc::strong_count(slot) > 1 {
                 return true; // Somebody is making it.
             }
-            let live = slot.live.borrow();
-            let Some(current) = live.as_ref().filter(|live| live.mux.closed().is_none()) else {
-                return false;
-            };
-            if current.mux.open_streams() > 0 {
+            let mut live = slot.live.borrow_mut();
+            live.retain(|live| live.mux.closed().is_none());
+            if live.iter().any(|live| live.mux.open_streams() > 0) {
                 slot.idle_sweeps.set(0);
                 return true;
             }
             slot.idle_sweeps.set(slot.idle_sweeps.get() + 1);
-            if slot.idle_sweeps.get() < IDLE_SWEEPS {
+            if !live.is_empty() && slot.idle_sweeps.get() < IDLE_SWEEPS {
                 return true;
             }
-            current.mux.close();
+            live.iter().for_each(|live| live.mux.close());
             false
         });
     }
@@ -138,10 +144,10 @@ impl Peers {
     /// Closes what carries no stream.
     pub(crate) fn close_idle(&self) {
         for slot in self.slots.borrow().values() {
-            if let Some(live) = slot
+            for live in slot
                 .live
                 .borrow()
-                .as_ref()
+                .iter()
                 .filter(|live| live.mux.open_streams() == 0)
             {
                 live.mux.close();
@@ -173,6 +179,7 @@ async fn dial(
     socket
         .set_nodelay(true)
         .map_err(|error| log_failure(Reason::PeerUnreachable, &error))?;
+    watch_silence(&socket);
     let name = endpoint.sni(&leaf.id.trust_domain);
     let name =
         ServerName::try_from(name).map_err(|error| log_failure(Reason::PeerIdentity, &error))?;
@@ -208,6 +215,14 @@ async fn dial(
         open.dec();
     });
     Ok(mux)
+}
+
+/// Lets the kernel end a mesh connection whose other host went away without a word.
+pub(crate) fn watch_silence(socket: &TcpStream) {
+    let set = SockRef::from(socket).set_tcp_user_timeout(Some(SILENT_MAX));
+    if let Err(error) = set {
+        log::debug!("cannot bound a peer's silence: {error}");
+    }
 }
 
 /// Unix time, seconds, as certificates count it.

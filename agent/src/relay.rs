@@ -6,7 +6,9 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use mesh_core::reason::Reason;
 use mesh_runtime::mux::{MuxStream, StreamError};
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::AsyncWrite as _;
 use tokio::net::TcpStream;
 
@@ -42,7 +44,7 @@ impl Activity {
     }
 }
 
-/// Relays until both directions ended.
+/// Relays until both directions ended, or nothing moved for `idle`.
 ///
 /// # Errors
 /// The side that failed. Nothing is hidden: what had arrived is delivered first.
@@ -51,7 +53,7 @@ pub(crate) async fn relay(
     stream: &MuxStream,
     local: Local,
     flow: &Flow,
-    activity: &Activity,
+    (activity, idle): (&Activity, Duration),
 ) -> Result<(), StreamError> {
     let (to_stream, to_socket) = match local {
         Local::Caller => (&flow.sent, &flow.received),
@@ -59,16 +61,8 @@ pub(crate) async fn relay(
     };
     let mut reading = true;
     let mut writing = true;
-    poll_fn(|cx| {
-        if reading
-            && let Poll::Ready(done) = poll_out(cx, socket, stream, |n| {
-                to_stream.inc_by(n);
-                activity.note();
-            })
-        {
-            done?;
-            reading = false;
-        }
+    let mut reset = None;
+    let both = poll_fn(|cx| {
         if writing
             && let Poll::Ready(done) = poll_in(cx, socket, stream, |n| {
                 to_socket.inc_by(n);
@@ -78,13 +72,29 @@ pub(crate) async fn relay(
             done?;
             writing = false;
         }
-        if reading || writing {
-            Poll::Pending
-        } else {
-            Poll::Ready(Ok(()))
+        if reading
+            && let Poll::Ready(done) = poll_out(cx, socket, stream, |n| {
+                to_stream.inc_by(n);
+                activity.note();
+            })
+        {
+            match done {
+                // What came before the reset is still to be delivered.
+                Err(StreamError::Reset(reason)) => reset = Some(reason),
+                other => other?,
+            }
+            reading = false;
         }
-    })
-    .await
+        if reading || writing {
+            return Poll::Pending;
+        }
+        Poll::Ready(reset.map_or(Ok(()), |reason| Err(StreamError::Reset(reason))))
+    });
+    tokio::select! {
+        biased;
+        outcome = both => outcome,
+        () = activity.ceased(idle) => Err(StreamError::Reset(Reason::Timeout)),
+    }
 }
 
 fn poll_out(
@@ -126,9 +136,42 @@ fn poll_in(
     Poll::Pending
 }
 
-/// Closes a connection so that its peer sees a reset, not an end that looks whole.
+/// From now on the other end of a local connection sees a reset when the connection is dropped, or its process
+/// dies: never an end that looks whole.
+pub(crate) fn guard(socket: &TcpStream) {
+    linger(socket, Some(Duration::ZERO));
+}
+
+/// All that was to be said is said: the other end sees a proper end.
+pub(crate) fn settle(socket: &TcpStream) {
+    linger(socket, None);
+}
+
+fn linger(socket: &TcpStream, linger: Option<Duration>) {
+    if let Err(error) = socket2::SockRef::from(socket).set_linger(linger) {
+        log::debug!("a connection is gone already: {error}");
+    }
+}
+
+/// Closes a connection so that its other end sees a reset.
 pub(crate) fn abort(socket: TcpStream) {
-    if let Err(error) = socket.set_zero_linger() {
-        log::debug!("cannot set a connection up for its reset: {error}");
+    guard(&socket);
+    drop(socket);
+}
+
+/// Counts a call as open while it lives.
+#[derive(Debug)]
+pub(crate) struct Open<'a>(&'a Gauge);
+
+impl<'a> Open<'a> {
+    pub(crate) fn count(gauge: &'a Gauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }

@@ -4,7 +4,7 @@
 
 use mesh_core::names::Account;
 
-use crate::capture::cgroup::{CgroupTree, Directory};
+use crate::capture::cgroup::{CgroupError, CgroupTree, Directory};
 
 /// What is known of the owners of all workloads, kept by `crate::owners`.
 #[derive(Debug, Default)]
@@ -25,30 +25,43 @@ pub(crate) struct Owned {
 
 impl OwnerTable {
     /// The workload that a socket of `uid` in the cgroup of that id belongs to.
-    pub(crate) fn find(&self, uid: u32, cgroup: Option<u64>) -> Option<&Account> {
-        let by_cgroup = cgroup.and_then(|id| self.by_cgroup(id));
-        by_cgroup.or_else(|| {
+    ///
+    /// # Errors
+    /// When it can not be told: then it is nobody's, and not its user's.
+    pub(crate) fn find(
+        &self,
+        uid: u32,
+        cgroup: Option<u64>,
+    ) -> Result<Option<&Account>, CgroupError> {
+        let by_cgroup = cgroup.map(|id| self.by_cgroup(id)).transpose()?.flatten();
+        Ok(by_cgroup.or_else(|| {
             let by_user = self
                 .workloads
                 .iter()
                 .find(|owned| owned.uids.contains(&uid));
             by_user.map(|owned| &owned.account)
-        })
+        }))
     }
 
-    fn by_cgroup(&self, id: u64) -> Option<&Account> {
+    fn by_cgroup(&self, id: u64) -> Result<Option<&Account>, CgroupError> {
         let all = || {
             let pairs = self.workloads.iter();
             pairs.flat_map(|owned| owned.directories.iter().map(move |dir| (owned, dir)))
         };
         // Most sockets are in the directory itself: no system call for those.
         if let Some((owned, _)) = all().find(|(_, directory)| directory.cgroup.id == id) {
-            return Some(&owned.account);
+            return Ok(Some(&owned.account));
         }
-        let tree = self.tree.as_ref()?;
-        let holding = all().filter(|(_, dir)| tree.contains(&dir.path, id).unwrap_or(false));
-        holding
-            .max_by_key(|(_, dir)| dir.cgroup.level)
-            .map(|(owned, _)| &owned.account)
+        let Some(tree) = &self.tree else {
+            return Ok(None);
+        };
+        let mut deepest: Option<(&Owned, &Directory)> = None;
+        for (owned, directory) in all() {
+            let deeper = deepest.is_none_or(|(_, best)| best.cgroup.level < directory.cgroup.level);
+            if deeper && tree.contains(&directory.path, id)? {
+                deepest = Some((owned, directory));
+            }
+        }
+        Ok(deepest.map(|(owned, _)| &owned.account))
     }
 }

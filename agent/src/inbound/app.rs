@@ -7,22 +7,26 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use mesh_core::identity::SpiffeId;
 use mesh_core::names::Account;
 use mesh_core::reason::Reason;
 use tokio::net::TcpStream;
 
-use super::Admitted;
+use super::{Admitted, Peer};
 use crate::capture::sockdiag::Listener;
 use crate::data::Thread;
+use crate::relay;
 
 /// Kept connections for one (port, shown address), and in all. What is more is closed.
 const KEPT_PER_KEY_MAX: usize = 64;
-const KEPT_MAX: usize = 1024;
+pub(crate) const KEPT_MAX: usize = 1024;
 /// Below the shortest keep-alive timeout that servers have by default (5 s with Apache httpd and Node).
 const KEPT_FOR: Duration = Duration::from_secs(4);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
+    /// Some apps take a connection for a login (NTLM, Negotiate): it stays with its caller.
+    caller: SpiffeId,
     server: Account,
     port: u16,
     shown: IpAddr,
@@ -66,24 +70,28 @@ impl AppPool {
     }
 }
 
-fn key(admitted: &Admitted, shown: IpAddr) -> Key {
+fn key(peer: &Peer, admitted: &Admitted) -> Key {
     Key {
+        caller: peer.id.clone(),
         server: admitted.server.clone(),
         port: admitted.permit.target().port,
-        shown,
+        shown: peer.address,
     }
 }
 
 /// A kept connection for another request, if there is one.
-pub(super) fn reuse(thread: &Thread, admitted: &Admitted, shown: IpAddr) -> Option<TcpStream> {
-    let socket = thread.apps.take(&key(admitted, shown))?;
+pub(super) fn reuse(peer: &Peer, admitted: &Admitted) -> Option<TcpStream> {
+    let thread = peer.thread();
+    let socket = thread.apps.take(&key(peer, admitted))?;
+    relay::guard(&socket);
     thread.metrics.app_reused.inc();
     Some(socket)
 }
 
 /// Keeps a connection on which an exchange ended cleanly.
-pub(super) fn keep(thread: &Thread, admitted: &Admitted, shown: IpAddr, socket: TcpStream) {
-    thread.apps.give(key(admitted, shown), socket);
+pub(super) fn keep(peer: &Peer, admitted: &Admitted, socket: TcpStream) {
+    relay::settle(&socket);
+    peer.thread().apps.give(key(peer, admitted), socket);
 }
 
 /// Connects to the app of a permitted target as if from `shown`.
@@ -100,6 +108,7 @@ pub(super) async fn connect(
     let connect = thread.dialer.connect(target, shown);
     match tokio::time::timeout(thread.settings.connect, connect).await {
         Ok(Ok(socket)) => {
+            relay::guard(&socket);
             thread.metrics.app_connections.inc();
             Ok(socket)
         }
@@ -126,8 +135,14 @@ fn listener(
     let view = thread.view();
     let mut stranger = None;
     let mut family = false;
+    let owner_of = |listener: &Listener| {
+        // Whose it is can not be told: then it is nobody's.
+        view.owners
+            .find(listener.uid, listener.cgroup)
+            .unwrap_or(None)
+    };
     for listener in &listeners {
-        let owner = view.owners.find(listener.uid, listener.cgroup);
+        let owner = owner_of(listener);
         if owner != Some(server) {
             stranger = Some((listener, owner.cloned()));
             continue;
@@ -137,8 +152,7 @@ fn listener(
             // there must be the workload.
             Some(target)
                 if listeners.iter().all(|other| {
-                    !takes_over(other, listener, target)
-                        || view.owners.find(other.uid, other.cgroup) == Some(server)
+                    !takes_over(other, listener, target) || owner_of(other) == Some(server)
                 }) =>
             {
                 return Ok(target);

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Instant;
 
-use mesh_core::http1::{self, Body, Framing, Method, Request, Response};
+use mesh_core::http1::{self, Body, Framing, Request, Response};
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::MuxStream;
 use tokio::net::TcpStream;
@@ -11,7 +11,7 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use super::{Admitted, Peer, app, carry};
 use crate::http::{Broken, Sink as _, pump, read_head};
-use crate::relay::{self, Activity};
+use crate::relay::{self, Activity, Open};
 
 /// What the app learns of its caller. It replaces what came in under this name.
 const CLIENT_ID: &str = "x-meshwork-client-id";
@@ -47,7 +47,8 @@ pub(super) async fn serve(
 ) -> Result<(), Reason> {
     let thread = peer.thread();
     let mut input = begun.buffer;
-    let parse = |bytes: &[u8]| http1::parse_request(bytes, thread.settings.head_max);
+    let max = thread.settings.head_max;
+    let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
     let request = match read_head(&mut &*stream, &mut input, activity, parse).await {
         Ok(Some(request)) => request,
         Ok(None) => return Ok(()),
@@ -71,7 +72,7 @@ pub(super) async fn serve(
     };
     let (mut socket, mut sent) = match begun.app {
         Some((socket, sent)) => (socket, sent),
-        None => match app::reuse(thread, admitted, peer.address) {
+        None => match app::reuse(peer, admitted) {
             Some(mut kept) => match exchange.run(&mut kept, 0, true).await {
                 Err(Failed::NotTaken) => (app::connect(thread, admitted, peer.address).await?, 0),
                 outcome => return exchange.finish(kept, outcome).await,
@@ -106,11 +107,12 @@ impl Exchange<'_> {
         match outcome {
             Ok(Done::Clean) => {
                 self.stream.end();
-                app::keep(self.peer.thread(), self.admitted, self.peer.address, socket);
+                app::keep(self.peer, self.admitted, socket);
                 Ok(())
             }
             Ok(Done::Over) => {
                 self.stream.end();
+                relay::settle(&socket);
                 Ok(())
             }
             Ok(Done::Tunnel) => {
@@ -118,7 +120,13 @@ impl Exchange<'_> {
                 if writer.put(&self.input).await.is_err() {
                     return Err(Reason::AppReset);
                 }
-                carry(socket, self.stream, self.admitted, self.activity).await
+                carry(
+                    socket,
+                    self.stream,
+                    self.admitted,
+                    (self.activity, self.peer.thread().settings.idle),
+                )
+                .await
             }
             Err(failed) => {
                 relay::abort(socket);
@@ -142,8 +150,8 @@ impl Exchange<'_> {
         let begun = Instant::now();
         let (mut reader, mut writer) = socket.split();
         // Without a body, and harmless to repeat: the app may have closed a kept connection just now.
-        let repeatable =
-            kept && self.request.framing == Framing::None && self.request.method != Method::Connect;
+        let idempotent = self.request.method.is_idempotent();
+        let repeatable = kept && self.request.framing == Framing::None && idempotent;
         if writer.put(&self.head[sent..]).await.is_err() {
             return Err(if repeatable {
                 Failed::NotTaken
@@ -152,7 +160,7 @@ impl Exchange<'_> {
             });
         }
         flow.sent.inc_by(self.head.len() as u64);
-        flow.open.inc();
+        let open = Open::count(&flow.open);
         let mut body = Body::new(self.request.framing);
         let mut input = std::mem::take(&mut self.input);
         let count = (&flow.sent, self.activity);
@@ -175,7 +183,7 @@ impl Exchange<'_> {
                 },
             }
         };
-        flow.open.dec();
+        drop(open);
         self.input = input;
         match outcome {
             Ok(Done::Clean) if !body.is_done() => Ok(Done::Over),
@@ -196,7 +204,9 @@ impl Exchange<'_> {
         let mut answered = false;
         let response: Response = loop {
             let max = self.peer.thread().settings.head_max;
-            let parse = |bytes: &[u8]| http1::parse_response(bytes, &self.request, max);
+            let parse = (max, |bytes: &[u8]| {
+                http1::parse_response(bytes, &self.request, max)
+            });
             let head = read_head(reader, &mut output, self.activity, parse).await;
             let response = match head {
                 Ok(Some(response)) => response,

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio_util::io::poll_read_buf;
 
 use super::{http, tcp};
-use crate::call::{self, Call, Caller};
+use crate::call::{self, Call, Caller, TRIES_MAX};
 use crate::data::Thread;
 use crate::relay::{self, Activity};
 
@@ -37,29 +37,44 @@ pub(super) async fn serve(
     activity: &Activity,
 ) {
     let mut buffer = Vec::new();
-    let call = match call::open(thread, caller, StreamKind::Auto, &mut Vec::new()).await {
-        Ok(call) => call,
-        Err(reason) => return refuse(thread, caller, client, buffer, reason).await,
+    let mut tried = Vec::new();
+    let reason = loop {
+        let call = match call::open(thread, caller, StreamKind::Auto, &mut tried).await {
+            Ok(call) => call,
+            Err(reason) => break reason,
+        };
+        let mut sent = 0;
+        let first = tokio::select! {
+            first = first(&mut client, &call, &mut buffer, &mut sent) => first,
+            () = activity.ceased(thread.settings.idle) => break Reason::Timeout,
+        };
+        let refused = match first {
+            First::Request => {
+                let begun = http::Begun {
+                    call: Some((call, sent)),
+                    buffer,
+                };
+                return http::continue_with(thread, caller, client, begun, activity).await;
+            }
+            // The balancer hears of an answer only when there is one.
+            First::Bytes => match tcp::accepted(thread, &call).await {
+                Ok(()) => {
+                    let flow = tcp::flow(thread, caller, &call, "tcp");
+                    flow.sent.inc_by(sent as u64);
+                    return tcp::carry(thread, caller, &call, client, (&flow, activity)).await;
+                }
+                Err(reason) => reason,
+            },
+            First::Refused(reason) => reason,
+        };
+        call.failed(refused);
+        tried.push(Rc::clone(&call.endpoint));
+        // What was sent is still in the buffer, and no app had it.
+        if !refused.is_retryable() || tried.len() >= TRIES_MAX {
+            break refused;
+        }
     };
-    let mut sent = 0;
-    match first(&mut client, &call, &mut buffer, &mut sent).await {
-        First::Request => {
-            let begun = http::Begun {
-                call: Some((call, sent)),
-                buffer,
-            };
-            http::continue_with(thread, caller, client, begun, activity).await;
-        }
-        First::Bytes => {
-            let flow = tcp::flow(thread, caller, &call, "tcp");
-            flow.sent.inc_by(sent as u64);
-            tcp::carry(thread, caller, &call, client, (&flow, activity)).await;
-        }
-        First::Refused(reason) => {
-            call.failed(reason);
-            refuse(thread, caller, client, buffer, reason).await;
-        }
-    }
+    refuse(thread, caller, client, buffer, reason).await;
 }
 
 /// Passes the caller's first bytes on while looking at them. The other agent looks at the same bytes in the same

@@ -17,10 +17,13 @@ use crate::call::{self, Call, Caller, EndpointKey, TRIES_MAX};
 use crate::data::Thread;
 use crate::http::{Broken, Sink as _, pump, read_head};
 use crate::metrics::Flow;
-use crate::relay::{self, Activity};
+use crate::relay::{self, Activity, Open};
 
 /// How long what a refused caller still sends is taken and thrown away, so that it can read its answer.
 const LINGER: Duration = Duration::from_secs(2);
+
+/// How long a caller that closed its side may wait for its answer.
+const HALF_CLOSED_MAX: Duration = Duration::from_secs(60);
 
 /// What `auto` already has of the first request: its stream, how much of the buffer was sent on it, the buffer.
 #[derive(Debug, Default)]
@@ -85,21 +88,31 @@ pub(super) async fn continue_with(
     let mut draining = thread.draining.subscribe();
     loop {
         let (mut reader, mut writer) = client.split();
-        let parse = |bytes: &[u8]| http1::parse_request(bytes, thread.settings.head_max);
+        let max = thread.settings.head_max;
+        let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
         let head = tokio::select! {
             head = read_head(&mut reader, &mut exchange.input, activity, parse) => head,
-            _ = draining.wait_for(|draining| *draining), if exchange.input.is_empty() => return,
+            () = activity.ceased(thread.settings.idle) => Ok(None),
+            _ = draining.wait_for(|draining| *draining), if exchange.input.is_empty() => Ok(None),
         };
         let request = match head {
             Ok(Some(request)) => request,
-            Ok(None) => return,
+            // Between two requests an end is a proper end.
+            Ok(None) => return relay::settle(&client),
             Err(Broken::Malformed(reason)) => {
                 super::note_refusal(thread, caller, reason);
                 return answer_and_close(client, reason).await;
             }
             Err(_) => return,
         };
-        match exchange.run(&request, &mut reader, &mut writer).await {
+        let next = tokio::select! {
+            next = exchange.run(&request, &mut reader, &mut writer) => next,
+            () = activity.ceased(thread.settings.idle) => {
+                super::note_refusal(thread, caller, Reason::Timeout);
+                Next::Abort
+            }
+        };
+        match next {
             Next::KeepAlive => (),
             Next::Close => return close(client).await,
             Next::Abort => return relay::abort(client),
@@ -183,11 +196,11 @@ impl Exchange<'_> {
         writer: &mut WriteHalf<'_>,
     ) -> Result<Next, Failed> {
         let flow = self.flow_of(&call);
-        flow.open.inc();
+        let open = Open::count(&flow.open);
         let outcome = self
             .exchange(request, &call, &flow, sent, (reader, writer))
             .await;
-        flow.open.dec();
+        drop(open);
         match outcome {
             Ok(Answered::KeepAlive) => Ok(Next::KeepAlive),
             Ok(Answered::Close) => Ok(Next::Close),
@@ -196,7 +209,7 @@ impl Exchange<'_> {
             Err(failed) => {
                 if let Failed::Unanswered(reason) = &failed {
                     call.failed(*reason);
-                    flow.response(reason.http_status(), 0.0);
+                    flow.refused(reason.http_status());
                 }
                 Err(failed)
             }
@@ -238,7 +251,10 @@ impl Exchange<'_> {
             if request.method != http1::Method::Connect && !request.upgrade {
                 stream.end();
             }
-            let answered = respond(self, request, call, flow, writer).await?;
+            let answered = tokio::select! {
+                answered = respond(self, request, call, flow, writer) => answered?,
+                () = abandoned(reader) => return Err(Failed::Broken),
+            };
             self.input.drain(..request.len);
             if answered != Answered::Tunnel {
                 stream.end();
@@ -250,7 +266,7 @@ impl Exchange<'_> {
         let mut body = Body::new(request.framing);
         let upload = async {
             let pumped = pump(reader, &mut &*stream, &mut input, &mut body, count).await;
-            if pumped.is_ok() {
+            if pumped.is_ok() && !request.upgrade {
                 stream.end();
             }
             pumped
@@ -263,6 +279,17 @@ impl Exchange<'_> {
             (None | Some(Err(_)), Answered::KeepAlive) => Ok(Answered::Close),
             (_, answered) => Ok(answered),
         }
+    }
+}
+
+/// Completes when the caller is gone: at once when it reset its connection, a while after it closed its side, for
+/// that may be all that a caller has to say.
+async fn abandoned(reader: &mut ReadHalf<'_>) {
+    match reader.peek(&mut [0]).await {
+        Err(_) => (),
+        Ok(0) => tokio::time::sleep(HALF_CLOSED_MAX).await,
+        // Its next request: it is there.
+        Ok(_) => std::future::pending().await,
     }
 }
 
@@ -298,7 +325,8 @@ async fn respond(
     output.clear();
     let mut answered = false;
     let response = loop {
-        let parse = |bytes: &[u8]| http1::parse_response(bytes, request, thread.settings.head_max);
+        let max = thread.settings.head_max;
+        let parse = (max, |bytes: &[u8]| http1::parse_response(bytes, request, max));
         let response: Response = match read_head(&mut stream, output, activity, parse).await {
             Ok(Some(response)) => response,
             Ok(None) | Err(Broken::Cut) if !answered => {
@@ -417,6 +445,7 @@ pub(super) async fn answer_and_close(mut client: TcpStream, reason: Reason) {
 
 /// Closes so that what was written arrives: unread input would turn the end into a reset.
 async fn close(mut client: TcpStream) {
+    relay::settle(&client);
     if client.shutdown().await.is_err() {
         return;
     }

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use crate::call::{self, Call, Caller, TRIES_MAX};
 use crate::data::Thread;
 use crate::metrics::{Direction, Flow, FlowLabels};
-use crate::relay::{self, Activity, Local};
+use crate::relay::{self, Activity, Local, Open};
 
 pub(super) async fn serve(
     thread: &Rc<Thread>,
@@ -40,20 +40,28 @@ async fn connect(thread: &Rc<Thread>, caller: &Caller) -> Result<Call, Reason> {
         let opened = call::open(thread, caller, StreamKind::Tcp, &mut tried).await;
         // That no other endpoint is left says less than why those that were asked refused.
         let call = opened.map_err(|reason| last.unwrap_or(reason))?;
-        let bound = thread.settings.connect + thread.settings.hold;
-        let accepted = tokio::time::timeout(bound, call.stream.accepted()).await;
-        match accepted.unwrap_or(Err(Reason::Timeout)) {
+        match accepted(thread, &call).await {
             Ok(()) => return Ok(call),
             Err(reason) => {
                 call.failed(reason);
                 tried.push(Rc::clone(&call.endpoint));
-                if !reason.is_retryable() || tried.len() >= TRIES_MAX {
+                // Nothing of the caller was sent: a peer that is gone without a word did nothing either.
+                let harmless =
+                    reason.is_retryable() || matches!(reason, Reason::PeerLost | Reason::Timeout);
+                if !harmless || tried.len() >= TRIES_MAX {
                     return Err(reason);
                 }
                 last = Some(reason);
             }
         }
     }
+}
+
+/// Waits until the called app took the connection.
+pub(super) async fn accepted(thread: &Thread, call: &Call) -> Result<(), Reason> {
+    let bound = thread.settings.connect * 2;
+    let accepted = tokio::time::timeout(bound, call.stream.accepted()).await;
+    accepted.unwrap_or(Err(Reason::Timeout))
 }
 
 /// Relays a call whose stream is open until both ends are through.
@@ -65,12 +73,13 @@ pub(super) async fn carry(
     (flow, activity): (&Flow, &Activity),
 ) {
     flow.connected(call.answered());
-    flow.open.inc();
-    let outcome = relay::relay(&mut client, &call.stream, Local::Caller, flow, activity).await;
-    flow.open.dec();
+    let open = Open::count(&flow.open);
+    let bounds = (activity, thread.settings.idle);
+    let outcome = relay::relay(&mut client, &call.stream, Local::Caller, flow, bounds).await;
+    drop(open);
     flow.connection(outcome.is_ok());
     match outcome {
-        Ok(()) => (),
+        Ok(()) => relay::settle(&client),
         Err(StreamError::Reset(reason)) => {
             super::note_refusal(thread, caller, reason);
             relay::abort(client);
@@ -90,12 +99,12 @@ pub(super) fn flow(
     let called = &call.endpoint.account;
     thread.metrics.flow(&FlowLabels {
         direction: Direction::Outbound,
-        src: caller.leaf.id.to_string(),
+        src: caller.id.to_string(),
         dst: caller.service.name.to_string(),
         port: caller.port,
         tls: format!(
             "spiffe://{}/ns/{}/sa/{}",
-            caller.leaf.id.trust_domain, called.namespace, called.name
+            caller.id.trust_domain, called.namespace, called.name
         ),
         protocol,
     })
