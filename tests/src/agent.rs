@@ -252,7 +252,7 @@ impl Agent {
 }
 
 /// `GET path` over a unix socket.
-fn get(socket: &std::path::Path, path: &str) -> Result<(u16, String), String> {
+pub(crate) fn get(socket: &std::path::Path, path: &str) -> Result<(u16, String), String> {
     let fault = |e: std::io::Error| format!("{}: {e}", socket.display());
     let mut stream = UnixStream::connect(socket).map_err(fault)?;
     let limit = Some(Duration::from_secs(5));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::host::Host;
+use crate::metrics::Metrics;
 use crate::process::{Output, Process};
 use crate::site::Site;
 use crate::wait::{SOON, check, wait_until};
@@ -154,6 +155,22 @@ impl Control {
             let healthy = healthy.iter().filter(|e| is_healthy(e)).count();
             check(healthy == count, format!("{healthy} of {value}"))
         });
+    }
+
+    #[track_caller]
+    pub fn metrics(&self) -> Metrics {
+        let socket = self.state_dir().join("control.sock");
+        wait_until("the metrics of control", SOON, || {
+            let (status, body) = agent::get(&socket, "/metrics")?;
+            check(status == 200, format!("{status} {body}")).map(|()| Metrics::parse(&body))
+        })
+    }
+
+    /// How often it refused for this reason.
+    #[track_caller]
+    pub fn refused(&self, reason: &str) -> f64 {
+        self.metrics()
+            .sum("mesh_control_refused_total", &[("reason", reason)])
     }
 
     pub fn address(&self) -> String {

@@ -4,6 +4,7 @@ use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,6 +59,26 @@ impl Host {
 
     pub fn resolv_conf(&self) -> PathBuf {
         self.dir().join("resolv.conf")
+    }
+
+    /// Gives the host an `/etc`, a copy of the machine's, and a `/run` of its own: what changes there then was
+    /// changed on this host.
+    #[track_caller]
+    pub fn own_etc_and_run(&self) {
+        let root = self.own_root();
+        fs::create_dir_all(root.join("run")).expect("a directory");
+        let copy = Command::new("cp").args(["-a", "/etc"]).arg(&root).output();
+        let copy = copy.expect("`cp` of coreutils");
+        assert!(copy.status.success(), "{copy:?}");
+        // It may lead out of the copy, and is what the host's own is mounted on.
+        let resolv_conf = root.join("etc/resolv.conf");
+        drop(fs::remove_file(&resolv_conf));
+        fs::write(resolv_conf, "").expect("a resolv.conf");
+    }
+
+    /// Directories that stand in the place of the machine's for this host.
+    pub(crate) fn own_root(&self) -> PathBuf {
+        self.dir().join("own")
     }
 
     /// A subdirectory that belongs to `user`, for a server's files.

@@ -12,9 +12,11 @@ use nix::unistd::Pid;
 use crate::host::Host;
 use crate::wait::{SOON, wait_until};
 
-/// Makes a cgroup the shell's own, gives it the host's resolv.conf, and becomes the program.
-const ENTER: &str =
-    r#"echo $$ > "$1/cgroup.procs" && mount --bind "$2" /etc/resolv.conf && shift 2 && exec "$@""#;
+/// Makes a cgroup the shell's own, gives it the host's resolv.conf (and directories, if it has its own), and becomes
+/// the program.
+const ENTER: &str = r#"echo $$ > "$1/cgroup.procs" &&
+    for own in "$3"/*; do [ ! -d "$own" ] || mount --bind "$own" "/${own##*/}" || exit; done &&
+    mount --bind "$2" /etc/resolv.conf && shift 3 && exec "$@""#;
 
 /// A command to be run on a host.
 #[derive(Debug)]
@@ -142,7 +144,8 @@ impl Cmd {
             .args(["unshare", "--mount", "--propagation", "private"])
             .args(["sh", "-c", ENTER, "sh"])
             .arg(self.host.cgroup(&self.cgroup))
-            .arg(self.host.resolv_conf());
+            .arg(self.host.resolv_conf())
+            .arg(self.host.own_root());
         if let Some(uid) = self.user {
             command
                 .arg("setpriv")

@@ -11,6 +11,10 @@ mod certificates;
 mod control_down;
 #[path = "namespaces/denial.rs"]
 mod denial;
+#[path = "namespaces/failures.rs"]
+mod failures;
+#[path = "namespaces/half_close.rs"]
+mod half_close;
 #[path = "namespaces/harness.rs"]
 mod harness;
 #[path = "namespaces/http.rs"]

@@ -1,8 +1,10 @@
 //! Whose a connection is, is decided by the kernel at its SYN, however short it lives.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use meshwork_tests::agent::Owner;
+use meshwork_tests::process::{Cmd, Process};
 use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
@@ -10,7 +12,11 @@ use crate::pair::{Pair, mesh_name, owner, spiffe, spiffe_host};
 
 /// Connections of the burst: with one wrong in a thousand, it would be found 6 times of 7.
 const BURST: u32 = 2_000;
+/// Where another burst has shown the same of its other half.
+const FEW: u32 = 500;
 const BURST_MAX: Duration = Duration::from_secs(120);
+/// The user that is the workload `shop/batch`.
+const BATCH: u32 = 20_001;
 /// A user that no file names.
 const NOBODY_WE_KNOW: u32 = 20_999;
 
@@ -80,63 +86,134 @@ fn two_callers_and_two_servers_of_a_host_are_four_identities() {
     }
 }
 
-/// The race that looking up the socket after the accept loses.
-#[test]
-fn who_connects_writes_and_exits_is_known_every_time() {
-    let pair = Pair::new("who_connects_writes_and_exits");
-    let host = &pair.server.host;
-    let count = host.dir().join("count");
-    let sink = host
-        .python("sink", SINK)
-        .cgroup("sink")
-        .env("COUNT", &count.display().to_string());
-    let _sink = sink.spawn("sink");
-    host.wait_listening(9000, SOON);
-    pair.declare("sink", 9000, "tcp");
-    let [vip, _] = pair.vips("sink");
-    // Each in a process of its own, which is gone when the agent accepts.
-    let burst = |number: u32| {
+/// The service `shop/sink`, which counts the lines that it gets.
+struct Sink {
+    pair: Pair,
+    _process: Process,
+    count: PathBuf,
+}
+
+/// What the server's agent counted, by whom.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Counted {
+    by: f64,
+    host: f64,
+    all: f64,
+    refused: f64,
+}
+
+impl Sink {
+    #[track_caller]
+    fn new(name: &str) -> Self {
+        let pair = Pair::new(name);
+        let host = &pair.server.host;
+        let count = host.dir().join("count");
+        let sink = host
+            .python("sink", SINK)
+            .cgroup("sink")
+            .env("COUNT", &count.display().to_string());
+        let process = sink.spawn("sink");
+        host.wait_listening(9000, SOON);
+        pair.declare("sink", 9000, "tcp");
+        Self {
+            pair,
+            _process: process,
+            count,
+        }
+    }
+
+    /// This many connections, each by a process of its own, which is gone when the agent accepts.
+    fn burst(&self, vip: &str, number: u32) -> Cmd {
         let line = format!(
             "bash -c 'for i in $(seq {number}); do (echo hello > /dev/tcp/{vip}/9000); done' 2>&1"
         );
-        pair.client.host.cmd(&line).deadline(BURST_MAX)
-    };
-    let counted = || {
-        let metrics = pair.server.metrics();
-        let refused = pair.client.refused("caller_unknown") + pair.server.refused("caller_unknown");
-        let of = |src: &str| crate::pair::calls(&metrics, src, "shop/sink");
-        let all = metrics.all(
-            "mesh_requests_total",
-            &[("direction", "Inbound"), ("dst", "shop/sink")],
-        );
-        let all: f64 = all.map(|sample| sample.value).sum();
-        (
-            of(&spiffe("client")),
-            of(&spiffe_host(&pair.client.host)),
-            refused,
-            all,
-        )
-    };
-    burst(BURST).cgroup("client").ok();
-    wait_until("every connection to be counted", SOON, || {
-        let now = counted();
-        let expected = (f64::from(BURST), 0.0, 0.0, f64::from(BURST));
-        check(now == expected, format!("{now:?}"))
-    });
-    wait_until("every line to arrive", SOON, || {
-        let text = std::fs::read_to_string(&count).unwrap_or_default();
-        check(text == BURST.to_string(), text)
-    });
+        self.pair.client.host.cmd(&line).deadline(BURST_MAX)
+    }
+
+    /// Connections by `account`, by the client's host, by anybody, and those whose caller was not known.
+    fn counted(&self, account: &str) -> Counted {
+        let (server, client) = (self.pair.server.metrics(), self.pair.client.metrics());
+        let of = |src: &str| crate::pair::calls(&server, src, "shop/sink");
+        let inbound = [("direction", "Inbound"), ("dst", "shop/sink")];
+        let unknown = [("reason", "caller_unknown")];
+        let unknown = [&server, &client].map(|m| m.sum("mesh_refused_total", &unknown));
+        Counted {
+            by: of(&spiffe(account)),
+            host: of(&spiffe_host(&self.pair.client.host)),
+            all: server.sum("mesh_requests_total", &inbound),
+            refused: unknown.iter().sum(),
+        }
+    }
+
+    /// Every connection of a burst that just ended is `account`'s: not one is another's, and none was refused.
+    #[track_caller]
+    fn wait_all_by(&self, account: &str, before: Counted, number: u32) {
+        let expected = Counted {
+            by: before.by + f64::from(number),
+            all: before.all + f64::from(number),
+            ..before
+        };
+        wait_until("every connection to be counted", SOON, || {
+            let now = self.counted(account);
+            check(now == expected, format!("{now:?}, not {expected:?}"))
+        });
+    }
+
+    #[track_caller]
+    fn wait_lines(&self, number: u32) {
+        wait_until("every line to arrive", SOON, || {
+            let text = std::fs::read_to_string(&self.count).unwrap_or_default();
+            check(text == number.to_string(), text)
+        });
+    }
+}
+
+/// The race that looking up the socket after the accept loses.
+#[test]
+fn who_connects_writes_and_exits_is_known_every_time() {
+    let sink = Sink::new("who_connects_writes_and_exits");
+    let [vip, _] = sink.pair.vips("sink");
+    let none = sink.counted("client");
+    sink.burst(&vip, BURST).cgroup("client").ok();
+    sink.wait_all_by("client", none, BURST);
+    sink.wait_lines(BURST);
     // Nobody's: it is the host's or it is refused, and never somebody else's.
     let few = BURST / 10;
-    burst(few).user(NOBODY_WE_KNOW).output();
+    sink.burst(&vip, few).user(NOBODY_WE_KNOW).output();
     wait_until("every connection to be counted or refused", SOON, || {
-        let (client, host, refused, all) = counted();
-        let is_right = client == f64::from(BURST)
-            && host + refused == f64::from(few)
-            && all == f64::from(BURST) + host;
-        check(is_right, format!("{client} {host} {refused} {all}"))
+        let now = sink.counted("client");
+        let is_right = now.by == f64::from(BURST)
+            && now.host + now.refused == f64::from(few)
+            && now.all == f64::from(BURST) + now.host;
+        check(is_right, format!("{now:?}"))
     });
+}
+
+/// The same where a file names a user, and over IPv6 for both kinds of owner.
+#[test]
+fn a_user_is_known_every_time_and_over_ipv6_too() {
+    let sink = Sink::new("a_user_is_known_every_time");
+    let pair = &sink.pair;
+    let _web = pair.web("http", "");
+    pair.client.serve("batch", &Owner::User(BATCH), &[]);
+    let call = format!("curl -sS -m 10 http://{}/", mesh_name("web"));
+    wait_until("the user to be known", SOON, || {
+        drop(pair.client.host.cmd(&call).user(BATCH).output());
+        let count = pair.calls(&spiffe("batch"), "shop/web");
+        check(0.0 < count, format!("{count} calls"))
+    });
+    let [v4, v6] = pair.vips("sink");
+    let by_user = |vip: &str, number: u32| {
+        let before = sink.counted("batch");
+        sink.burst(vip, number).user(BATCH).ok();
+        sink.wait_all_by("batch", before, number);
+    };
+    by_user(&v4, BURST);
+    by_user(&v6, FEW);
+    let before = sink.counted("client");
+    sink.burst(&v6, BURST).cgroup("client").ok();
+    sink.wait_all_by("client", before, BURST);
+    sink.wait_lines(BURST + FEW + BURST);
 }
 
 #[test]

@@ -45,12 +45,14 @@ fn a_join_whose_answer_was_lost_is_repeated_to_the_same_end() {
         host.inside(|| drop(TcpStream::connect(through)));
     });
     // Another host does not get in by it.
+    let before = control.refused("token_used");
     let direct = token_through(&token, &control.address());
     let other = Agent::new(&site.host("vm2")).join(&direct);
     assert!(
         !other.status.success() && other.stderr.contains("token_used"),
         "{other}"
     );
+    assert_eq!(control.refused("token_used") - before, 1.0);
 }
 
 /// The same token with another address of control.
@@ -137,11 +139,13 @@ fn a_host_name_in_use_is_refused_unless_the_token_says_replace() {
         let address = second.host.v4();
         second.command(&format!("join {token} --host-name vm1 --address {address}"))
     };
+    let before = control.refused("host_name_taken");
     let refused = join(&control.token("--namespace shop"));
     assert!(
         !refused.status.success() && refused.stderr.contains("host_name_taken"),
         "{refused}"
     );
+    assert_eq!(control.refused("host_name_taken") - before, 1.0);
     let uid = uid_of(&control, "vm1").unwrap();
     join(&control.token("--namespace shop --replace")).ok();
     assert_ne!(uid_of(&control, "vm1").unwrap(), uid);

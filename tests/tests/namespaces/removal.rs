@@ -11,9 +11,10 @@ use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::pair::{mesh_name, owner};
 
-/// A host whose own addresses are settled.
+/// A host with files of its own whose addresses are settled.
 fn settled(site: &Site) -> Host {
     let host = site.host("vm1");
+    host.own_etc_and_run();
     wait_until("addresses to be settled", SOON, || {
         let text = host.ok("ip -o address");
         check(text.contains("fe80:") && !text.contains("tentative"), text)
@@ -34,9 +35,12 @@ fn facts(host: &Host) -> BTreeSet<String> {
         "ip -6 route show table all",
         "sysctl -a 2>/dev/null | grep -E '^net\\.(ipv4|ipv6)\\.(conf|ip_|tcp_)' | grep -v stable_secret",
         "cat /etc/resolv.conf",
-        // Other programs of the machine write too; ours would write under its name.
-        "find /etc /usr /opt /var /run /root -xdev -iname '*mesh-agent*' -o -xdev -iname '*meshwork*' 2>/dev/null | grep -v /target/",
+        "find /etc /run -xdev -printf '%p %y %m %U:%G %l\\n'",
+        "find /etc /run -xdev -type f -exec sha256sum {} +",
+        // Other programs of the machine write here too; ours would write under its name.
+        "find /usr /opt /var /root -xdev -iname '*mesh-agent*' -o -xdev -iname '*meshwork*' 2>/dev/null | grep -v /target/",
         "ss -Hltun",
+        "ss -Hlx",
     ] {
         let text = host.run(line).stdout;
         // Interface numbers and lifetimes are not ours to keep.
@@ -51,6 +55,10 @@ fn leaving_removes_every_trace() {
     let control = Control::start(&site);
     let host = settled(&site);
     let before = facts(&host);
+    // A file that is left would be seen.
+    host.ok("touch /etc/left /run/left");
+    assert_ne!(facts(&host), before);
+    host.ok("rm /etc/left /run/left");
     let mut agent = control.join(&host, &TokenOptions::default());
     agent.serve("web", &owner("web"), &[(80, "http")]);
     let web = servers::nginx(&host, "web", 80, "location / { return 200 \"hello\\n\"; }");
@@ -74,6 +82,10 @@ fn leaving_removes_every_trace() {
     leave.ok();
     drop(web);
     let after = facts(&host);
+    let state = host.dir();
+    let state = state.display();
+    let state = host.run(&format!("find {state}/state {state}/run -mindepth 1"));
+    assert_eq!(state.stdout, "", "of the agent's own directories");
     let left: Vec<&String> = after.difference(&before).collect();
     let lost: Vec<&String> = before.difference(&after).collect();
     assert!(
@@ -95,6 +107,10 @@ fn a_killed_agent_is_cleaned_up_by_leaving() {
     agent.kill9();
     agent.command("leave").ok();
     let after = facts(&host);
+    let state = host.dir();
+    let state = state.display();
+    let state = host.run(&format!("find {state}/state {state}/run -mindepth 1"));
+    assert_eq!(state.stdout, "", "of the agent's own directories");
     let left: Vec<&String> = after.difference(&before).collect();
     let lost: Vec<&String> = before.difference(&after).collect();
     assert!(

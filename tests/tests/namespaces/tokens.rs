@@ -22,9 +22,31 @@ impl Joining {
         }
     }
 
-    /// Joins a new host with `token`, which must be refused for `reason`.
+    /// Joins a new host with `token`, which control must refuse for `reason`, and count.
     #[track_caller]
     fn refuses(&self, reason: &str, host: &str, token: &str) {
+        let before = self.control.refused(reason);
+        self.fails(reason, host, token);
+        let counted = self.control.refused(reason) - before;
+        assert_eq!(counted, 1.0, "{reason} at control");
+        self.audited(reason);
+    }
+
+    /// Joins a new host with `token`, which its own agent must refuse for `reason`: control is not asked.
+    #[track_caller]
+    fn refuses_unasked(&self, reason: &str, host: &str, token: &str) {
+        let all = || {
+            self.control
+                .metrics()
+                .sum("mesh_control_refused_total", &[])
+        };
+        let before = all();
+        self.fails(reason, host, token);
+        assert_eq!(all(), before, "control was asked with it");
+    }
+
+    #[track_caller]
+    fn fails(&self, reason: &str, host: &str, token: &str) {
         let agent = Agent::new(&self.site.host(host));
         let output = agent.join(token);
         assert!(!output.status.success(), "{reason}: {output}");
@@ -51,11 +73,11 @@ impl Joining {
 fn tokens_that_are_not_whole_or_not_ours_are_refused() {
     let joining = Joining::new("tokens_that_are_not_whole");
     let token = joining.control.token("--namespace shop");
-    joining.refuses("token_malformed", "a", &token[..token.len() - 5]);
+    joining.refuses_unasked("token_malformed", "a", &token[..token.len() - 5]);
     let mut mistyped = token.clone().into_bytes();
     let middle = mistyped.len() / 2;
     mistyped[middle] = if mistyped[middle] == b'a' { b'b' } else { b'a' };
-    joining.refuses(
+    joining.refuses_unasked(
         "token_malformed",
         "b",
         std::str::from_utf8(&mistyped).unwrap(),
@@ -64,16 +86,21 @@ fn tokens_that_are_not_whole_or_not_ours_are_refused() {
     let mut guessed = mesh_api::token::JoinToken::parse(&token).unwrap();
     guessed.secret = [7; 32];
     joining.refuses("token_unknown", "c", &guessed.reveal());
-    joining.audited("token_unknown");
-    // A control with another root.
-    let mut elsewhere = mesh_api::token::JoinToken::parse(&token).unwrap();
-    elsewhere.pins = vec![[7; 32]];
-    let agent = Agent::new(&joining.site.host("d"));
-    let output = agent.join(&elsewhere.reveal());
-    assert!(
-        !output.status.success(),
-        "a control that is not pinned was believed: {output}"
-    );
+    // A token of another mesh, of the same trust domain: the agent does not believe this control.
+    let elsewhere = Joining::new("tokens_of_another_mesh");
+    let address = joining.control.address();
+    let foreign = format!("--namespace shop --address {address}");
+    let foreign = elsewhere.control.token(&foreign);
+    let before = joining.control.refused("peer_handshake");
+    joining.fails("untrusted_issuer", "d", &foreign);
+    wait_until("control to be hung up on", SOON, || {
+        let counted = joining.control.refused("peer_handshake") - before;
+        check(counted == 1.0, format!("{counted}"))
+    });
+    // And this control does not know it, were it believed.
+    let mut believed = mesh_api::token::JoinToken::parse(&foreign).unwrap();
+    believed.pins = mesh_api::token::JoinToken::parse(&token).unwrap().pins;
+    joining.refuses("token_unknown", "f", &believed.reveal());
     // The token itself is still good.
     Agent::new(&joining.site.host("e")).join(&token).ok();
 }
@@ -85,7 +112,6 @@ fn tokens_that_are_used_revoked_or_expired_are_refused() {
     let once = control.token("--namespace shop");
     Agent::new(&joining.site.host("first")).join(&once).ok();
     joining.refuses("token_used", "second", &once);
-    joining.audited("token_used");
     let revoked = control.token("--namespace shop --uses 5");
     let id = mesh_api::token::JoinToken::parse(&revoked).unwrap().id;
     control.meshctl(&format!("token revoke {id}")).ok();
@@ -101,7 +127,6 @@ fn tokens_that_are_used_revoked_or_expired_are_refused() {
         check(line.contains("expired"), list.clone())
     });
     joining.refuses("token_expired", "fourth", &short);
-    joining.audited("token_expired");
 }
 
 #[test]
@@ -110,11 +135,14 @@ fn a_token_is_good_for_its_scope_only() {
     let control = &joining.control;
     let options = "--identity shop/web --service shop/web --network blue";
     let agent = Agent::new(&joining.site.host("a"));
+    let before = control.refused("out_of_scope");
     let elsewhere = agent.command(&format!("join {} --network red", control.token(options)));
     assert!(
         !elsewhere.status.success() && elsewhere.stderr.contains("out_of_scope"),
         "{elsewhere}"
     );
+    assert_eq!(control.refused("out_of_scope") - before, 1.0);
+    joining.audited("out_of_scope");
     let agent = control.join(&joining.site.host("b"), &TokenOptions(options.to_owned()));
     let _web = servers::nginx(&agent.host, "web", 80, "");
     let _db = servers::nginx(&agent.host, "db", 81, "");
@@ -152,4 +180,5 @@ fn guessing_is_slowed_down() {
         let output = agent.join(&guess.reveal());
         check(output.stderr.contains("rate_limited"), output.to_string())
     });
+    assert!(0.0 < joining.control.refused("rate_limited"));
 }
