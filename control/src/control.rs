@@ -49,11 +49,14 @@ impl Control {
     /// Opens all that is stored.
     pub(crate) fn open(config: &Config) -> anyhow::Result<Opened> {
         let state = &config.state_dir;
-        let ca = Ca::load(state).with_context(|| {
-            format!(
-                "no certificate authority in {}; run `mesh-control init` first",
-                state.display()
-            )
+        let ca = Ca::load(state).map_err(|error| {
+            let missing = matches!(state.join("ca").try_exists(), Ok(false));
+            let advice = if missing {
+                "no certificate authority there; run `mesh-control init` first"
+            } else {
+                "the certificate authority can not be used; is it of the user that runs mesh-control?"
+            };
+            anyhow::Error::new(error).context(format!("{}: {advice}", state.display()))
         })?;
         let stored = Store::open(state, init::new_epoch())?;
         if let Some(lost) = &stored.lost {

@@ -205,7 +205,8 @@ impl Attempt {
             },
         };
         let told = self.control.writer.ask(Actor::control(), command).await;
-        proof.and(told.map(drop).map_err(|refusal| refusal.reason))
+        let told = told.map(drop).map_err(|refusal| refusal.reason);
+        proof.and(told)
     }
 
     async fn prove(&self) -> Result<(), Reason> {
