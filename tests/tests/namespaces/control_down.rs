@@ -5,6 +5,8 @@ use std::time::Duration;
 use meshwork_tests::control::Control;
 use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use crate::pair::{Pair, mesh_name, owner};
 
@@ -75,8 +77,11 @@ spec: {rules: [{name: r, from: [{identity: shop/nobody}]}]}
 
 #[test]
 fn agents_that_restart_without_control_serve_from_disk_and_say_so() {
+    let now = || OffsetDateTime::now_utc().unix_timestamp();
+    let begun = now();
     let (mut pair, _web, line) = web("agents_that_restart_without_control");
     pair.control.kill9();
+    let killed = now();
     pair.server.stop();
     pair.server.start();
     pair.client.kill9();
@@ -85,10 +90,19 @@ fn agents_that_restart_without_control_serve_from_disk_and_say_so() {
         let output = pair.cmd(&line).output();
         check(output.stdout == "hello\n", output.to_string())
     });
-    let status = pair.client.command("status").ok();
+    let status = pair.client.command("status -o json").ok();
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let since = status["control"]["stale_since_s"].as_i64().unwrap();
     assert!(
-        status.contains("since"),
-        "it does not say since when it is stale: {status}"
+        (begun..=killed).contains(&since),
+        "control was heard between {begun} and {killed}: {status}"
+    );
+    let since = OffsetDateTime::from_unix_timestamp(since).unwrap();
+    let said = format!("({})", since.format(&Rfc3339).unwrap());
+    let page = pair.client.command("status").ok();
+    assert!(
+        page.contains("stale since") && page.contains(&said),
+        "no `{said}`: {page}"
     );
     pair.control.run();
     wait_until("the client's lease", Control::NOTICED, || {

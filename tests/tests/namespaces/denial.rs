@@ -1,9 +1,10 @@
 //! Policy at the receiver: what is denied, with what words, and where it is counted.
 
+use meshwork_tests::process::Process;
 use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::pair::{Pair, mesh_name, spiffe, spiffe_host};
+use crate::pair::{Pair, mesh_name, owner, spiffe, spiffe_host};
 
 const ONLY_BOSS: &str = "\
 apiVersion: meshwork.io/v1alpha1
@@ -68,6 +69,54 @@ fn a_denied_connection_is_reset_and_counted() {
         check(text == "reset\n", text)
     });
     pair.server.wait_refused("not_allowed", before);
+}
+
+/// A policy counts for what is open, too: sessions of databases last for weeks.
+#[test]
+fn an_open_connection_is_cut_when_it_is_denied_and_others_go_on() {
+    const SESSION: &str = "\
+import socket
+c = socket.create_connection(('cache.shop.mesh.internal', 6379), 20)
+c.settimeout(60)
+c.sendall(b'PING\\r\\n')
+print('first', c.recv(100), flush=True)
+c.sendall(b'BLPOP go 60\\r\\n')
+try: print('then', c.recv(100), flush=True)
+except ConnectionResetError: print('reset', flush=True)
+";
+    let pair = Pair::new("an_open_connection_is_cut");
+    let _redis = servers::redis(&pair.server.host, "cache", 6379);
+    pair.declare("cache", 6379, "tcp");
+    pair.client.serve("boss", &owner("boss"), &[]);
+    let ping = format!("redis-cli -h {} ping", mesh_name("cache"));
+    wait_until("the boss to be known", SOON, || {
+        drop(pair.client.host.cmd(&ping).cgroup("boss").output());
+        let count = pair.calls(&spiffe("boss"), "shop/cache");
+        check(0.0 < count, format!("{count} calls"))
+    });
+    let sessions = ["client", "boss"].map(|who| {
+        let name = format!("session-{who}");
+        let session = pair.client.host.python(&name, SESSION);
+        session.cgroup(who).spawn(&name)
+    });
+    let wait_said = |session: &Process, words: &str| {
+        wait_until(words, SOON, || {
+            let log = session.log();
+            check(log.contains(words), log)
+        });
+    };
+    for session in &sessions {
+        wait_said(session, "PONG");
+    }
+    let [client, boss] = &sessions;
+    let before = [&pair.server, &pair.client].map(|agent| agent.refused("not_allowed"));
+    pair.control.apply(ONLY_BOSS).ok();
+    wait_said(client, "reset");
+    pair.server.wait_refused("not_allowed", before[0]);
+    pair.client.wait_refused("not_allowed", before[1]);
+    pair.server.host.ok("redis-cli rpush go on");
+    wait_said(boss, "then");
+    assert!(!boss.log().contains("reset"), "{}", boss.log());
 }
 
 #[test]

@@ -2,12 +2,13 @@
 
 use meshwork_tests::agent::Agent;
 use meshwork_tests::control::TokenOptions;
+use meshwork_tests::process::Process;
 use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::pair::{Pair, mesh_name, owner};
 
-/// Calls of a client, one after the other.
+/// Calls of a client beside a dead instance.
 const CALLS: usize = 40;
 /// Of these may be tried at a dead instance before its turn comes no more: those that eject it, and a probe or two.
 const ASKED_MAX: f64 = 8.0;
@@ -80,8 +81,17 @@ fn wait_answered(pair: &Pair, service: &str) {
     });
 }
 
-/// The app of one instance is dead, and nobody but the calls finds out.
-fn a_dead_app_beside_a_living_one(protocol: &str) {
+/// Calls of the client, one after the other; what each got is a line.
+#[track_caller]
+fn calls(pair: &Pair, count: usize) -> String {
+    let call = pair.client.host.python("call", CALL);
+    let call = call.env("CALLS", &count.to_string());
+    call.cgroup("client").ok()
+}
+
+/// The app of one instance is dead, and nobody but the calls finds out. Returns with its
+/// agent and the other one's app.
+fn a_dead_app_beside_a_living_one(protocol: &str) -> (Pair, Agent, Process) {
     let pair = Pair::new(&format!("a_dead_app_beside_a_living_one_{protocol}"));
     let token = TokenOptions::default();
     let second = pair.control.join(&pair.site.host("second"), &token);
@@ -96,12 +106,7 @@ fn a_dead_app_beside_a_living_one(protocol: &str) {
     pair.control.wait_endpoints("shop/echo", 2);
     pair.wait_name("echo");
     dead.kill9();
-    let calls = |count: usize| {
-        let call = pair.client.host.python("call", CALL);
-        let call = call.env("CALLS", &count.to_string());
-        call.cgroup("client").ok()
-    };
-    let text = calls(CALLS);
+    let text = calls(&pair, CALLS);
     let answered = text.matches("server").count();
     assert_eq!(answered, CALLS, "{protocol}: {text}");
     let asked = second.refused("app_unreachable");
@@ -109,17 +114,23 @@ fn a_dead_app_beside_a_living_one(protocol: &str) {
         (1.0..=ASKED_MAX).contains(&asked),
         "the dead instance was asked {asked} times"
     );
+    (pair, second, living)
+}
+
+#[test]
+fn a_dead_app_is_passed_over_on_a_tcp_port() {
+    let (pair, _second, living) = a_dead_app_beside_a_living_one("tcp");
     // When none is left, the caller is told what failed.
     living.kill9();
     let before = [&pair.client, &pair.server].map(|agent| agent.refused("app_unreachable"));
-    assert!(calls(1).contains("reset"));
+    assert!(calls(&pair, 1).contains("reset"));
     pair.client.wait_refused("app_unreachable", before[0]);
     pair.server.wait_refused("app_unreachable", before[1]);
 }
 
 #[test]
-fn a_dead_app_is_passed_over_on_a_tcp_port() {
-    a_dead_app_beside_a_living_one("tcp");
+fn a_dead_app_is_passed_over_on_an_auto_port() {
+    a_dead_app_beside_a_living_one("auto");
 }
 
 #[test]
