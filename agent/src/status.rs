@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use mesh_core::reason::Reason;
 use mesh_runtime::clock;
 use serde::{Deserialize, Serialize};
@@ -332,10 +332,14 @@ fn table<const N: usize>(page: &mut String, rows: &[[String; N]]) -> std::fmt::R
 
 /// Asks the running daemon; `None` when none runs.
 pub(crate) fn ask(socket: &Path) -> anyhow::Result<Option<Status>> {
-    let Ok(mut stream) = UnixStream::connect(socket) else {
-        return Ok(None);
-    };
     let name = socket.display();
+    let mut stream = match UnixStream::connect(socket) {
+        Ok(stream) => stream,
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            bail!("only root may ask the agent at {name}; mesh-agent needs root, run it with sudo")
+        }
+        Err(_) => return Ok(None),
+    };
     let mut get = || -> std::io::Result<String> {
         stream.set_read_timeout(Some(ANSWER_MAX))?;
         // HTTP/1.0: the answer ends with the connection and is never chunked.
