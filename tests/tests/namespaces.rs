@@ -17,6 +17,8 @@ mod failures;
 mod half_close;
 #[path = "namespaces/harness.rs"]
 mod harness;
+#[path = "namespaces/hostile.rs"]
+mod hostile;
 #[path = "namespaces/http.rs"]
 mod http;
 #[path = "namespaces/identity.rs"]
