@@ -197,7 +197,8 @@ impl Sources {
         let problems = looked_at.clone().filter_map(|port| {
             let listeners = self.listeners(port.number);
             port_problem(port.number, listeners, |listener| {
-                view.owners.find(listener.uid, listener.cgroup) == Some(account)
+                let owner = view.owners.find(listener.uid, listener.cgroup);
+                owner.is_ok_and(|owner| owner == Some(account))
             })
         });
         let problems = problems.collect();

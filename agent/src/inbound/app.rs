@@ -18,7 +18,7 @@ use crate::data::Thread;
 use crate::relay;
 
 /// Kept connections for one (port, shown address), and in all. What is more is closed.
-const KEPT_PER_KEY_MAX: usize = 64;
+const KEPT_PER_KEY_MAX: usize = 512;
 pub(crate) const KEPT_MAX: usize = 1024;
 /// Below the shortest keep-alive timeout that servers have by default (5 s with Apache httpd and Node).
 const KEPT_FOR: Duration = Duration::from_secs(4);
