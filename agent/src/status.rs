@@ -299,6 +299,11 @@ impl LeafStatus {
 
 impl RefusalStatus {
     fn line(&self) -> String {
+        let of_reason = Reason::ALL.iter().find(|r| r.code() == self.reason);
+        // Control's message is the reason's text or a more exact one; behind it that text says nothing new.
+        if of_reason.is_some_and(|reason| reason.text() == self.remedy) {
+            return format!("{}: {}", self.reason, self.message);
+        }
         format!("{}: {}; {}", self.reason, self.message, self.remedy)
     }
 }
