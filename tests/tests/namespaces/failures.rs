@@ -89,8 +89,7 @@ fn calls(pair: &Pair, count: usize) -> String {
     call.cgroup("client").ok()
 }
 
-/// The app of one instance is dead, and nobody but the calls finds out. Returns with its
-/// agent and the other one's app.
+/// The app of one instance is dead, and nobody but the calls finds out. Returns with its agent and the other's app.
 fn a_dead_app_beside_a_living_one(protocol: &str) -> (Pair, Agent, Process) {
     let pair = Pair::new(&format!("a_dead_app_beside_a_living_one_{protocol}"));
     let token = TokenOptions::default();
@@ -158,6 +157,17 @@ fn a_host_whose_agent_is_gone_is_peer_unreachable() {
     pair.server.kill9();
     wait_refused(&pair, "web", "peer_unreachable");
     pair.server.start();
+    wait_answered(&pair, "web");
+}
+
+/// Its packets go nowhere, and there is no kept connection that could be lost.
+#[test]
+fn a_host_whose_link_is_down_is_peer_unreachable() {
+    let pair = Pair::new("a_host_whose_link_is_down");
+    let _web = pair.web("http", "");
+    pair.server.host.set_link(false);
+    wait_refused(&pair, "web", "peer_unreachable");
+    pair.server.host.set_link(true);
     wait_answered(&pair, "web");
 }
 

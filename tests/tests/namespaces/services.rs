@@ -93,6 +93,54 @@ fn a_failing_health_check_takes_an_instance_out_and_in_again() {
     });
 }
 
+/// What a connection may do follows the files while it lives: without its identity it is refused, and it goes on with
+/// the certificate that came anew.
+#[test]
+fn a_kept_connection_follows_its_identity_and_takes_the_new_certificate() {
+    const CALLER: &str = "\
+import http.client, time
+c = http.client.HTTPConnection('web.shop.mesh.internal', 80, timeout=20)
+c.connect()
+c.auto_open = 0
+last = None
+while True:
+    c.request('GET', '/')
+    r = c.getresponse()
+    said = str(r.status) + ' ' + r.headers.get('x-meshwork-reason', r.read().decode().strip())
+    r.read()
+    if said != last: print(said, flush=True)
+    last = said
+    time.sleep(0.02)
+";
+    let pair = Pair::new("a_kept_connection_follows_its_identity");
+    let _web = pair.web("http", "");
+    let agent = &pair.client;
+    let certificates = || {
+        let files = "find . -name '*client*' -name '*.crt' -exec sha256sum {} +";
+        let dir = agent.host.dir().join("state");
+        agent.host.ok(&format!("cd {} && {files}", dir.display()))
+    };
+    let first = certificates();
+    assert!(!first.is_empty(), "no certificate on disk");
+    let caller = agent.host.python("caller", CALLER).cgroup("client");
+    let mut caller = caller.spawn("caller");
+    let mut wait_said = |words: &str| {
+        wait_until(words, SOON, || {
+            caller.is_alive()?;
+            let log = caller.log();
+            check(log.ends_with(words), log)
+        });
+    };
+    wait_said("200 hello\n");
+    let before = agent.refused("no_identity");
+    std::fs::remove_file(agent.host.dir().join("services.d/client.toml")).unwrap();
+    wait_said("200 hello\n503 no_identity\n");
+    agent.wait_refused("no_identity", before);
+    agent.serve("client", &owner("client"), &[]);
+    wait_said("503 no_identity\n200 hello\n");
+    assert_ne!(certificates(), first, "the old certificate is in use");
+}
+
 /// A unit that restarts has a cgroup of the same name that is another one.
 #[test]
 fn a_unit_that_restarts_is_still_itself() {
