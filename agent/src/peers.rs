@@ -33,10 +33,13 @@ const SILENT_MAX: Duration = Duration::from_secs(10);
 /// Sweeps that a connection without streams survives: at least 30 s of quiet.
 const IDLE_SWEEPS: u32 = 3;
 
+/// Who calls, and where.
+type PeerKey = (Identity, Rc<EndpointKey>);
+
 /// The connections of one thread.
 #[derive(Debug, Default)]
 pub(crate) struct Peers {
-    slots: RefCell<HashMap<(Identity, Rc<EndpointKey>), Rc<Slot>>>,
+    slots: RefCell<HashMap<PeerKey, Rc<Slot>>>,
 }
 
 /// The place of one connection. Those who need it while it is being made wait on `making`.

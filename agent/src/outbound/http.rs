@@ -244,7 +244,7 @@ impl Exchange<'_> {
             .put(&self.input[sent.min(request.len)..request.len])
             .await
         {
-            return Err(unanswered(broken));
+            return Err(unanswered(&broken));
         }
         flow.sent.inc_by(request.len as u64);
         if whole {
@@ -332,7 +332,7 @@ async fn respond(
             Ok(None) | Err(Broken::Cut) if !answered => {
                 return Err(Failed::Unanswered(Reason::AppReset));
             }
-            Err(broken) if !answered => return Err(unanswered(broken)),
+            Err(broken) if !answered => return Err(unanswered(&broken)),
             _ => return Err(Failed::Broken),
         };
         answered = true;
@@ -400,9 +400,9 @@ async fn respond(
     }
 }
 
-fn unanswered(broken: Broken) -> Failed {
+fn unanswered(broken: &Broken) -> Failed {
     match broken {
-        Broken::Stream(reason) | Broken::Malformed(reason) => Failed::Unanswered(reason),
+        Broken::Stream(reason) | Broken::Malformed(reason) => Failed::Unanswered(*reason),
         Broken::Cut => Failed::Unanswered(Reason::AppReset),
         Broken::Local => Failed::Broken,
     }
