@@ -201,3 +201,40 @@ fn a_post_is_never_done_twice() {
         "no kept connection was used"
     );
 }
+
+/// Handshakes that never end, from a host that has no identity, cost the others nothing.
+#[test]
+fn half_open_handshakes_lock_nobody_out() {
+    let pair = Pair::new("half_open_handshakes");
+    let _web = pair.web("http", "");
+    let rogue = pair.site.host("rogue");
+    let script = r#"
+import socket, sys, time
+all = []
+for _ in range(2000):
+    try:
+        s = socket.create_connection(("HOST", 7441), 2)
+        all.append(s)
+        s.sendall(b"\x16\x03\x01")
+    except OSError as e:
+        last = e
+print("open", flush=True)
+sys.stdin.read()
+"#;
+    let script = script.replace("HOST", &pair.server.host.v4().to_string());
+    let flood = rogue.python("flood", &script).spawn("flood");
+    wait_until("the flood to stand", SOON, || {
+        if flood.log().contains("open") {
+            Ok(())
+        } else {
+            Err(flood.log())
+        }
+    });
+    // A new connection of a peer, and the flooded host's own calls.
+    let url = format!("http://{}/", crate::pair::mesh_name("web"));
+    assert_eq!(pair.ok(&format!("curl -sS -m 5 {url}")).trim(), "hello");
+    assert!(
+        pair.server.refused("overloaded") > 1_000.0,
+        "nothing was shed"
+    );
+}
