@@ -113,7 +113,14 @@ fn address_is_free(
     address: IpAddr,
     own: impl Fn(&Host) -> bool,
 ) -> Result<(), Refusal> {
-    if address.is_unspecified() || address.is_multicast() {
+    let settings = &draft.next.settings;
+    // Control dials what a host claims: not what is nobody's, everybody's or the mesh's own.
+    let ours = settings.vip_ranges().is_ok_and(|ranges| ranges.contains(address));
+    let local = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    if address.is_unspecified() || address.is_multicast() || local || ours {
         let message = format!("{address} is no address of a host; say one with --address");
         return Err(Refusal::invalid(message));
     }
