@@ -38,10 +38,12 @@ pub(super) async fn serve(
 ) {
     let mut buffer = Vec::new();
     let mut tried = Vec::new();
+    let mut last = None;
     let reason = loop {
         let call = match call::open(thread, caller, StreamKind::Auto, &mut tried).await {
             Ok(call) => call,
-            Err(reason) => break reason,
+            // Why the last one refused, not that none is left.
+            Err(reason) => break last.unwrap_or(reason),
         };
         let mut sent = 0;
         let first = tokio::select! {
@@ -68,6 +70,7 @@ pub(super) async fn serve(
             First::Refused(reason) => reason,
         };
         call.failed(refused);
+        last = Some(refused);
         tried.push(Rc::clone(&call.endpoint));
         // What was sent is still in the buffer, and no app had it.
         if !refused.is_retryable() || tried.len() >= TRIES_MAX {
