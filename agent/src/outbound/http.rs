@@ -326,7 +326,9 @@ async fn respond(
     let mut answered = false;
     let response = loop {
         let max = thread.settings.head_max;
-        let parse = (max, |bytes: &[u8]| http1::parse_response(bytes, request, max));
+        let parse = (max, |bytes: &[u8]| {
+            http1::parse_response(bytes, request, max)
+        });
         let response: Response = match read_head(&mut stream, output, activity, parse).await {
             Ok(Some(response)) => response,
             Ok(None) | Err(Broken::Cut) if !answered => {

@@ -115,7 +115,9 @@ fn address_is_free(
 ) -> Result<(), Refusal> {
     let settings = &draft.next.settings;
     // Control dials what a host claims: not what is nobody's, everybody's or the mesh's own.
-    let ours = settings.vip_ranges().is_ok_and(|ranges| ranges.contains(address));
+    let ours = settings
+        .vip_ranges()
+        .is_ok_and(|ranges| ranges.contains(address));
     let local = match address {
         IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),

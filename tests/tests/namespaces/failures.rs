@@ -116,10 +116,9 @@ fn a_dead_app_beside_a_living_one(protocol: &str) -> (Pair, Agent, Process) {
     (pair, second, living)
 }
 
-#[test]
-fn a_dead_app_is_passed_over_on_a_tcp_port() {
-    let (pair, _second, living) = a_dead_app_beside_a_living_one("tcp");
-    // When none is left, the caller is told what failed.
+/// One instance is dead, then both: calls are answered by the other, and at the end the caller is told what failed.
+fn passed_over(protocol: &str) {
+    let (pair, _second, living) = a_dead_app_beside_a_living_one(protocol);
     living.kill9();
     let before = [&pair.client, &pair.server].map(|agent| agent.refused("app_unreachable"));
     assert!(calls(&pair, 1).contains("reset"));
@@ -128,8 +127,13 @@ fn a_dead_app_is_passed_over_on_a_tcp_port() {
 }
 
 #[test]
+fn a_dead_app_is_passed_over_on_a_tcp_port() {
+    passed_over("tcp");
+}
+
+#[test]
 fn a_dead_app_is_passed_over_on_an_auto_port() {
-    a_dead_app_beside_a_living_one("auto");
+    passed_over("auto");
 }
 
 #[test]
