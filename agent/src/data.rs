@@ -2,7 +2,7 @@
 //! immutable pictures and counters, nothing else.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, TcpListener as StdListener};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::{AbortHandle, LocalSet, spawn_local};
 
 use crate::call::Balancers;
 use crate::capture::app_socket::AppDialer;
@@ -78,6 +78,8 @@ enum Command {
     Mesh(StdListener),
     /// Captured connections of a workload; of `None` those whose owner the kernel did not say.
     Callers(Option<Account>, StdListener),
+    /// Accept for these workloads and the common listener only.
+    Keep(Arc<BTreeSet<Account>>),
     Drain(Duration, oneshot::Sender<()>),
 }
 
@@ -140,6 +142,15 @@ impl DataPlane {
                 .map_err(|_| anyhow::anyhow!("the data plane is gone"))?;
         }
         Ok(())
+    }
+
+    /// Gives up the listeners of all other workloads: the kernel leads nothing to them any more.
+    pub(crate) async fn keep(&self, accounts: BTreeSet<Account>) {
+        let accounts = Arc::new(accounts);
+        for thread in &self.threads {
+            // A thread that is gone accepts nothing.
+            let _ = thread.send(Command::Keep(Arc::clone(&accounts))).await;
+        }
     }
 
     /// Stops accepting, lets open calls end until `deadline`, then cuts them.
@@ -327,8 +338,16 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         draining: watch::Sender::new(false),
     });
     spawn_local(sweep(Rc::clone(&thread)));
+    let mut accepting: Vec<(Account, AbortHandle)> = Vec::new();
     while let Some(command) = inbox.recv().await {
         match command {
+            Command::Keep(accounts) => accepting.retain(|(account, task)| {
+                let kept = accounts.contains(account);
+                if !kept {
+                    task.abort();
+                }
+                kept
+            }),
             Command::Mesh(listener) => {
                 spawn_local(accept_mesh(
                     Rc::clone(&thread),
@@ -336,11 +355,9 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
                 ));
             }
             Command::Callers(whose, listener) => {
-                spawn_local(accept_callers(
-                    Rc::clone(&thread),
-                    whose,
-                    TcpListener::from_std(listener)?,
-                ));
+                let listener = TcpListener::from_std(listener)?;
+                let task = spawn_local(accept_callers(Rc::clone(&thread), whose.clone(), listener));
+                accepting.extend(whose.map(|account| (account, task.abort_handle())));
             }
             Command::Drain(deadline, done) => {
                 drain(&thread, deadline).await;

@@ -244,6 +244,10 @@ impl Owners {
             FromHolder::Applied { generation } if generation == self.generation => {
                 self.status.applied = true;
                 self.status.error = None;
+                let view = self.links.view.now();
+                let known = view.owners.workloads.iter();
+                let accounts = known.map(|owned| owned.account.clone()).collect();
+                self.links.plane.keep(accounts).await;
                 log::info!(workloads = self.sent.len(); "the kernel knows the workloads");
             }
             FromHolder::Failed { generation, error } if generation == self.generation => {
