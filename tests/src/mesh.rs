@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine as _;
 use mesh_api::frame;
 use mesh_core::reason::Reason;
 use mesh_core::stream::{Frame, Limits};
@@ -34,6 +35,19 @@ pub struct Authority {
 pub struct Credential {
     chain: Vec<CertificateDer<'static>>,
     key: Vec<u8>,
+}
+
+/// RFC 7468.
+fn pem(label: &str, der: &[u8]) -> String {
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    let lines: Vec<&str> = (0..text.len())
+        .step_by(64)
+        .map(|at| &text[at..text.len().min(at + 64)])
+        .collect();
+    format!(
+        "-----BEGIN {label}-----\n{}\n-----END {label}-----\n",
+        lines.join("\n")
+    )
 }
 
 impl Authority {
@@ -104,6 +118,21 @@ impl Authority {
 }
 
 impl Credential {
+    /// Puts it into an agent's state directory in the place of the leaf `name`: `namespace.account`.
+    #[track_caller]
+    pub fn replace_leaf(&self, state_dir: &Path, name: &str) {
+        let chain: String = self
+            .chain
+            .iter()
+            .map(|der| pem("CERTIFICATE", der))
+            .collect();
+        for (extension, text) in [("crt", chain), ("key", pem("PRIVATE KEY", &self.key))] {
+            let path = state_dir.join("leaves").join(format!("{name}.{extension}"));
+            assert!(path.exists(), "{} is not there", path.display());
+            fs::write(path, text).expect("a leaf");
+        }
+    }
+
     /// The credential for control of an agent, from its state directory.
     #[track_caller]
     pub fn of_agent(state_dir: &Path) -> Self {

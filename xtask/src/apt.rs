@@ -40,6 +40,8 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("nghttp", "nghttp2-client"),
     ("/usr/lib/python3/dist-packages/grpc", "python3-grpcio"),
     ("tcpdump", "tcpdump"),
+    ("openssl", "openssl"),
+    ("python3", "python3"),
 ];
 
 /// Where Debian keeps programs.

@@ -1,9 +1,11 @@
 //! services.d: what an administrator writes, and what is said when it is wrong.
 
+use meshwork_tests::control::Control;
+use meshwork_tests::mesh::Authority;
 use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::pair::{Pair, mesh_name, owner};
+use crate::pair::{Pair, mesh_name, owner, spiffe};
 
 #[test]
 fn changes_are_picked_up_and_a_bad_file_leaves_the_others_alone() {
@@ -93,11 +95,8 @@ fn a_failing_health_check_takes_an_instance_out_and_in_again() {
     });
 }
 
-/// What a connection may do follows the files while it lives: without its identity it is refused, and it goes on with
-/// the certificate that came anew.
-#[test]
-fn a_kept_connection_follows_its_identity_and_takes_the_new_certificate() {
-    const CALLER: &str = "\
+/// Asks on one connection for ever and says when the answer changes.
+const CALLER: &str = "\
 import http.client, time
 c = http.client.HTTPConnection('web.shop.mesh.internal', 80, timeout=20)
 c.connect()
@@ -112,6 +111,11 @@ while True:
     last = said
     time.sleep(0.02)
 ";
+
+/// What a connection may do follows the files while it lives: without its identity it is refused, and it goes on with
+/// the certificate that came anew.
+#[test]
+fn a_kept_connection_follows_its_identity_and_takes_the_new_certificate() {
     let pair = Pair::new("a_kept_connection_follows_its_identity");
     let _web = pair.web("http", "");
     let agent = &pair.client;
@@ -173,4 +177,59 @@ fn a_unit_that_restarts_is_still_itself() {
     meshwork_tests::cgroup::remove(&dir).unwrap();
     std::fs::create_dir_all(&dir).unwrap();
     wait_known(2.0);
+}
+
+/// A certificate past a third of its life is in use from disk while control is down, and is renewed when it is back: a
+/// connection that is kept over it goes on.
+#[test]
+fn a_leaf_is_renewed_under_a_kept_connection() {
+    let mut pair = Pair::new("a_leaf_is_renewed");
+    let _web = pair.web("http", "");
+    let state = pair.client.host.dir().join("state");
+    let membership = std::fs::read_to_string(state.join("agent.json")).unwrap();
+    let membership: serde_json::Value = serde_json::from_str(&membership).unwrap();
+    let uid = membership["host_uid"].as_str().unwrap();
+    let authority = Authority::of_control(&pair.control.state_dir());
+    let aged = authority.leaf(&[&spiffe("client")], (-2, 1), Some(uid));
+    // Once asked for, the endpoints are on disk too.
+    assert_eq!(
+        pair.ok(&format!("curl -sS -m 10 http://{}/", mesh_name("web"))),
+        "hello\n"
+    );
+    pair.control.kill9();
+    pair.client.stop();
+    aged.replace_leaf(&state, "shop.client");
+    pair.client.start();
+    let leaf = state.join("leaves/shop.client.crt");
+    let before = std::fs::read(&leaf).unwrap();
+    let caller = pair.client.host.python("caller", CALLER).cgroup("client");
+    let mut caller = caller.spawn("caller");
+    wait_until("the first answer", SOON, || {
+        check(caller.log() == "200 hello\n", caller.log())
+    });
+    assert_eq!(
+        std::fs::read(&leaf).unwrap(),
+        before,
+        "renewed without control"
+    );
+    pair.control.run();
+    let renewed = "a new certificate is in use";
+    wait_until("the renewal", Control::NOTICED, || {
+        let log = pair.client.log();
+        let line = |line: &str| line.contains(renewed) && line.contains("ns/shop/sa/client");
+        // The first one was given before the restart.
+        check(log.lines().filter(|l| line(l)).count() >= 2, log)
+    });
+    assert_ne!(
+        std::fs::read(&leaf).unwrap(),
+        before,
+        "the old certificate is kept"
+    );
+    let calls = pair.calls(&spiffe("client"), "shop/web");
+    wait_until("calls with the new one", SOON, || {
+        let now = pair.calls(&spiffe("client"), "shop/web");
+        check(now > calls + 20.0, format!("{calls}, {now}"))
+    });
+    caller.is_alive().unwrap();
+    assert_eq!(caller.log(), "200 hello\n", "the connection saw it");
 }
