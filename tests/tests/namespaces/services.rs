@@ -161,7 +161,7 @@ fn a_unit_that_restarts_is_still_itself() {
     std::fs::create_dir_all(&dir).unwrap();
     pair.client
         .serve("job", &meshwork_tests::agent::Owner::Unit(unit), &[]);
-    let job = crate::pair::spiffe("job");
+    let job = spiffe("job");
     let wait_known = |count: f64| {
         wait_until("the unit to be known", SOON, || {
             let before = pair.calls(&job, "shop/web");
