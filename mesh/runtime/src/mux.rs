@@ -9,15 +9,19 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::poll_fn;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use mesh_api::frame;
 use mesh_core::reason::Reason;
 use mesh_core::stream::{Event, Frame, Limits, Machine, OpenError, Side};
 
+mod budget;
 mod driver;
 mod stream;
 
+pub use budget::Budget;
 pub use driver::Driver;
 pub use stream::{MuxStream, StreamError};
 
@@ -25,6 +29,31 @@ pub use stream::{MuxStream, StreamError};
 const QUANTUM: usize = 128 * 1024;
 /// All output that waits for the carrier. Above it every stream waits.
 const OUTPUT_MAX: usize = 1024 * 1024;
+
+/// A peer that said nothing for this long is asked; after as long again it is given up.
+pub const KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// How a connection works.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What this side is ready to bear.
+    pub limits: Limits,
+    /// After this much silence the peer is asked whether it lives.
+    pub keepalive: Duration,
+    /// What the connection's buffers count against.
+    pub budget: Arc<Budget>,
+}
+
+impl From<Limits> for Settings {
+    /// A connection that shares its bounds with no other.
+    fn from(limits: Limits) -> Self {
+        Self {
+            limits,
+            keepalive: KEEPALIVE,
+            budget: Budget::new(usize::MAX),
+        }
+    }
+}
 
 /// A connection, as those see it who open streams.
 #[derive(Clone, Debug)]
@@ -63,6 +92,9 @@ struct Shared {
     /// The owner wants the carrier closed when the last stream is over.
     retired: bool,
     heard: bool,
+    /// Received by all streams and not read yet.
+    unread: usize,
+    share: budget::Share,
 }
 
 #[derive(Debug)]
@@ -92,7 +124,16 @@ struct Slot {
 }
 
 /// A connection over `carrier`, with the driver that must be run on this thread.
-pub fn connection<C>(carrier: C, side: Side, limits: Limits) -> (Mux, Incoming, Driver<C>) {
+pub fn connection<C>(
+    carrier: C,
+    side: Side,
+    settings: impl Into<Settings>,
+) -> (Mux, Incoming, Driver<C>) {
+    let Settings {
+        limits,
+        keepalive,
+        budget,
+    } = settings.into();
     let shared = Rc::new(RefCell::new(Shared {
         machine: Machine::new(side, limits),
         max_frame: limits.max_frame,
@@ -112,8 +153,10 @@ pub fn connection<C>(carrier: C, side: Side, limits: Limits) -> (Mux, Incoming, 
         closing: false,
         retired: false,
         heard: false,
+        unread: 0,
+        share: budget::Share::of(budget),
     }));
-    let driver = Driver::new(carrier, Rc::clone(&shared));
+    let driver = Driver::new(carrier, Rc::clone(&shared), keepalive);
     (
         Mux(Rc::clone(&shared)),
         Incoming(Rc::clone(&shared)),
@@ -244,6 +287,12 @@ impl Shared {
     /// Whether the owner wants no more of the connection.
     fn is_over(&self) -> bool {
         self.closing || (self.retired && self.machine.open_streams() == 0)
+    }
+
+    /// Tells the budget what is held now. Output is told in the driver's turn, which follows all that writes.
+    fn note_held(&mut self) {
+        self.share
+            .note(self.unread + self.output.len() - self.written);
     }
 
     fn take_control(&mut self) {
@@ -380,6 +429,7 @@ impl Shared {
                 match self.slots.get_mut(&stream) {
                     Some(slot) => {
                         slot.received.extend_from_slice(data);
+                        self.unread += data.len();
                         slot.ended |= end;
                         wake(&mut slot.reader);
                     }
@@ -429,6 +479,8 @@ impl Shared {
         let unread = slot.received.len() - slot.taken;
         if unread > 0 {
             self.machine.consumed(stream, unread);
+            self.unread -= unread;
+            self.note_held();
         }
         self.opening.drain(..).for_each(Waker::wake);
         self.wake_driver();

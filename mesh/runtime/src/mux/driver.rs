@@ -19,8 +19,6 @@ use super::Shared;
 const INPUT_LEN: usize = 64 * 1024;
 /// Reads in one turn, so that a connection that never runs dry leaves the thread to others.
 const READS_PER_TURN: usize = 8;
-/// A peer that said nothing for this long is asked; after as long again it is given up.
-const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// Runs a connection until it is over and says why. Must be polled on the thread of its [`super::Mux`].
 #[derive(Debug)]
@@ -31,19 +29,21 @@ pub struct Driver<C> {
     /// `input[start..end]` is read and not yet handled: a part of a frame.
     start: usize,
     end: usize,
+    keepalive_every: Duration,
     keepalive: Option<Interval>,
     asked: bool,
     shutting: bool,
 }
 
 impl<C> Driver<C> {
-    pub(super) fn new(carrier: C, shared: Rc<RefCell<Shared>>) -> Self {
+    pub(super) fn new(carrier: C, shared: Rc<RefCell<Shared>>, keepalive_every: Duration) -> Self {
         Self {
             carrier,
             shared,
             input: vec![0; INPUT_LEN].into_boxed_slice(),
             start: 0,
             end: 0,
+            keepalive_every,
             keepalive: None,
             asked: false,
             shutting: false,
@@ -119,8 +119,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
     }
 
     fn poll_keepalive(&mut self, cx: &mut Context<'_>) -> Result<(), Reason> {
+        let every = self.keepalive_every;
         let timer = self.keepalive.get_or_insert_with(|| {
-            let mut timer = interval(KEEPALIVE);
+            let mut timer = interval(every);
             timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
             timer.reset();
             timer
@@ -180,7 +181,9 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Future for Driver<C> {
                     shared.driver = Some(cx.waker().clone());
                 }
             }
-            match this.poll_turn(cx) {
+            let turn = this.poll_turn(cx);
+            this.shared.borrow_mut().note_held();
+            match turn {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(reason) => {
                     this.shared.borrow_mut().close(reason);

@@ -236,6 +236,8 @@ impl MuxStream {
             slot.taken = 0;
         }
         shared.machine.consumed(self.id, bytes);
+        shared.unread -= bytes;
+        shared.note_held();
         if shared.machine.has_control() {
             shared.wake_driver();
         }

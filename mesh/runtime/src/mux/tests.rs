@@ -9,7 +9,7 @@ fn local<F: Future<Output = ()>>(test: F) {
         .enable_all()
         .build()
         .unwrap();
-    let deadline = std::time::Duration::from_secs(60);
+    let deadline = Duration::from_secs(60);
     LocalSet::new().block_on(&runtime, async {
         let outcome = tokio::time::timeout(deadline, test).await;
         outcome.expect("the test stands still");
@@ -235,5 +235,45 @@ fn a_peer_that_asks_and_never_reads_is_given_up() {
         drop(b);
         assert!(sent < 400_000, "nobody minds {sent} pings without a reader");
         assert_eq!(driver.await.unwrap(), Reason::ProtocolError);
+    });
+}
+
+/// What is held is counted while it is held, whoever lets it go: the reader, the writer, or the end of all.
+#[test]
+fn a_budget_knows_what_all_connections_hold() {
+    local(async {
+        let budget = Budget::new(100_000);
+        let settings = Settings {
+            budget: Arc::clone(&budget),
+            ..Settings::from(Limits::DEFAULT)
+        };
+        let (a, b) = duplex(10_000);
+        let (client, _, driver) = connection(a, Side::Client, settings.clone());
+        spawn_local(driver);
+        let (_, mut incoming, driver) = connection(b, Side::Server, settings);
+        spawn_local(driver);
+        let mut slow = Vec::new();
+        for _ in 0..2 {
+            let stream = client.open(b"slow").await.unwrap();
+            stream.send(&[1; 60_000]).await.unwrap();
+            slow.push((stream, incoming.next().await.unwrap().0));
+        }
+        while !budget.is_spent() || budget.held() < 120_000 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(budget.held(), 120_000, "received and not read");
+        let mut bytes = Vec::new();
+        let taken = slow[0].1.recv(&mut bytes, 50_000).await.unwrap();
+        assert_eq!(budget.held(), 120_000 - taken.unwrap());
+        assert!(!budget.is_spent(), "who reads makes room");
+        let (ours, theirs) = slow.pop().unwrap();
+        drop((ours, theirs));
+        while budget.held() > 60_000 - taken.unwrap() {
+            tokio::task::yield_now().await;
+        }
+        drop((client, incoming, slow));
+        while budget.held() > 0 {
+            tokio::task::yield_now().await;
+        }
     });
 }
