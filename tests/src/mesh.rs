@@ -222,6 +222,7 @@ pub fn open_stream(
             Frame::Reset {
                 stream: STREAM,
                 reason,
+                ..
             }
             | Frame::GoAway { reason, .. } => return Some(reason),
             _ => {}

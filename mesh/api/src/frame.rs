@@ -7,13 +7,13 @@
 //! | 2 | accepted | |
 //! | 3 | data | bytes |
 //! | 4 | data, then the end | bytes |
-//! | 5 | reset | reason u16 |
+//! | 5 | reset | reason u16, the app's own code u32 |
 //! | 6 | credit | bytes u32; stream 0 is the connection |
 //! | 7, 8 | ping, pong | nonce u64 |
 //! | 9 | go-away | last u32, reason u16 |
 //!
-//! 16 to 31 are kept for HTTP/2 (header block, trailers). Other types are an error: both sides agree on the
-//! version in their hellos.
+//! Other types are an error: both sides agree on the version in their hellos. What an HTTP/2 message is made of lies
+//! inside the stream's data.
 
 use mesh_core::reason::Reason;
 use mesh_core::stream::{Frame, Limits};
@@ -75,9 +75,14 @@ pub fn encode(frame: &Frame<'_>, out: &mut Vec<u8>) {
             out.extend(data_prefix(stream, data.len(), end));
             out.extend_from_slice(data);
         }
-        Frame::Reset { stream, reason } => {
-            out.extend(prefix(5, stream, 2));
+        Frame::Reset {
+            stream,
+            reason,
+            code,
+        } => {
+            out.extend(prefix(5, stream, 6));
             out.extend(reason.to_wire().to_be_bytes());
+            out.extend(code.to_be_bytes());
         }
         Frame::Credit { stream, bytes } => {
             out.extend(prefix(6, stream, 4));
@@ -110,7 +115,7 @@ impl Prefix {
             1 => length <= HEADER_MAX,
             2 => length == 0,
             3 | 4 => length <= max_frame as usize,
-            5 => length == 2,
+            5 => length == 6,
             6 => length == 4,
             7 | 8 => length == 8,
             9 => length == 6,
@@ -174,6 +179,7 @@ impl Prefix {
             5 => Frame::Reset {
                 stream,
                 reason: reason_at(0)?,
+                code: u32_at(2)?,
             },
             6 => Frame::Credit {
                 stream,
@@ -239,8 +245,17 @@ mod tests {
             Frame::Reset {
                 stream: 5,
                 reason: Reason::NotAllowed,
+                code: 0,
             },
-            &[0, 0, 2, 5, 0, 0, 0, 5, 0, 43],
+            &[0, 0, 6, 5, 0, 0, 0, 5, 0, 43, 0, 0, 0, 0],
+        ),
+        (
+            Frame::Reset {
+                stream: 5,
+                reason: Reason::StreamReset,
+                code: 8,
+            },
+            &[0, 0, 6, 5, 0, 0, 0, 5, 0, 51, 0, 0, 0, 8],
         ),
         (
             Frame::Credit {

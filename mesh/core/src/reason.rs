@@ -97,6 +97,7 @@ reasons! {
     AppFamily = 48, "app_family", Upstream, 503, "the service listens only in an address family that the caller's address has not";
     ProtocolError = 49, "protocol_error", Peer, 502, "the peer's agent broke the rules of the stream layer";
     Cancelled = 50, "cancelled", Peer, 499, "the caller went away";
+    StreamReset = 51, "stream_reset", Upstream, 502, "the program at the other end ended its HTTP/2 stream with an error code of its own";
     // Control.
     TokenMalformed = 60, "token_malformed", Peer, 400, "the join token is truncated or mistyped; copy it whole";
     TokenUnknown = 61, "token_unknown", Peer, 401, "no such join token, or its secret is wrong";

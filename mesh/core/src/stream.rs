@@ -87,6 +87,8 @@ pub enum Frame<'a> {
     Reset {
         stream: u32,
         reason: Reason,
+        /// The app's own code, which only [`Reason::StreamReset`] has.
+        code: u32,
     },
     /// Stream 0 is the connection.
     Credit {
@@ -129,6 +131,7 @@ pub enum Event {
     Reset {
         stream: u32,
         reason: Reason,
+        code: u32,
     },
     /// The stream may have become able to send.
     Writable {
@@ -336,8 +339,17 @@ impl Machine {
 
     /// Ends a stream at once, both ways. The shell also consumes what it still holds of it.
     pub fn reset(&mut self, stream: u32, reason: Reason) {
+        self.reset_with(stream, reason, 0);
+    }
+
+    /// Ends a stream at once as [`Self::reset`] does, with the app's own code.
+    pub fn reset_with(&mut self, stream: u32, reason: Reason, code: u32) {
         if self.remove(stream) {
-            self.queue(Frame::Reset { stream, reason });
+            self.queue(Frame::Reset {
+                stream,
+                reason,
+                code,
+            });
         }
     }
 
@@ -394,11 +406,19 @@ impl Machine {
                 })
             }
             Frame::Data { stream, data, end } => self.handle_data(stream, data.len() as u64, end),
-            Frame::Reset { stream, reason } => {
+            Frame::Reset {
+                stream,
+                reason,
+                code,
+            } => {
                 let known = self.is_known(stream)?;
                 self.remove(stream);
                 Ok(if known {
-                    Event::Reset { stream, reason }
+                    Event::Reset {
+                        stream,
+                        reason,
+                        code,
+                    }
                 } else {
                     Event::None
                 })

@@ -112,6 +112,8 @@ struct Slot {
     taken: usize,
     ended: bool,
     reset: Option<Reason>,
+    /// What the app said with its reset.
+    code: u32,
     accepted: bool,
     round: u64,
     sent_in_round: usize,
@@ -439,8 +441,13 @@ impl Shared {
                     self.opening.drain(..).for_each(Waker::wake);
                 }
             }
-            Event::Reset { stream, reason } => {
+            Event::Reset {
+                stream,
+                reason,
+                code,
+            } => {
                 if let Some(slot) = self.slots.get_mut(&stream) {
+                    slot.code = code;
                     slot.end_by(reason);
                 }
                 self.opening.drain(..).for_each(Waker::wake);

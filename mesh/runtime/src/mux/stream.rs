@@ -268,6 +268,23 @@ impl MuxStream {
         .await
     }
 
+    /// What the app at the other end said with [`Reason::StreamReset`].
+    pub fn reset_code(&self) -> u32 {
+        let shared = self.shared.borrow();
+        shared.slots.get(&self.id).map_or(0, |slot| slot.code)
+    }
+
+    /// Ends the stream at once, both ways, with the code of the app at this end.
+    pub fn reset_with_code(&self, code: u32) {
+        let mut shared = self.shared.borrow_mut();
+        let reason = Reason::StreamReset;
+        shared.machine.reset_with(self.id, reason, code);
+        if let Some(slot) = shared.slots.get_mut(&self.id) {
+            slot.end_by(reason);
+        }
+        shared.wake_driver();
+    }
+
     /// Ends the stream at once, both ways.
     pub fn reset(mut self, reason: Reason) {
         self.on_drop = reason;

@@ -100,6 +100,13 @@ fn a_reset_carries_its_reason_and_a_lost_carrier_ends_all() {
         assert_eq!(header, b"x");
         stream.reset(Reason::NotAllowed);
         assert_eq!(refused.accepted().await, Err(Reason::NotAllowed));
+        assert_eq!(refused.reset_code(), 0);
+        let ended = client.open(b"w").await.unwrap();
+        let (stream, _) = incoming.next().await.unwrap();
+        stream.reset_with_code(8);
+        assert_eq!(ended.accepted().await, Err(Reason::StreamReset));
+        assert_eq!(ended.reset_code(), 8);
+        drop(stream);
         let mut open = client.open(b"y").await.unwrap();
         server.abort();
         assert!(matches!(
