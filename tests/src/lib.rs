@@ -9,6 +9,7 @@ pub mod bench;
 pub mod cgroup;
 pub mod control;
 pub mod demo;
+pub mod fuzz;
 pub mod host;
 pub mod load;
 pub mod mesh;

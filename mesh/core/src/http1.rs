@@ -149,11 +149,9 @@ pub fn parse_request(bytes: &[u8], max: usize) -> Result<Option<Request>, Reason
     if method.is_empty() || !method.iter().all(|b| is_token(*b)) {
         return Err(malformed);
     }
-    if target.is_empty()
-        || !target
-            .iter()
-            .all(|b| (0x21..=0xff).contains(b) && *b != 0x7f)
-    {
+    // A fragment is no part of a request (RFC 9112 §3.2): some cut it off, others take it for a path.
+    let is_target = |b: &u8| *b > b' ' && !matches!(b, 0x7f | b'#');
+    if target.is_empty() || !target.iter().all(is_target) {
         return Err(malformed);
     }
     let old = is_old(version).ok_or(malformed)?;
@@ -173,6 +171,10 @@ pub fn parse_request(bytes: &[u8], max: usize) -> Result<Option<Request>, Reason
         (None, Some(0) | None) => Framing::None,
         (None, Some(length)) => Framing::Length(length),
     };
+    // CONNECT has no body (RFC 9110 §9.3.6): some servers take it for the tunnel's first bytes.
+    if method == Method::Connect && framing != Framing::None {
+        return Err(malformed);
+    }
     let keep_alive = facts.keep_alive(old);
     Ok(Some(Request {
         len,
@@ -212,7 +214,8 @@ pub fn parse_response(
         _ => return Err(malformed),
     };
     let facts = Facts::read(lines, malformed)?;
-    if facts.chunked.is_some() && facts.length.is_some() {
+    // HTTP/1.0 knows no transfer coding: its readers part here (RFC 9112 §6.1).
+    if facts.chunked.is_some() && (facts.length.is_some() || old) {
         return Err(malformed);
     }
     let tunnel = (status == 101 && request.upgrade)
@@ -232,7 +235,9 @@ pub fn parse_response(
             (None, Some(length)) => Framing::Length(length),
         }
     };
-    let keep_alive = facts.keep_alive(old) && framing != Framing::UntilClose && !tunnel;
+    // A server that was asked to leave HTTP may have, whatever it answered: nothing else is sent to it.
+    let asked = request.upgrade || request.method == Method::Connect;
+    let keep_alive = facts.keep_alive(old) && framing != Framing::UntilClose && !asked;
     Ok(Some(Response {
         len,
         status,
@@ -357,11 +362,15 @@ impl Facts {
                         .map(trim)
                         .unwrap_or_default();
                     let codings = value.split(|b| *b == b',').map(trim);
+                    // Empty elements, parameters and quotes are split by others in other places.
+                    let is_plain = |c: &[u8]| !c.is_empty() && c.iter().all(|b| is_token(*b));
+                    let plain = codings.clone().all(is_plain);
                     let chunked = codings
                         .filter(|c| c.eq_ignore_ascii_case(b"chunked"))
                         .count();
                     let ends = last.eq_ignore_ascii_case(b"chunked");
-                    if chunked > 1
+                    if !plain
+                        || chunked > 1
                         || (chunked == 1) != ends
                         || facts.chunked.replace(ends).is_some()
                     {

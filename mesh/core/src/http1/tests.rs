@@ -62,6 +62,8 @@ fn what_could_be_read_in_two_ways_is_refused() {
         "Transfer-Encoding: chunked, chunked",
         "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
         "Transfer-Encoding: identity",
+        "Transfer-Encoding: , chunked",
+        "Transfer-Encoding: x;a=\"b, chunked",
         "Transfer-Encoding: xchunked",
         "Transfer-Encoding : chunked",
         "Host: b",
@@ -90,6 +92,9 @@ fn what_could_be_read_in_two_ways_is_refused() {
         "GET / HTTP/1.1\nHost: a\n\n",
         "\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
         "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "GET /a#b HTTP/1.1\r\nHost: a\r\n\r\n",
+        "CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\nContent-Length: 5\r\n\r\nhello",
+        "CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\nTransfer-Encoding: chunked\r\n\r\n",
     ] {
         assert_eq!(request(text), Err(Reason::HttpMalformed), "{text:?}");
     }
@@ -149,11 +154,27 @@ fn framing_of_responses() {
         "HTTP/1.1 2000 OK\r\n\r\n",
         "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
         "HTTP/2 200 OK\r\n\r\n",
+        "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
     ] {
         assert_eq!(
             answer(text, GET),
             Err(Reason::HttpResponseMalformed),
             "{text}"
+        );
+    }
+}
+
+#[test]
+fn a_connection_that_was_asked_to_leave_http_is_not_used_again() {
+    let upgrade = "GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+    let connect = "CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n";
+    let refused = "HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n";
+    for (to, keep) in [(GET, true), (upgrade, false), (connect, false)] {
+        let head = answer(refused, to).unwrap().unwrap();
+        assert_eq!(
+            (head.framing, head.keep_alive),
+            (Framing::None, keep),
+            "{to}"
         );
     }
 }

@@ -1,0 +1,218 @@
+//! The bodies of the fuzz targets: each takes any bytes and panics where a parser of ours breaks its word. `fuzz/` runs
+//! them under libFuzzer, the wire tier with seeded inputs.
+
+pub mod by_hyper;
+pub mod grammar;
+pub mod reading;
+
+use mesh_api::frame::{PREFIX_LEN, Prefix, encode};
+use mesh_api::header::Header;
+use mesh_api::token::JoinToken;
+use mesh_core::http1::{Body, Framing, HEAD_MAX, Request, parse_request, parse_response, rewrite};
+use mesh_core::stream::{Limits, Machine, Side};
+
+use reading::{Message, Passed};
+
+/// Frames as a peer may send them: each reads back as what it was, and none breaks the machine behind.
+pub fn frames(mut bytes: &[u8]) {
+    let mut machine = Machine::new(Side::Server, Limits::DEFAULT);
+    while let Some((head, rest)) = bytes.split_first_chunk::<PREFIX_LEN>() {
+        let Ok(prefix) = Prefix::decode(*head, Limits::DEFAULT.max_frame) else {
+            return;
+        };
+        let Some(payload) = rest.get(..prefix.length) else {
+            return;
+        };
+        let Ok(frame) = prefix.frame(payload) else {
+            return;
+        };
+        let mut out = Vec::new();
+        encode(&frame, &mut out);
+        assert!(bytes.starts_with(&out), "{bytes:?} became {out:?}");
+        if machine.handle(&frame).is_err() {
+            return;
+        }
+        while machine.poll_control().is_some() {}
+        bytes = &rest[prefix.length..];
+    }
+}
+
+/// A stream's header: what is read is written back as the begin of what came.
+pub fn header(bytes: &[u8]) {
+    if let Ok(header) = Header::decode(bytes) {
+        let mut out = Vec::new();
+        header.encode(&mut out);
+        assert!(bytes.starts_with(&out), "{bytes:?} became {out:?}");
+    }
+}
+
+/// A join token: what is read is the only text of what it says.
+pub fn token(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    if let Ok(token) = JoinToken::parse(&text) {
+        assert_eq!(JoinToken::parse(&token.reveal()).as_ref(), Ok(&token));
+    }
+}
+
+/// A request's head: never accepted before it is whole, and still a head without what is ours.
+pub fn http1_request_head(bytes: &[u8]) {
+    let Ok(Some(head)) = parse_request(bytes, HEAD_MAX) else {
+        return;
+    };
+    assert_eq!(
+        parse_request(&bytes[..head.len - 1], HEAD_MAX),
+        Ok(None),
+        "accepted before its end"
+    );
+    let mut out = Vec::new();
+    rewrite(
+        &bytes[..head.len],
+        Some("x-meshwork-client-id: us"),
+        &mut out,
+    );
+    let again = parse_request(&out, 2 * HEAD_MAX)
+        .ok()
+        .flatten()
+        .expect("our own rewriting is refused");
+    let facts = |head: &Request| (head.method, head.framing, head.keep_alive, head.upgrade);
+    assert_eq!((facts(&again), again.len), (facts(&head), out.len()));
+    let text = String::from_utf8_lossy(&out)
+        .to_lowercase()
+        .replace('_', "-");
+    assert_eq!(
+        text.matches("\r\nx-meshwork-").count(),
+        1,
+        "a header of ours passed: {text:?}"
+    );
+}
+
+/// A response's head, to each kind of request.
+pub fn http1_response_head(bytes: &[u8]) {
+    for (_, request) in asked() {
+        let Ok(Some(head)) = parse_response(bytes, &request, HEAD_MAX) else {
+            continue;
+        };
+        let cut = parse_response(&bytes[..head.len - 1], &request, HEAD_MAX);
+        assert_eq!(cut, Ok(None), "accepted before its end");
+        let mut out = Vec::new();
+        rewrite(&bytes[..head.len], None, &mut out);
+        let again = parse_response(&out, &request, HEAD_MAX)
+            .ok()
+            .flatten()
+            .expect("our own rewriting is refused");
+        assert_eq!((again.status, again.framing), (head.status, head.framing));
+    }
+}
+
+/// A chunked body ends at the same byte in whatever pieces it comes.
+pub fn chunked_body(bytes: &[u8]) {
+    let mut whole = Body::new(Framing::Chunked);
+    let expected = whole.advance(bytes);
+    let mut pieces = Body::new(Framing::Chunked);
+    let mut at = 0;
+    while at < bytes.len() && !pieces.is_done() {
+        match pieces.advance(&bytes[at..=at]) {
+            Ok(more) => at += more,
+            Err(reason) => {
+                assert_eq!(expected, Err(reason), "refused in pieces only");
+                return;
+            }
+        }
+    }
+    assert_eq!(
+        (expected, whole),
+        (Ok(at), pieces),
+        "accepted in pieces only"
+    );
+}
+
+/// The requests that agents pass, hyper reads as the same, or refuses. Returns how many it read alike.
+pub fn requests_against_hyper(bytes: &[u8]) -> usize {
+    let passed = reading::requests(bytes);
+    let mut alike = 0;
+    for piece in [usize::MAX, 1 + bytes.len() % 7] {
+        let seen = by_hyper::requests(&passed.bytes, piece);
+        alike = compare(&passed, &seen);
+    }
+    alike
+}
+
+fn compare(passed: &Passed, seen: &[by_hyper::Seen]) -> usize {
+    let show = || {
+        format!(
+            "\nsent {:?}\nours {:?}\nand {:?}\nhyper {seen:?}",
+            String::from_utf8_lossy(&passed.bytes),
+            passed.whole,
+            passed.begun
+        )
+    };
+    for (at, theirs) in seen.iter().enumerate() {
+        match passed.whole.get(at) {
+            Some(ours) if theirs.whole => {
+                assert!(alike(ours, &theirs.message), "read in two ways: {}", show())
+            }
+            // It refused the body that we passed: then it reads nothing behind it.
+            Some(_) => assert_eq!(at + 1, seen.len(), "read on behind an error: {}", show()),
+            None => {
+                assert!(
+                    !theirs.whole,
+                    "a request that we did not pass as whole: {}",
+                    show()
+                );
+                assert!(
+                    passed.begun.is_some() && at == passed.whole.len(),
+                    "a request that we did not pass: {}",
+                    show()
+                );
+            }
+        }
+    }
+    seen.iter().filter(|seen| seen.whole).count()
+}
+
+/// The response that agents pass, hyper reads as the same, or refuses. Returns how many it read alike.
+pub fn responses_against_hyper(bytes: &[u8]) -> usize {
+    let mut count = 0;
+    for (method, request) in asked() {
+        let passed = reading::response(bytes, &request);
+        let Some(seen) = by_hyper::response(&passed.bytes, 1 + bytes.len() % 7, method) else {
+            continue;
+        };
+        let show = || {
+            format!(
+                "\nto {method}: {:?}\nours {:?}\nand {:?}\nhyper {seen:?}",
+                String::from_utf8_lossy(&passed.bytes),
+                passed.whole,
+                passed.begun
+            )
+        };
+        match passed.whole.first() {
+            Some(ours) if seen.whole => {
+                assert!(alike(ours, &seen.message), "read in two ways: {}", show());
+                count += 1;
+            }
+            Some(_) => (),
+            None => assert!(
+                !seen.whole,
+                "a response that we did not pass as whole: {}",
+                show()
+            ),
+        }
+    }
+    count
+}
+
+/// Requests whose answers are framed differently.
+fn asked() -> impl Iterator<Item = (&'static str, Request)> {
+    ["GET", "HEAD", "CONNECT"].into_iter().filter_map(|method| {
+        let head = format!("{method} / HTTP/1.1\r\nHost: a\r\n\r\n");
+        Some((method, parse_request(head.as_bytes(), HEAD_MAX).ok()??))
+    })
+}
+
+/// hyper writes an absolute target without a path with one.
+fn alike(ours: &Message, theirs: &Message) -> bool {
+    let lines = ours.line == theirs.line
+        || matches!((ours.line.as_slice(), theirs.line.as_slice()), ([a, b], [c, d]) if a == c && *d == format!("{b}/"));
+    lines && ours.headers == theirs.headers && ours.body == theirs.body
+}
