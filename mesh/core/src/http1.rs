@@ -2,6 +2,11 @@
 //! two ways. Bytes are not changed here: a head is judged, a body is measured.
 
 mod body;
+mod fields;
+mod target;
+
+use fields::{Bad, Facts, Lines, is_h2c, is_name, is_ours, is_text, is_token};
+use memchr::{memchr, memchr2_iter};
 
 pub use body::Body;
 
@@ -30,15 +35,17 @@ pub enum Framing {
 pub enum Method {
     Head,
     Connect,
-    /// GET, OPTIONS, TRACE, PUT, DELETE: doing it twice is doing it once (RFC 9110 §9.2.2).
+    /// GET, OPTIONS, TRACE, DELETE: doing it twice is doing it once (RFC 9110 §9.2.2), and mostly there is no body.
     Idempotent,
+    /// Idempotent too, with a body.
+    Put,
     Other,
 }
 
 impl Method {
     /// Whether a request may be repeated when it is not known what became of it.
     pub const fn is_idempotent(self) -> bool {
-        matches!(self, Self::Head | Self::Idempotent)
+        matches!(self, Self::Head | Self::Idempotent | Self::Put)
     }
 }
 
@@ -54,6 +61,16 @@ pub struct Request {
     pub upgrade: bool,
     /// Whether it has headers that [`rewrite`] removes.
     pub has_ours: bool,
+    /// Whether it logs its connection in (NTLM, Negotiate): then all that follows on the caller's connection belongs on
+    /// the same connection to the app, and nobody else's does.
+    pub binds: bool,
+}
+
+impl Request {
+    /// Whether a server might overlook this body, and take it for a next request.
+    pub fn has_odd_body(&self) -> bool {
+        self.framing != Framing::None && matches!(self.method, Method::Head | Method::Idempotent)
+    }
 }
 
 /// A judged response head.
@@ -64,6 +81,8 @@ pub struct Response {
     pub framing: Framing,
     pub keep_alive: bool,
     pub has_ours: bool,
+    /// Whether it asks for a login of its connection (NTLM, Negotiate): nobody else may use that.
+    pub binds: bool,
 }
 
 impl Response {
@@ -113,8 +132,10 @@ pub fn sniff(bytes: &[u8]) -> Sniff {
         return Sniff::Other;
     }
     if end.is_some() {
-        let version = |part: &[u8]| part.eq_ignore_ascii_case(b"HTTP/1");
-        return if text.windows(6).any(version) {
+        // Whatever version it claims, but for HTTP/2's preface.
+        let version = |part: &[u8]| part.eq_ignore_ascii_case(b"HTTP/");
+        let preface = bytes.starts_with(b"PRI * HTTP/2.0");
+        return if !preface && text.windows(5).any(version) {
             Sniff::Http1
         } else {
             Sniff::Other
@@ -146,23 +167,30 @@ pub fn parse_request(bytes: &[u8], max: usize) -> Result<Option<Request>, Reason
     else {
         return Err(malformed);
     };
-    if method.is_empty() || !method.iter().all(|b| is_token(*b)) {
-        return Err(malformed);
-    }
-    // A fragment is no part of a request (RFC 9112 §3.2): some cut it off, others take it for a path.
-    let is_target = |b: &u8| *b > b' ' && !matches!(b, 0x7f | b'#');
-    if target.is_empty() || !target.iter().all(is_target) {
-        return Err(malformed);
-    }
     let old = is_old(version).ok_or(malformed)?;
-    let facts = Facts::read(lines, malformed)?;
+    let facts = Facts::read(lines).map_err(|bad| match bad {
+        Bad::Malformed => malformed,
+        Bad::TooMany => Reason::HttpHeadTooLarge,
+    })?;
     if facts.hosts > 1 || (facts.hosts == 0 && !old) {
         return Err(malformed);
     }
+    let host = (facts.hosts == 1).then_some(facts.host);
+    if !is_name(method) || !target::is_proper(method, target, host) {
+        return Err(malformed);
+    }
+    // Methods have a case; whoever ignores it frames the answer to another request.
+    let almost = |name: &[u8]| method != name && method.eq_ignore_ascii_case(name);
+    if almost(b"HEAD") || almost(b"CONNECT") {
+        return Err(malformed);
+    }
+    // Neither has a body (RFC 9110 §9.3.6 and §9.3.8): some servers take CONNECT's for the tunnel's first bytes.
+    let bodiless = matches!(method, b"CONNECT" | b"TRACE");
     let method = match method {
         b"HEAD" => Method::Head,
         b"CONNECT" => Method::Connect,
-        b"GET" | b"OPTIONS" | b"TRACE" | b"PUT" | b"DELETE" => Method::Idempotent,
+        b"GET" | b"OPTIONS" | b"TRACE" | b"DELETE" => Method::Idempotent,
+        b"PUT" => Method::Put,
         _ => Method::Other,
     };
     let framing = match (facts.chunked, facts.length) {
@@ -171,18 +199,18 @@ pub fn parse_request(bytes: &[u8], max: usize) -> Result<Option<Request>, Reason
         (None, Some(0) | None) => Framing::None,
         (None, Some(length)) => Framing::Length(length),
     };
-    // CONNECT has no body (RFC 9110 §9.3.6): some servers take it for the tunnel's first bytes.
-    if method == Method::Connect && framing != Framing::None {
+    if bodiless && framing != Framing::None {
         return Err(malformed);
     }
-    let keep_alive = facts.keep_alive(old);
     Ok(Some(Request {
         len,
         method,
         framing,
-        keep_alive,
-        upgrade: facts.upgrade,
+        keep_alive: facts.keep_alive(old),
+        // HTTP/1.0 knows no upgrade (RFC 9110 §7.8).
+        upgrade: facts.upgrade && !old,
         has_ours: facts.has_ours,
+        binds: facts.login,
     }))
 }
 
@@ -208,14 +236,19 @@ pub fn parse_response(
             b @ b'0'..=b'9',
             c @ b'0'..=b'9',
             tail @ ..,
-        ] if tail.is_empty() || tail[0] == b' ' => [a, b, c]
+        ] if tail.is_empty() || (tail[0] == b' ' && tail.iter().all(|b| is_text(*b))) => [a, b, c]
             .iter()
             .fold(0, |n, d| n * 10 + u16::from(**d - b'0')),
         _ => return Err(malformed),
     };
-    let facts = Facts::read(lines, malformed)?;
+    let facts = Facts::read(lines).map_err(|_| malformed)?;
     // HTTP/1.0 knows no transfer coding: its readers part here (RFC 9112 §6.1).
     if facts.chunked.is_some() && (facts.length.is_some() || old) {
+        return Err(malformed);
+    }
+    // These never have a body (RFC 9110 §8.6, RFC 9112 §6.1); whoever believes the header waits for one.
+    let says_body = facts.chunked.is_some() || facts.length.is_some_and(|length| length > 0);
+    if says_body && (status < 200 || status == 204) {
         return Err(malformed);
     }
     let tunnel = (status == 101 && request.upgrade)
@@ -244,6 +277,7 @@ pub fn parse_response(
         framing,
         keep_alive,
         has_ours: facts.has_ours,
+        binds: facts.challenge,
     }))
 }
 
@@ -263,195 +297,49 @@ fn split_head(
     max: usize,
     malformed: Reason,
 ) -> Result<Option<(usize, &[u8], &[u8])>, Reason> {
-    let Some(end) = find(bytes, b"\r\n\r\n") else {
-        if bytes.len() >= max {
-            return Err(if malformed == Reason::HttpMalformed {
-                Reason::HttpHeadTooLarge
-            } else {
-                malformed
-            });
-        }
-        // A bare line feed or a NUL is never completed to something good.
-        let seen = bytes.iter().enumerate();
-        let bad = seen
-            .filter(|(at, b)| **b == 0 || (**b == b'\n' && (*at == 0 || bytes[at - 1] != b'\r')));
-        return if bad.count() > 0 {
-            Err(malformed)
-        } else {
-            Ok(None)
-        };
+    let too_large = if malformed == Reason::HttpMalformed {
+        Reason::HttpHeadTooLarge
+    } else {
+        malformed
     };
-    if end + 4 > max {
-        return Err(if malformed == Reason::HttpMalformed {
-            Reason::HttpHeadTooLarge
-        } else {
-            malformed
-        });
-    }
-    let head = &bytes[..end];
-    let line_end = find(head, b"\r\n").unwrap_or(head.len());
-    let lines = head.get(line_end + 2..).unwrap_or_default();
-    if head[..line_end]
-        .iter()
-        .any(|b| matches!(b, b'\r' | b'\n' | 0))
-    {
-        return Err(malformed);
-    }
-    Ok(Some((end + 4, &head[..line_end], lines)))
+    let end = match end_of_head(bytes, 0) {
+        End::Spoiled => return Err(malformed),
+        End::At(end) if end <= max => end,
+        End::Missing if bytes.len() < max => return Ok(None),
+        End::At(_) | End::Missing => return Err(too_large),
+    };
+    let mut lines = &bytes[..end - 2];
+    let line = Lines(lines).next().ok_or(malformed)?;
+    lines = lines.get(line.len() + 2..).unwrap_or_default();
+    Ok(Some((end, line, lines)))
 }
 
-fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
-    let first = what.first()?;
-    let mut from = 0;
-    while let Some(at) = bytes[from..].iter().position(|b| b == first) {
-        if bytes[from + at..].starts_with(what) {
-            return Some(from + at);
+/// Whether the bytes behind the first `seen` complete a head, or spoil it for good: until then [`parse_request`] and
+/// [`parse_response`] need not look again, and each byte is looked at once.
+pub fn is_decided(bytes: &[u8], seen: usize) -> bool {
+    end_of_head(bytes, seen) != End::Missing
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Missing,
+    /// Behind the empty line.
+    At(usize),
+    /// A bare line feed or a NUL is never completed to something good.
+    Spoiled,
+}
+
+fn end_of_head(bytes: &[u8], seen: usize) -> End {
+    for at in memchr2_iter(b'\n', 0, &bytes[seen..]) {
+        let (before, byte) = (&bytes[..seen + at], bytes[seen + at]);
+        if byte == 0 || !before.ends_with(b"\r") {
+            return End::Spoiled;
         }
-        from += at + 1;
-    }
-    None
-}
-
-/// `tchar` of RFC 9110 §5.6.2.
-fn is_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
-}
-
-#[derive(Default)]
-struct Facts {
-    hosts: usize,
-    length: Option<u64>,
-    /// Whether Transfer-Encoding ends in chunked, if there is one.
-    chunked: Option<bool>,
-    close: bool,
-    keep: bool,
-    connection_upgrade: bool,
-    upgrade: bool,
-    has_ours: bool,
-}
-
-impl Facts {
-    fn read(lines: &[u8], malformed: Reason) -> Result<Self, Reason> {
-        let mut facts = Self::default();
-        let mut has_upgrade = false;
-        for line in Lines(lines) {
-            let colon = line.iter().position(|b| *b == b':').ok_or(malformed)?;
-            let (name, value) = (&line[..colon], trim(&line[colon + 1..]));
-            // This also refuses folded lines and spaces before the colon.
-            if name.is_empty() || !name.iter().all(|b| is_token(*b)) {
-                return Err(malformed);
-            }
-            if value
-                .iter()
-                .any(|b| (*b < 0x20 && *b != b'\t') || *b == 0x7f)
-            {
-                return Err(malformed);
-            }
-            match name.len() {
-                4 if name.eq_ignore_ascii_case(b"host") => facts.hosts += 1,
-                14 if name.eq_ignore_ascii_case(b"content-length") => {
-                    let length = parse_length(value).ok_or(malformed)?;
-                    if facts.length.replace(length).is_some() {
-                        return Err(malformed);
-                    }
-                }
-                17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
-                    let last = value
-                        .rsplit(|b| *b == b',')
-                        .next()
-                        .map(trim)
-                        .unwrap_or_default();
-                    let codings = value.split(|b| *b == b',').map(trim);
-                    // Empty elements, parameters and quotes are split by others in other places.
-                    let is_plain = |c: &[u8]| !c.is_empty() && c.iter().all(|b| is_token(*b));
-                    let plain = codings.clone().all(is_plain);
-                    let chunked = codings
-                        .filter(|c| c.eq_ignore_ascii_case(b"chunked"))
-                        .count();
-                    let ends = last.eq_ignore_ascii_case(b"chunked");
-                    if !plain
-                        || chunked > 1
-                        || (chunked == 1) != ends
-                        || facts.chunked.replace(ends).is_some()
-                    {
-                        return Err(malformed);
-                    }
-                }
-                10 if name.eq_ignore_ascii_case(b"connection") => {
-                    for option in value.split(|b| *b == b',').map(trim) {
-                        // A proxy behind the app's door would remove our header.
-                        if is_ours(option) {
-                            return Err(malformed);
-                        }
-                        facts.close |= option.eq_ignore_ascii_case(b"close");
-                        facts.keep |= option.eq_ignore_ascii_case(b"keep-alive");
-                        facts.connection_upgrade |= option.eq_ignore_ascii_case(b"upgrade");
-                    }
-                }
-                7 if name.eq_ignore_ascii_case(b"upgrade") => {
-                    has_upgrade |= !is_h2c(value);
-                    facts.has_ours |= is_h2c(value);
-                }
-                _ => facts.has_ours |= is_ours(name),
-            }
+        if before.ends_with(b"\r\n\r") || before == b"\r" {
+            return End::At(seen + at + 1);
         }
-        facts.upgrade = has_upgrade && facts.connection_upgrade;
-        Ok(facts)
     }
-
-    fn keep_alive(&self, old: bool) -> bool {
-        !self.close && (!old || self.keep)
-    }
-}
-
-/// Digits only: no sign, no list, no white space within.
-fn parse_length(value: &[u8]) -> Option<u64> {
-    if value.is_empty() || value.len() > 19 || !value.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    std::str::from_utf8(value).ok()?.parse().ok()
-}
-
-fn trim(bytes: &[u8]) -> &[u8] {
-    let start = bytes
-        .iter()
-        .position(|b| !matches!(b, b' ' | b'\t'))
-        .unwrap_or(bytes.len());
-    let end = bytes
-        .iter()
-        .rposition(|b| !matches!(b, b' ' | b'\t'))
-        .map_or(start, |at| at + 1);
-    &bytes[start..end]
-}
-
-/// Lines that end in CRLF; the last one may end with the text.
-struct Lines<'a>(&'a [u8]);
-
-impl<'a> Iterator for Lines<'a> {
-    type Item = &'a [u8];
-
-    fn next(&mut self) -> Option<&'a [u8]> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let end = find(self.0, b"\r\n").unwrap_or(self.0.len());
-        let line = &self.0[..end];
-        self.0 = self.0.get(end + 2..).unwrap_or_default();
-        Some(line)
-    }
-}
-
-/// Whether a header's name is ours, or becomes ours in a server that makes `_` of `-` (CGI, RFC 3875 §4.1.18).
-fn is_ours(name: &[u8]) -> bool {
-    let same = |(a, b): (&u8, &u8)| a.eq_ignore_ascii_case(b) || (*a == b'_' && *b == b'-');
-    name.len() >= OUR_PREFIX.len() && name.iter().zip(OUR_PREFIX).all(same)
-}
-
-/// Whether an Upgrade asks for HTTP/2 in the clear, which is ignored by all (RFC 9113 §3.1).
-fn is_h2c(value: &[u8]) -> bool {
-    value
-        .split(|b| *b == b',')
-        .any(|part| trim(part).eq_ignore_ascii_case(b"h2c"))
+    End::Missing
 }
 
 /// Appends `head` without headers of ours and without an Upgrade to HTTP/2, and with the header line `insert` (without CRLF) if there is one. The
@@ -459,7 +347,7 @@ fn is_h2c(value: &[u8]) -> bool {
 pub fn rewrite(head: &[u8], insert: Option<&str>, out: &mut Vec<u8>) {
     let body = head.strip_suffix(b"\r\n\r\n").unwrap_or(head);
     for (at, line) in Lines(body).enumerate() {
-        let colon = line.iter().position(|b| *b == b':').unwrap_or(line.len());
+        let colon = memchr(b':', line).unwrap_or(line.len());
         let (name, value) = (&line[..colon], line.get(colon + 1..).unwrap_or_default());
         let ours = is_ours(name) || (name.eq_ignore_ascii_case(b"upgrade") && is_h2c(value));
         if at == 0 || !ours {

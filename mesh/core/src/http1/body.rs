@@ -1,15 +1,22 @@
 //! The end of a body (RFC 9112 §6 and §7), found as its bytes pass.
 
 use super::Framing;
+use super::fields::{is_text, is_token, is_trailer};
 use crate::reason::Reason;
 
 /// Longest chunk-size line and longest trailer section, in bytes.
 const CHUNK_LINE_MAX: usize = 1024;
 const TRAILERS_MAX: usize = 16 * 1024;
+/// Bytes of a trailer's name that are looked at: more than any name has that may not stand there.
+const NAME_MAX: usize = 32;
 
 /// Measures a body as its bytes pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Body(State);
+pub struct Body {
+    state: State,
+    /// The name of the trailer that is being read.
+    name: Vec<u8>,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum State {
@@ -27,35 +34,36 @@ enum State {
     Data(u64),
     DataCr,
     DataLf,
-    /// In the trailer section: bytes of it, bytes of its line.
-    Trailer {
-        section: usize,
-        line: usize,
-    },
-    TrailerLf {
-        section: usize,
-        line: usize,
-    },
+    /// In the trailer section, of which so many bytes are read: in a line's name.
+    TrailerName(usize),
+    /// In its value.
+    TrailerValue(usize),
+    TrailerLf(usize),
+    EndLf,
 }
 
 impl Body {
     pub const fn new(framing: Framing) -> Self {
-        Self(match framing {
+        let state = match framing {
             Framing::None => State::Done,
             Framing::Length(length) => State::Length(length),
             Framing::Chunked => State::SIZE,
             Framing::UntilClose | Framing::Tunnel => State::UntilClose,
-        })
+        };
+        Self {
+            state,
+            name: Vec::new(),
+        }
     }
 
     /// Whether the body is whole.
     pub const fn is_done(&self) -> bool {
-        matches!(self.0, State::Done)
+        matches!(self.state, State::Done)
     }
 
     /// Whether the end of the connection is a proper end here.
     pub const fn may_close(&self) -> bool {
-        matches!(self.0, State::Done | State::UntilClose)
+        matches!(self.state, State::Done | State::UntilClose)
     }
 
     /// Takes the next bytes and says how many of them belong to the body.
@@ -65,7 +73,7 @@ impl Body {
     pub fn advance(&mut self, bytes: &[u8]) -> Result<usize, Reason> {
         let mut at = 0;
         while at < bytes.len() {
-            match &mut self.0 {
+            match &mut self.state {
                 State::Done => break,
                 State::UntilClose => return Ok(bytes.len()),
                 State::Length(left) | State::Data(left) => {
@@ -73,7 +81,7 @@ impl Body {
                     *left -= take;
                     at += take as usize;
                     if *left == 0 {
-                        self.0 = if matches!(self.0, State::Length(_)) {
+                        self.state = if matches!(self.state, State::Length(_)) {
                             State::Done
                         } else {
                             State::DataCr
@@ -81,12 +89,43 @@ impl Body {
                     }
                 }
                 _ => {
-                    self.0 = self.0.step(bytes[at])?;
+                    self.state = self.step(bytes[at])?;
                     at += 1;
                 }
             }
         }
         Ok(at)
+    }
+
+    /// One byte of a chunked body that is not data.
+    fn step(&mut self, byte: u8) -> Result<State, Reason> {
+        Ok(match (&self.state, byte) {
+            (State::Size { .. }, _) => return self.state.size_line(byte),
+            (State::SizeLf(0), b'\n') => State::TrailerName(0),
+            (State::SizeLf(size), b'\n') => State::Data(*size),
+            (State::DataCr, b'\r') => State::DataLf,
+            (State::DataLf, b'\n') => State::SIZE,
+            (State::TrailerName(_), b'\r') if self.name.is_empty() => State::EndLf,
+            (State::EndLf, b'\n') => State::Done,
+            (State::TrailerName(section), b':') => {
+                // A trailer line is a header line: no folding, no spaces before the colon.
+                is_trailer(&self.name)?;
+                self.name.clear();
+                State::TrailerValue(bounded(*section, TRAILERS_MAX)?)
+            }
+            (State::TrailerName(section), _) if is_token(byte) => {
+                if self.name.len() < NAME_MAX {
+                    self.name.push(byte);
+                }
+                State::TrailerName(bounded(*section, TRAILERS_MAX)?)
+            }
+            (State::TrailerValue(section), b'\r') => State::TrailerLf(*section),
+            (State::TrailerValue(section), _) if is_text(byte) => {
+                State::TrailerValue(bounded(*section, TRAILERS_MAX)?)
+            }
+            (State::TrailerLf(section), b'\n') => State::TrailerName(*section),
+            _ => return Err(Reason::HttpMalformed),
+        })
     }
 }
 
@@ -97,36 +136,6 @@ impl State {
         extension: false,
         line: 0,
     };
-
-    /// One byte of a chunked body that is not data.
-    fn step(&self, byte: u8) -> Result<Self, Reason> {
-        Ok(match (self, byte) {
-            (Self::Size { .. }, _) => return self.size_line(byte),
-            (Self::SizeLf(0), b'\n') => Self::Trailer {
-                section: 0,
-                line: 0,
-            },
-            (Self::SizeLf(size), b'\n') => Self::Data(*size),
-            (Self::DataCr, b'\r') => Self::DataLf,
-            (Self::DataLf, b'\n') => Self::SIZE,
-            (Self::Trailer { section, line }, b'\r') => Self::TrailerLf {
-                section: *section,
-                line: *line,
-            },
-            // A trailer line is a header line: no folding, no control characters.
-            (Self::Trailer { line: 0, .. }, b' ' | b'\t') => return Err(Reason::HttpMalformed),
-            (Self::Trailer { section, line }, b'\t' | 0x20..=0x7e | 0x80..) => Self::Trailer {
-                section: bounded(*section, TRAILERS_MAX)?,
-                line: line + 1,
-            },
-            (Self::TrailerLf { line: 0, .. }, b'\n') => Self::Done,
-            (Self::TrailerLf { section, .. }, b'\n') => Self::Trailer {
-                section: *section,
-                line: 0,
-            },
-            _ => return Err(Reason::HttpMalformed),
-        })
-    }
 
     /// One byte of a chunk-size line.
     fn size_line(&self, byte: u8) -> Result<Self, Reason> {
@@ -143,7 +152,7 @@ impl State {
             return Ok(Self::SizeLf(size));
         }
         let begins = digits > 0 && byte == b';';
-        if begins || extension && matches!(byte, b'\t' | b' '..=b'~' | 0x80..) {
+        if begins || (extension && is_text(byte)) {
             return Ok(Self::Size {
                 size,
                 digits,

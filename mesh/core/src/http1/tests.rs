@@ -66,6 +66,23 @@ fn what_could_be_read_in_two_ways_is_refused() {
         "Transfer-Encoding: x;a=\"b, chunked",
         "Transfer-Encoding: xchunked",
         "Transfer-Encoding : chunked",
+        "Transfer-Encoding: chunked, identity",
+        "Transfer-Encoding: gzip;q=1, chunked",
+        "Transfer-Encoding: \x0bchunked",
+        "Transfer-Encoding:",
+        "Transfer-Encoding\t: chunked",
+        "Transfer-Encoding: chunked\r\nContent-Length: 5",
+        "Content-Length: 5\r\nContent-Length: 6",
+        "Content-Length : 5",
+        "Content-Length: 5\x0b",
+        "Content-Length: 5;",
+        "Content-Length: 9223372036854775808",
+        "Content-Length: \u{661}",
+        "Connection: Content-Length\r\nContent-Length: 5",
+        "Connection: close, transfer-encoding",
+        "Connection: Host",
+        "Connection: X_Meshwork_Client_Id",
+        "Host: a",
         "Host: b",
         " folded: x",
         "X: a\r\n b",
@@ -77,6 +94,10 @@ fn what_could_be_read_in_two_ways_is_refused() {
         "Connection: close, x-meshwork-client-id",
         ": empty",
         "X y: a",
+        "X : a",
+        "X(: a",
+        "X: a\x7f",
+        "\u{e9}: a",
     ] {
         let text = format!("POST /x HTTP/1.1\r\nHost: a\r\n{headers}\r\n\r\n");
         assert_eq!(request(&text), Err(Reason::HttpMalformed), "{headers:?}");
@@ -88,6 +109,25 @@ fn what_could_be_read_in_two_ways_is_refused() {
         "GET / HTTP/2.0\r\nHost: a\r\n\r\n",
         "GET / http/1.1\r\nHost: a\r\n\r\n",
         "GET /a b HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET /  HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1.1 \r\nHost: a\r\n\r\n",
+        " GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET\t/\tHTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET /\ta HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET /\x7f HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET /\0 HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1.1\r\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1.1\rHost: a\r\n\r\n",
+        "GET / HTTP/1.2\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1\r\nHost: a\r\n\r\n",
+        "GET / HTTP/01.1\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1.1x\r\nHost: a\r\n\r\n",
+        "PRI * HTTP/2.0\r\n\r\n",
+        "\u{e9} / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "head / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "Connect a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
+        "TRACE / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx",
+        "\n\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
         "G(T / HTTP/1.1\r\nHost: a\r\n\r\n",
         "GET / HTTP/1.1\nHost: a\n\n",
         "\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -97,6 +137,131 @@ fn what_could_be_read_in_two_ways_is_refused() {
         "CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\nTransfer-Encoding: chunked\r\n\r\n",
     ] {
         assert_eq!(request(text), Err(Reason::HttpMalformed), "{text:?}");
+    }
+}
+
+#[test]
+fn whom_a_request_is_for_is_read_in_one_way() {
+    for (method, target, host, good) in [
+        ("GET", "/", "a", true),
+        ("GET", "//a/b?c=http://d", "a:80", true),
+        ("GET", "/", "", true),
+        ("GET", "/", "[fd00::1]:8080", true),
+        ("GET", "/", "web_1.shop.mesh.internal:", true),
+        ("GET", "/", "a b", false),
+        ("GET", "/", "a,b", false),
+        ("GET", "/", "a/b", false),
+        ("GET", "/", "u@a", false),
+        ("GET", "/", "a:80:80", false),
+        ("GET", "/", "a:x", false),
+        ("GET", "/", "\u{e9}", false),
+        ("GET", "http://a/x", "a", true),
+        ("GET", "HTTP://A:80/x", "a", true),
+        ("GET", "http://a?x", "a:80", true),
+        ("GET", "https://a:443", "a", true),
+        ("GET", "http://[::1]:81/", "[::1]:81", true),
+        ("GET", "http://a/x", "b", false),
+        ("GET", "http://a:81/x", "a", false),
+        ("GET", "http://a/x", "", false),
+        ("GET", "http://u@a/x", "a", false),
+        ("GET", "http:///x", "", false),
+        ("GET", "http:a", "a", false),
+        ("GET", "://a/", "a", false),
+        ("GET", "a", "a", false),
+        ("GET", "*", "a", false),
+        ("OPTIONS", "*", "a", true),
+        ("CONNECT", "a:1", "a", true),
+        ("CONNECT", "a:1", "A:2", true),
+        ("CONNECT", "a:1", "", true),
+        ("CONNECT", "[::1]:1", "[::1]", true),
+        ("CONNECT", "a:1", "b", false),
+        ("CONNECT", "a", "a", false),
+        ("CONNECT", "a:", "a", false),
+        ("CONNECT", ":1", "", false),
+        ("CONNECT", "/", "a", false),
+        ("CONNECT", "http://a:1", "a", false),
+    ] {
+        let text = format!("{method} {target} HTTP/1.1\r\nHost: {host}\r\n\r\n");
+        assert_eq!(request(&text).is_ok(), good, "{text:?}");
+    }
+    let old = "GET http://a/ HTTP/1.0\r\n\r\n";
+    assert!(request(old).is_ok(), "1.0 needs no Host");
+}
+
+#[test]
+fn a_login_of_a_connection_is_seen_by_both_sides() {
+    for (line, binds) in [
+        ("Authorization: NTLM TlRM", true),
+        ("authorization: negotiate", true),
+        ("Proxy-Authorization: Negotiate\tx", true),
+        ("Authorization: Basic NTLM", false),
+        ("Authorization: NTLMv3 x", false),
+        ("WWW-Authenticate: NTLM", false),
+    ] {
+        let head = request(&format!("GET / HTTP/1.1\r\nHost: a\r\n{line}\r\n\r\n"));
+        assert_eq!(head.unwrap().unwrap().binds, binds, "{line}");
+    }
+    for (line, binds) in [
+        ("WWW-Authenticate: NTLM", true),
+        ("WWW-Authenticate: Basic realm=\"a, b\", Negotiate", true),
+        ("Proxy-Authenticate: ntlm TlRM", true),
+        ("WWW-Authenticate: Basic realm=\"NTLM\"", false),
+        ("Authorization: NTLM", false),
+    ] {
+        let text = format!("HTTP/1.1 401 No\r\nContent-Length: 0\r\n{line}\r\n\r\n");
+        assert_eq!(answer(&text, GET).unwrap().unwrap().binds, binds, "{line}");
+    }
+}
+
+#[test]
+fn odd_bodies_are_known() {
+    for (method, odd) in [
+        ("GET", true),
+        ("DELETE", true),
+        ("POST", false),
+        ("PUT", false),
+    ] {
+        let text = format!("{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n");
+        assert_eq!(
+            request(&text).unwrap().unwrap().has_odd_body(),
+            odd,
+            "{method}"
+        );
+    }
+    assert!(!request(GET).unwrap().unwrap().has_odd_body());
+}
+
+#[test]
+fn a_head_has_so_many_lines_at_most() {
+    let lines = |count: usize| {
+        let text = format!(
+            "GET / HTTP/1.1\r\nHost: a\r\n{}\r\n",
+            "a:\r\n".repeat(count)
+        );
+        request(&text)
+    };
+    assert!(lines(fields::LINES_MAX - 1).is_ok());
+    assert_eq!(lines(fields::LINES_MAX), Err(Reason::HttpHeadTooLarge));
+}
+
+#[test]
+fn a_head_is_looked_at_when_it_may_be_whole_or_spoiled() {
+    for (text, seen, expected) in [
+        ("GET / HTTP/1.1\r\nHost: a\r\n", 0, false),
+        ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 0, true),
+        ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 26, true),
+        ("GET / HTTP/1.1\r\nHost: a\r\n\r\nbody", 29, false),
+        ("GET / HTTP/1.1\n", 0, true),
+        ("\n", 0, true),
+        ("\r\n", 0, true),
+        ("GET /\0", 0, true),
+        ("xxxxxxxxxx", 0, false),
+    ] {
+        assert_eq!(
+            is_decided(text.as_bytes(), seen),
+            expected,
+            "{text:?} from {seen}"
+        );
     }
 }
 
@@ -132,6 +297,11 @@ fn framing_of_responses() {
             Framing::None,
         ),
         ("HTTP/1.1 204\r\n\r\n", GET, Framing::None),
+        (
+            "HTTP/1.1 204 \r\nContent-Length: 0\r\n\r\n",
+            GET,
+            Framing::None,
+        ),
         ("HTTP/1.1 200 OK\r\n\r\n", GET, Framing::UntilClose),
         (
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n",
@@ -154,6 +324,23 @@ fn framing_of_responses() {
         "HTTP/1.1 2000 OK\r\n\r\n",
         "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
         "HTTP/2 200 OK\r\n\r\n",
+        "HTTP/1.1 204 No\r\nContent-Length: 3\r\n\r\nabc",
+        "HTTP/1.1 204 No\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "HTTP/1.1 100 Go\r\nContent-Length: 3\r\n\r\nabc",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: xchunked\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked, chunked\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: +3\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nX: a\r\n b\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nX : a\r\n\r\n",
+        "HTTP/1.1 200 O\rK\r\n\r\n",
+        "HTTP/1.1 200 O\0K\r\n\r\n",
+        "HTTP/1.1 200 OK\nX: a\n\n",
+        "HTTP/1.1  200 OK\r\n\r\n",
+        "HTTP/1.1 200\tOK\r\n\r\n",
+        "\r\nHTTP/1.1 200 OK\r\n\r\n",
+        "hello\r\n\r\n",
         "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
     ] {
         assert_eq!(
@@ -182,7 +369,7 @@ fn a_connection_that_was_asked_to_leave_http_is_not_used_again() {
 #[test]
 fn chunks_are_measured_wherever_they_are_cut() {
     let body =
-        b"5\r\nhello\r\n1A;name=\"v\"\r\nabcdefghijklmnopqrstuvwxyz\r\n0\r\nTrailer: x\r\n\r\n";
+        b"5\r\nhello\r\n1A;name=\"v\"\r\nabcdefghijklmnopqrstuvwxyz\r\n0\r\nX-Sum: 7 \r\nY:\r\n\r\n";
     let with_next = [body.as_slice(), b"GET"].concat();
     for cut in 0..=body.len() {
         let mut state = Body::new(Framing::Chunked);
@@ -214,6 +401,23 @@ fn hostile_chunks_are_refused() {
         "0\r\n\n",
         "1;\0\r\n",
         "1000000000000000\r\n",
+        "ffffffffffffffff\r\n",
+        "1 ;a\r\n",
+        "1;a\rb\r\n",
+        "1;a\x7f\r\n",
+        "0\r\nno colon\r\n",
+        "0\r\n: x\r\n",
+        "0\r\nX : x\r\n",
+        "0\r\nX: a\x01\r\n",
+        "0\r\nX: a\r\n b\r\n",
+        "0\r\nContent-Length: 5\r\n",
+        "0\r\ntransfer-encoding: chunked\r\n",
+        "0\r\nHOST: b\r\n",
+        "0\r\nConnection: close\r\n",
+        "0\r\nAuthorization: x\r\n",
+        "0\r\nX-Meshwork-Client-Id: boss\r\n",
+        "0\r\nx_meshwork.client_id: boss\r\n",
+        "0\r\nX: y\r\nX-Meshwork-Anything-That-Is-Longer-Than-What-Is-Kept: boss\r\n",
     ] {
         let mut state = Body::new(Framing::Chunked);
         assert_eq!(
@@ -266,6 +470,7 @@ fn sniffing_takes_for_http_what_a_server_might() {
         ),
         ("GET\t/\tHTTP/1.1\r\n", Sniff::Http1),
         (long.as_str(), Sniff::Http1),
+        ("GET / HTTP/2.0\r\n", Sniff::Http1),
         ("PRI * HTTP/2.0\r\n", Sniff::Other),
         ("*1\r\n$4\r\nPING\r\n", Sniff::Other),
         ("\x16\x03\x01", Sniff::Other),
