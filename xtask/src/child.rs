@@ -87,15 +87,17 @@ pub(crate) enum Profile {
     Release,
 }
 
+pub(crate) fn target_dir() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    target.unwrap_or_else(|| crate::root().join("target"))
+}
+
 /// Where cargo puts the binaries.
 fn bin_dir(profile: Profile) -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    target
-        .unwrap_or_else(|| crate::root().join("target"))
-        .join(match profile {
-            Profile::Dev => "debug",
-            Profile::Release => "release",
-        })
+    target_dir().join(match profile {
+        Profile::Dev => "debug",
+        Profile::Release => "release",
+    })
 }
 
 /// Runs to a good end.
@@ -173,7 +175,12 @@ pub(crate) fn build(profile: Profile) -> anyhow::Result<()> {
 
 /// Runs `meshwork-site`.
 pub(crate) fn site(profile: Profile, words: &[&str]) -> anyhow::Result<()> {
+    run(site_command(profile).args(words))
+}
+
+pub(crate) fn site_command(profile: Profile) -> Command {
     let dir = bin_dir(profile);
     let mut command = Command::new(dir.join("meshwork-site"));
-    run(command.args(words).env("MESH_BIN_DIR", dir))
+    command.env("MESH_BIN_DIR", dir);
+    command
 }

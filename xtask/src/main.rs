@@ -3,6 +3,7 @@
 
 mod apt;
 mod child;
+mod envoy;
 mod test;
 
 use std::path::{Path, PathBuf};
@@ -41,18 +42,35 @@ enum Command {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
-    /// Measure CPU-microseconds per request of a pair of agents (needs root)
-    Bench {
-        /// Two rounds instead of five
-        #[arg(long)]
-        quick: bool,
-        /// Build with the release profile, which takes minutes longer; otherwise what the tests use is measured
-        #[arg(long)]
-        release: bool,
-        /// Write the figures as JSON to this file
-        #[arg(long, value_name = "FILE")]
-        json: Option<PathBuf>,
-    },
+    /// Measure a pair of agents and the pairs of proxies it is compared with, in one interleaved run (needs root)
+    Bench(Bench),
+}
+
+#[derive(Debug, Default, clap::Args)]
+struct Bench {
+    /// Two rounds of two seconds a cell instead of five of five
+    #[arg(long)]
+    quick: bool,
+    /// Measure what the tests use instead of building with the release profile, which takes minutes longer
+    #[arg(long)]
+    dev: bool,
+    #[arg(long, value_name = "NUMBER")]
+    rounds: Option<usize>,
+    /// Only these workloads: http, tcp, grpc, bulk, short
+    #[arg(long, value_name = "WORKLOAD[,..]")]
+    only: Option<String>,
+    /// Only these loads: c1, c32, c128, r2000
+    #[arg(long, value_name = "LOAD[,..]")]
+    load: Option<String>,
+    /// Only these subjects: direct, meshwork, haproxy, envoy
+    #[arg(long, value_name = "SUBJECT[,..]")]
+    subject: Option<String>,
+    /// Write the figures as JSON to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Measure nothing: show the tables of such a file, in Markdown
+    #[arg(long, value_name = "FILE")]
+    show: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -61,11 +79,7 @@ fn main() -> ExitCode {
         Command::Demo { end: true, .. } => sweep(),
         Command::Demo { keep, .. } => demo(keep),
         Command::Test { tier, lint, filter } => test::run(&tier, lint, filter.as_deref()),
-        Command::Bench {
-            quick,
-            release,
-            json,
-        } => bench(quick, release, json.as_deref()),
+        Command::Bench(what) => bench(&what),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -96,26 +110,43 @@ fn sweep() -> anyhow::Result<()> {
     child::site(Profile::Dev, &["sweep", "--demo"])
 }
 
-fn bench(quick: bool, release: bool, json: Option<&Path>) -> anyhow::Result<()> {
-    apt::need_root("the benchmark makes network namespaces")?;
-    apt::install(apt::BENCH)?;
-    let profile = if release {
-        Profile::Release
-    } else {
-        Profile::Dev
+fn bench(what: &Bench) -> anyhow::Result<()> {
+    let profile = match what.dev {
+        true => Profile::Dev,
+        false => Profile::Release,
     };
-    child::build(profile)?;
-    let mut words = vec!["bench"];
-    words.extend(quick.then_some("--quick"));
-    let json = json.map(|path| path.display().to_string());
-    if let Some(path) = &json {
-        words.extend(["--json", path]);
+    let mut words = vec!["bench".to_owned()];
+    words.extend(what.quick.then(|| "--quick".to_owned()));
+    let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+    for (option, value) in [
+        ("--rounds", what.rounds.map(|rounds| rounds.to_string())),
+        ("--only", what.only.clone()),
+        ("--load", what.load.clone()),
+        ("--subject", what.subject.clone()),
+        ("--json", path(&what.json)),
+        ("--show", path(&what.show)),
+    ] {
+        words.extend(
+            value
+                .into_iter()
+                .flat_map(|value| [option.to_owned(), value]),
+        );
     }
-    let measured = child::site(profile, &words);
-    if measured.is_err() {
+    if what.show.is_none() {
+        apt::need_root("the benchmark makes network namespaces")?;
+        apt::install(apt::BENCH)?;
+    }
+    child::build(profile)?;
+    let mut site = child::site_command(profile);
+    let all = what.subject.as_deref().unwrap_or("envoy");
+    if what.show.is_none() && all.contains("envoy") {
+        site.env("MESH_ENVOY", envoy::install()?);
+    }
+    let done = child::run(site.args(words));
+    if done.is_err() {
         child::sweep_all();
     }
-    measured
+    done
 }
 
 /// The directory of the checkout.

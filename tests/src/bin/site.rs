@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use meshwork_tests::bench::{self, Load, Options, Subject, Workload};
 use meshwork_tests::load::Plan;
 
 #[derive(Debug, Parser)]
@@ -24,12 +25,23 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
-    /// Measure a pair of agents
+    /// Measure a pair of agents and what it is compared with
     Bench {
         #[arg(long)]
         quick: bool,
         #[arg(long)]
+        rounds: Option<usize>,
+        #[arg(long, value_enum, value_delimiter = ',')]
+        only: Vec<Workload>,
+        #[arg(long, value_enum, value_delimiter = ',')]
+        load: Vec<Load>,
+        #[arg(long, value_enum, value_delimiter = ',')]
+        subject: Vec<Subject>,
+        #[arg(long)]
         json: Option<PathBuf>,
+        /// Show the tables of such a file instead
+        #[arg(long)]
+        show: Option<PathBuf>,
     },
     /// A steady load, for the benchmark
     Load {
@@ -41,6 +53,9 @@ enum Command {
         connections: u32,
         #[arg(long)]
         seconds: u32,
+        /// A connection for each request
+        #[arg(long)]
+        close: bool,
     },
     /// Remove what dead test runs and the demonstration left
     Sweep {
@@ -53,17 +68,37 @@ enum Command {
 fn main() {
     match Args::parse().command {
         Command::Demo { keep } => meshwork_tests::demo::run(keep),
-        Command::Bench { quick, json } => meshwork_tests::bench::run(quick, json.as_deref()),
+        Command::Bench {
+            show: Some(json), ..
+        } => bench::show(&json),
+        Command::Bench {
+            quick,
+            rounds,
+            only,
+            load,
+            subject,
+            json,
+            show: None,
+        } => bench::run(&Options {
+            quick,
+            rounds,
+            only,
+            loads: load,
+            subjects: subject,
+            json,
+        }),
         Command::Load {
             url,
             rate,
             connections,
             seconds,
+            close,
         } => meshwork_tests::load::run(&Plan {
             url,
             rate,
             connections,
             seconds,
+            close,
         }),
         Command::Sweep { demo } => {
             meshwork_tests::sweep::dead_tests();
