@@ -6,15 +6,21 @@
 mod certificates;
 mod envoy;
 mod figures;
+mod growth;
 mod haproxy;
 mod subjects;
+mod usage;
 mod workloads;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+
 use self::figures::{Figures, Metric, Place, Report};
+use self::growth::{Grown, Open};
 use self::subjects::Stage;
 use crate::site::Site;
 
@@ -23,6 +29,8 @@ pub use self::workloads::{Load, Workload};
 
 /// Rounds of a full run: the median of five bears two bad ones.
 const ROUNDS: usize = 5;
+/// Growth is a tenth at most, so that it wants more of them.
+const ROUNDS_OF_GROWTH: usize = 15;
 const ROUNDS_QUICK: usize = 2;
 /// Length of one cell: connections and their handshakes are made within it, and must not weigh.
 const CELL: Duration = Duration::from_secs(5);
@@ -30,29 +38,116 @@ const CELL_QUICK: Duration = Duration::from_secs(2);
 /// How much longer than its cell a tool may take.
 const TOOL_MAX: Duration = Duration::from_secs(60);
 
+/// What can be measured by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Load(Workload),
+    /// Memory with open connections.
+    Idle,
+    /// CPU per request with more services, endpoints and rules.
+    Growth,
+}
+
+impl Part {
+    const ALL: [Self; 7] = [
+        Self::Load(Workload::Http),
+        Self::Load(Workload::Tcp),
+        Self::Load(Workload::Grpc),
+        Self::Load(Workload::Bulk),
+        Self::Load(Workload::Short),
+        Self::Idle,
+        Self::Growth,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Load(workload) => workload.name(),
+            Self::Idle => "idle",
+            Self::Growth => "growth",
+        }
+    }
+}
+
+impl ValueEnum for Part {
+    fn value_variants<'a>() -> &'a [Self] {
+        &Self::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
+}
+
 /// What to measure; an empty list stands for all.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     pub quick: bool,
     pub rounds: Option<usize>,
-    pub only: Vec<Workload>,
+    pub only: Vec<Part>,
     pub loads: Vec<Load>,
     pub subjects: Vec<Subject>,
     pub json: Option<PathBuf>,
 }
 
+/// The cells of a run as they come.
+#[derive(Default)]
+struct Cells(BTreeMap<Place, Vec<Figures>>);
+
+impl Cells {
+    fn add(&mut self, workload: &str, load: &str, subject: Subject, figures: Figures) {
+        let subject = subject.name();
+        println!("{workload} {load} {subject}: {}", figures::line(&figures));
+        let place = Place {
+            workload: workload.to_owned(),
+            load: load.to_owned(),
+            subject: subject.to_owned(),
+        };
+        self.0.entry(place).or_default().push(figures);
+    }
+}
+
 /// Measures, prints, and writes JSON if a file is named.
 pub fn run(options: &Options) {
+    let parts = chosen(&options.only, &Part::ALL);
+    let mut cells = Cells::default();
+    if parts.iter().any(|part| *part != Part::Growth) {
+        compare(options, &parts, &mut cells);
+    }
+    if parts.contains(&Part::Growth) {
+        grow(options, &mut cells);
+    }
+    let report = Report::of(&cells.0);
+    println!("\nMedians of the rounds:\n\n{}", report.tables());
+    if let Some(path) = &options.json {
+        let text = serde_json::to_string_pretty(&report.json()).expect("JSON");
+        std::fs::write(path, text + "\n").unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    }
+}
+
+/// All subjects between the same two hosts, taking turns.
+fn compare(options: &Options, parts: &[Part], cells: &mut Cells) {
     let site = Site::new("bench");
     let subjects = chosen(&options.subjects, &Subject::ALL);
     let stage = Stage::new(&site, &subjects);
+    if parts.contains(&Part::Idle) {
+        // First: under load the pools and buffers of all have grown.
+        for subject in &subjects {
+            for open in Open::ALL {
+                if let Some(figures) = growth::memory(&stage, *subject, open) {
+                    cells.add(Part::Idle.name(), open.name(), *subject, figures);
+                }
+            }
+        }
+    }
     let (rounds, cell) = match options.quick {
         true => (ROUNDS_QUICK, CELL_QUICK),
         false => (ROUNDS, CELL),
     };
-    let mut cells: BTreeMap<Place, Vec<Figures>> = BTreeMap::new();
     for round in 0..options.rounds.unwrap_or(rounds) {
-        for workload in chosen(&options.only, &Workload::ALL) {
+        for part in parts {
+            let Part::Load(workload) = *part else {
+                continue;
+            };
             for load in chosen(&options.loads, &Load::ALL) {
                 let mut order = subjects.clone();
                 // Nobody always runs after the same one.
@@ -60,26 +155,36 @@ pub fn run(options: &Options) {
                 order.retain(|subject| workload.has(load) && workload.is_of(*subject));
                 for subject in order {
                     let figures = measure(&stage, subject, workload, load, cell);
-                    let (workload, load, subject) = (workload.name(), load.name(), subject.name());
-                    println!(
-                        "round {round}: {workload} {load} {subject}: {}",
-                        figures::line(&figures)
-                    );
-                    let place = Place {
-                        workload: workload.to_owned(),
-                        load: load.to_owned(),
-                        subject: subject.to_owned(),
-                    };
-                    cells.entry(place).or_default().push(figures);
+                    cells.add(workload.name(), load.name(), subject, figures);
                 }
             }
         }
     }
-    let report = Report::of(&cells);
-    println!("\nMedians of the rounds:\n\n{}", report.tables());
-    if let Some(path) = &options.json {
-        let text = serde_json::to_string_pretty(&report.json()).expect("JSON");
-        std::fs::write(path, text + "\n").unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+}
+
+/// Meshes of several sizes, taking turns.
+fn grow(options: &Options, cells: &mut Cells) {
+    let meshes = Grown::COUNTS.map(|count| {
+        let site = Site::new("bench-growth");
+        let grown = Grown::new(&site, count);
+        (grown, site)
+    });
+    let (rounds, cell) = match options.quick {
+        true => (ROUNDS_QUICK, CELL_QUICK),
+        false => (ROUNDS_OF_GROWTH, CELL),
+    };
+    for round in 0..options.rounds.unwrap_or(rounds) {
+        let mut order: Vec<&Grown> = meshes.iter().map(|(grown, _)| grown).collect();
+        order.rotate_left(round % meshes.len());
+        for grown in order {
+            let figures = grown.measure(cell);
+            cells.add(
+                Part::Growth.name(),
+                &grown.load(),
+                Subject::Meshwork,
+                figures,
+            );
+        }
     }
 }
 

@@ -59,6 +59,29 @@ pub fn run(plan: &Plan) {
     );
 }
 
+/// Opens so many connections, makes one call on each, says so, and holds them until it is killed.
+pub fn hold(url: &str, connections: u32) {
+    let plan = Plan {
+        url: url.to_owned(),
+        rate: 0,
+        connections,
+        seconds: 0,
+        close: false,
+    };
+    let held: Vec<_> = (0..connections)
+        .map(|number| {
+            let mut stream = None;
+            call(&plan, &mut stream).unwrap_or_else(|e| panic!("connection {number}: {e}"));
+            stream
+        })
+        .collect();
+    let (host, _) = host_and_path(url);
+    println!("{} open to {host}", held.len());
+    loop {
+        std::thread::park();
+    }
+}
+
 /// One connection's share: its latencies and how many calls failed.
 fn connection(plan: &Plan, number: u32, start: Instant) -> (Vec<Duration>, usize) {
     let mut latencies = Vec::new();
@@ -89,8 +112,7 @@ fn connection(plan: &Plan, number: u32, start: Instant) -> (Vec<Duration>, usize
 }
 
 fn call(plan: &Plan, stream: &mut Option<BufReader<TcpStream>>) -> std::io::Result<()> {
-    let rest = plan.url.strip_prefix("http://").unwrap_or(&plan.url);
-    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let (host, path) = host_and_path(&plan.url);
     let reader = match stream {
         Some(reader) => reader,
         None => stream.insert(BufReader::new(connect(host)?)),
@@ -126,6 +148,11 @@ fn call(plan: &Plan, stream: &mut Option<BufReader<TcpStream>>) -> std::io::Resu
     } else {
         Err(std::io::Error::other("not 200"))
     }
+}
+
+fn host_and_path(url: &str) -> (&str, &str) {
+    let rest = url.strip_prefix("http://").unwrap_or(url);
+    rest.split_once('/').unwrap_or((rest, ""))
 }
 
 fn connect(host: &str) -> std::io::Result<TcpStream> {

@@ -56,7 +56,7 @@ struct Bench {
     dev: bool,
     #[arg(long, value_name = "NUMBER")]
     rounds: Option<usize>,
-    /// Only these workloads: http, tcp, grpc, bulk, short
+    /// Only these: http, tcp, grpc, bulk, short, idle, growth
     #[arg(long, value_name = "WORKLOAD[,..]")]
     only: Option<String>,
     /// Only these loads: c1, c32, c128, r2000

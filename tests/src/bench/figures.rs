@@ -58,7 +58,7 @@ impl Metric {
     }
 }
 
-/// Where a figure stands: subject, workload, load.
+/// Where a figure stands.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Place {
     pub(super) workload: String,
@@ -118,6 +118,27 @@ const TARGETS: &[Target] = &[
         of: ["grpc", "c32", "meshwork"],
         over: Some(["grpc", "c32", "envoy"]),
         limit: 0.50,
+    },
+    Target {
+        says: "MiB of an agent with 1,000 open TCP connections",
+        metric: Metric::Rss,
+        of: ["idle", "tcp1000", "meshwork"],
+        over: None,
+        limit: 40.0,
+    },
+    Target {
+        says: "MiB of an agent with 1,000 open HTTP connections",
+        metric: Metric::Rss,
+        of: ["idle", "http1000", "meshwork"],
+        over: None,
+        limit: 40.0,
+    },
+    Target {
+        says: "http, 32 connections, CPU per request with 1,000 services, endpoints and rules, of that with 1",
+        metric: Metric::CpuPerRequest,
+        of: ["growth", "n1000", "meshwork"],
+        over: Some(["growth", "n1", "meshwork"]),
+        limit: 1.10,
     },
 ];
 

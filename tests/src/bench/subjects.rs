@@ -8,7 +8,7 @@ use clap::ValueEnum;
 
 use super::certificates::{self, Files};
 use super::workloads::{BULK_BODY, SMALL_BODY};
-use super::{envoy, haproxy};
+use super::{envoy, haproxy, usage};
 use crate::agent::{Agent, Owner};
 use crate::control::{Control, TokenOptions};
 use crate::host::Host;
@@ -18,7 +18,7 @@ use crate::site::Site;
 use crate::wait::SOON;
 
 /// The cgroup of the tools that make load, and the workload of that name.
-const CLIENT: &str = "client";
+pub(super) const CLIENT: &str = "client";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Subject {
@@ -163,28 +163,17 @@ impl Stage {
         self.sides.client.dir()
     }
 
-    /// User and system time of both sides' processes so far, in microseconds, as the kernel sums it for their cgroups:
-    /// exact, and threads and processes that ended meanwhile are in it.
+    /// User and system time of both sides' processes so far, in microseconds.
     pub(super) fn cpu_us(&self, subject: Subject) -> Option<f64> {
         let cgroups = self.cgroups(subject)?;
-        let used = cgroups.map(|cgroup| {
-            let path = cgroup.join("cpu.stat");
-            let text =
-                fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-            usage_us(&text).unwrap_or_else(|| panic!("{}: {text}", path.display()))
-        });
-        Some(used.iter().sum())
+        Some(cgroups.iter().map(|cgroup| usage::cpu_us(cgroup)).sum())
     }
 
     /// Resident memory of the side that has more, in MiB, of all its processes together.
     pub(super) fn rss_mib(&self, subject: Subject) -> Option<f64> {
         let cgroups = self.cgroups(subject)?;
-        Some(
-            cgroups
-                .map(|cgroup| rss_mib(&cgroup))
-                .into_iter()
-                .fold(0.0, f64::max),
-        )
+        let sizes = cgroups.iter().map(|cgroup| usage::rss_mib(cgroup));
+        Some(sizes.fold(0.0, f64::max))
     }
 
     fn cgroups(&self, subject: Subject) -> Option<[PathBuf; 2]> {
@@ -220,42 +209,4 @@ fn calls_server(server: &Host) -> Process {
     let process = server.cmd(&line).cgroup("calls").spawn("calls");
     server.wait_listening(port, SOON);
     process
-}
-
-/// `usage_usec` of a cgroup's `cpu.stat`.
-fn usage_us(text: &str) -> Option<f64> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("usage_usec "))?;
-    line.trim().parse().ok()
-}
-
-fn rss_mib(cgroup: &std::path::Path) -> f64 {
-    let pids = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    let pages = pids.lines().filter_map(|pid| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        rss_kib(&status)
-    });
-    pages.sum::<f64>() / 1024.0
-}
-
-/// `VmRSS` of proc_pid_status(5).
-fn rss_kib(status: &str) -> Option<f64> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().strip_suffix(" kB")?.parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_the_kernel_counts_is_read() {
-        assert_eq!(usage_us("usage_usec 1234\nuser_usec 1000\n"), Some(1234.0));
-        assert_eq!(usage_us(""), None);
-        let status = "VmHWM:\t   20480 kB\nVmRSS:\t   10240 kB\n";
-        assert_eq!(rss_kib(status), Some(10_240.0));
-    }
 }

@@ -20,7 +20,7 @@ const STREAMS_MAX: u32 = 32;
 pub(super) const SMALL_BODY: usize = 100;
 pub(super) const BULK_BODY: usize = 1 << 20;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Workload {
     /// HTTP/1.1 requests with a body of 100 bytes, over kept connections
     Http,
@@ -47,8 +47,6 @@ pub enum Load {
 }
 
 impl Workload {
-    pub const ALL: [Self; 5] = [Self::Http, Self::Tcp, Self::Grpc, Self::Bulk, Self::Short];
-
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Http => "http",

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
-use meshwork_tests::bench::{self, Load, Options, Subject, Workload};
+use meshwork_tests::bench::{self, Load, Options, Part, Subject};
 use meshwork_tests::load::Plan;
 
 #[derive(Debug, Parser)]
@@ -32,7 +32,7 @@ enum Command {
         #[arg(long)]
         rounds: Option<usize>,
         #[arg(long, value_enum, value_delimiter = ',')]
-        only: Vec<Workload>,
+        only: Vec<Part>,
         #[arg(long, value_enum, value_delimiter = ',')]
         load: Vec<Load>,
         #[arg(long, value_enum, value_delimiter = ',')]
@@ -56,6 +56,13 @@ enum Command {
         /// A connection for each request
         #[arg(long)]
         close: bool,
+    },
+    /// Connections that stand open, for the benchmark
+    Hold {
+        #[arg(long)]
+        url: String,
+        #[arg(long)]
+        connections: u32,
     },
     /// Remove what dead test runs and the demonstration left
     Sweep {
@@ -100,6 +107,7 @@ fn main() {
             seconds,
             close,
         }),
+        Command::Hold { url, connections } => meshwork_tests::load::hold(&url, connections),
         Command::Sweep { demo } => {
             meshwork_tests::sweep::dead_tests();
             if demo {
