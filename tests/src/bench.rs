@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
+use serde_json::Value;
 
 use self::figures::{Figures, Metric, Place, Report};
 use self::growth::{Grown, Open};
@@ -83,6 +84,8 @@ impl ValueEnum for Part {
 pub struct Options {
     pub quick: bool,
     pub rounds: Option<usize>,
+    /// Length of a cell.
+    pub seconds: Option<u64>,
     pub only: Vec<Part>,
     pub loads: Vec<Load>,
     pub subjects: Vec<Subject>,
@@ -106,8 +109,20 @@ impl Cells {
     }
 }
 
-/// Measures, prints, and writes JSON if a file is named.
-pub fn run(options: &Options) {
+impl Options {
+    /// How many rounds of which length.
+    fn rounds_and_cell(&self, full: usize) -> (usize, Duration) {
+        let (rounds, cell) = match self.quick {
+            true => (ROUNDS_QUICK, CELL_QUICK),
+            false => (full, CELL),
+        };
+        let cell = self.seconds.map_or(cell, Duration::from_secs);
+        (self.rounds.unwrap_or(rounds), cell)
+    }
+}
+
+/// Measures, prints, writes JSON if a file is named, and returns it.
+pub fn run(options: &Options) -> Value {
     let parts = chosen(&options.only, &Part::ALL);
     let mut cells = Cells::default();
     if parts.iter().any(|part| *part != Part::Growth) {
@@ -118,10 +133,12 @@ pub fn run(options: &Options) {
     }
     let report = Report::of(&cells.0);
     println!("\nMedians of the rounds:\n\n{}", report.tables());
+    let json = report.json();
     if let Some(path) = &options.json {
-        let text = serde_json::to_string_pretty(&report.json()).expect("JSON");
+        let text = serde_json::to_string_pretty(&json).expect("JSON");
         std::fs::write(path, text + "\n").unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     }
+    json
 }
 
 /// All subjects between the same two hosts, taking turns.
@@ -139,11 +156,8 @@ fn compare(options: &Options, parts: &[Part], cells: &mut Cells) {
             }
         }
     }
-    let (rounds, cell) = match options.quick {
-        true => (ROUNDS_QUICK, CELL_QUICK),
-        false => (ROUNDS, CELL),
-    };
-    for round in 0..options.rounds.unwrap_or(rounds) {
+    let (rounds, cell) = options.rounds_and_cell(ROUNDS);
+    for round in 0..rounds {
         for part in parts {
             let Part::Load(workload) = *part else {
                 continue;
@@ -169,11 +183,8 @@ fn grow(options: &Options, cells: &mut Cells) {
         let grown = Grown::new(&site, count);
         (grown, site)
     });
-    let (rounds, cell) = match options.quick {
-        true => (ROUNDS_QUICK, CELL_QUICK),
-        false => (ROUNDS_OF_GROWTH, CELL),
-    };
-    for round in 0..options.rounds.unwrap_or(rounds) {
+    let (rounds, cell) = options.rounds_and_cell(ROUNDS_OF_GROWTH);
+    for round in 0..rounds {
         let mut order: Vec<&Grown> = meshes.iter().map(|(grown, _)| grown).collect();
         order.rotate_left(round % meshes.len());
         for grown in order {

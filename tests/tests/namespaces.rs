@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test helper may panic")]
 
+#[path = "namespaces/bench.rs"]
+mod bench;
 #[path = "namespaces/capture.rs"]
 mod capture;
 #[path = "namespaces/certificates.rs"]

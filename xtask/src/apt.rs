@@ -46,6 +46,8 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("mariadb", "mariadb-client-core"),
     ("nghttpd", "nghttp2-server"),
     ("nghttp", "nghttp2-client"),
+    ("wrk", "wrk"),
+    ("haproxy", "haproxy"),
     ("/usr/lib/python3/dist-packages/grpc", "python3-grpcio"),
     ("tcpdump", "tcpdump"),
     ("openssl", "openssl"),

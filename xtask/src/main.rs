@@ -56,6 +56,9 @@ struct Bench {
     dev: bool,
     #[arg(long, value_name = "NUMBER")]
     rounds: Option<usize>,
+    /// Length of a cell
+    #[arg(long, value_name = "NUMBER")]
+    seconds: Option<u32>,
     /// Only these: http, tcp, grpc, bulk, short, idle, growth
     #[arg(long, value_name = "WORKLOAD[,..]")]
     only: Option<String>,
@@ -120,6 +123,7 @@ fn bench(what: &Bench) -> anyhow::Result<()> {
     let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
     for (option, value) in [
         ("--rounds", what.rounds.map(|rounds| rounds.to_string())),
+        ("--seconds", what.seconds.map(|s| s.to_string())),
         ("--only", what.only.clone()),
         ("--load", what.load.clone()),
         ("--subject", what.subject.clone()),

@@ -31,6 +31,8 @@ enum Command {
         quick: bool,
         #[arg(long)]
         rounds: Option<usize>,
+        #[arg(long)]
+        seconds: Option<u64>,
         #[arg(long, value_enum, value_delimiter = ',')]
         only: Vec<Part>,
         #[arg(long, value_enum, value_delimiter = ',')]
@@ -81,19 +83,21 @@ fn main() {
         Command::Bench {
             quick,
             rounds,
+            seconds,
             only,
             load,
             subject,
             json,
             show: None,
-        } => bench::run(&Options {
+        } => drop(bench::run(&Options {
             quick,
             rounds,
+            seconds,
             only,
             loads: load,
             subjects: subject,
             json,
-        }),
+        })),
         Command::Load {
             url,
             rate,
