@@ -1,6 +1,7 @@
 //! How cost grows: memory with connections that stand open, CPU per request with services, endpoints and rules.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::time::Duration;
 
 use super::figures::{Figures, Metric};
@@ -20,10 +21,10 @@ use crate::wait::{check, wait_until};
 const OPEN: u32 = 1_000;
 /// The server of these connections keeps them for 75 s.
 const OPEN_MAX: Duration = Duration::from_secs(60);
-/// So many services one workload may have; more take another workload.
-const SERVICES_OF_WORKLOAD: u32 = 50;
-/// Ports of the workloads' servers, from here on.
-const PORT: u16 = 80;
+/// So many services one workload gets, of the 64 that it may have.
+const SERVICES_OF_WORKLOAD: u16 = 50;
+/// Services listen here and on the following ports, each on its own.
+const PORT: u16 = 10_000;
 /// A thousand services are registered, listed and called once, on a busy machine.
 const BUILT_MAX: Duration = Duration::from_secs(180);
 
@@ -80,7 +81,7 @@ pub(super) fn memory(stage: &Stage, subject: Subject, open: Open) -> Option<Figu
 /// that is measured, of which the last one allows the call.
 #[derive(Debug)]
 pub(super) struct Grown {
-    count: u32,
+    count: u16,
     client: Host,
     agents: [Agent; 2],
     _control: Control,
@@ -88,34 +89,31 @@ pub(super) struct Grown {
 }
 
 impl Grown {
-    pub(super) const COUNTS: [u32; 3] = [1, 100, 1_000];
+    pub(super) const COUNTS: [u16; 3] = [1, 100, 1_000];
 
-    pub(super) fn new(site: &Site, count: u32) -> Self {
+    pub(super) fn new(site: &Site, count: u16) -> Self {
         let control = Control::start(site);
         let [server, client] = ["server", "client"].map(|name| site.host(name));
         let agents = [&server, &client].map(|host| control.join(host, &TokenOptions::default()));
         agents[1].serve(CLIENT, &Owner::Cgroup(CLIENT.to_owned()), &[]);
         let mut servers = Vec::new();
         let mut urls = String::new();
-        for first in (0..count).step_by(SERVICES_OF_WORKLOAD as usize) {
-            let workload = first / SERVICES_OF_WORKLOAD;
-            let port = PORT + u16::try_from(workload).expect("few workloads");
-            let account = format!("web{workload}");
-            servers.push(web(&server, &account, port));
+        for first in (0..count).step_by(SERVICES_OF_WORKLOAD.into()) {
             let services = first..count.min(first + SERVICES_OF_WORKLOAD);
-            let mut file = format!(
-                "namespace = \"shop\"\n[owner]\n{}\n",
-                agents[0].owner_line(&Owner::Cgroup(account.clone()))
-            );
+            let account = format!("web{first}");
+            servers.push(web(&server, &account, services.clone()));
+            let owner = agents[0].owner_line(&Owner::Cgroup(account.clone()));
+            let mut file = format!("namespace = \"shop\"\n[owner]\n{owner}\n");
             for service in services {
+                let port = PORT + service;
                 // Writing to memory does not fail.
                 let _ = write!(
                     file,
                     "[[service]]\nname = \"s{service}\"\nports = [{{ port = {port}, protocol = \"http\" }}]\n"
                 );
-                let _ = writeln!(
+                let _ = write!(
                     urls,
-                    "url = \"http://s{service}.shop.mesh.internal:{port}/\"\noutput = \"/dev/null\""
+                    "url = \"http://s{service}.shop.mesh.internal:{port}/\"\noutput = \"/dev/null\"\n"
                 );
             }
             agents[0].write_file(&format!("{account}.toml"), &file);
@@ -176,14 +174,17 @@ impl Grown {
     }
 }
 
-fn web(server: &Host, name: &str, port: u16) -> Process {
+/// One server for all services of a workload.
+fn web(server: &Host, name: &str, services: Range<u16>) -> Process {
     let body = "x".repeat(SMALL_BODY);
-    let locations = format!("access_log off; location = / {{ return 200 \"{body}\"; }}");
-    servers::nginx(server, name, port, &locations)
+    let more = services.clone().skip(1);
+    let listen: String = more.map(|s| format!("listen {};", PORT + s)).collect();
+    let locations = format!("{listen} access_log off; location = / {{ return 200 \"{body}\"; }}");
+    servers::nginx(server, name, PORT + services.start, &locations)
 }
 
 /// A policy for the first service with so many rules; the others keep the one that `init` wrote.
-fn rules(count: u32) -> String {
+fn rules(count: u16) -> String {
     let mut text =
         "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {name: many, namespace: shop}\n\
                     spec:\n  service: s0\n  rules:\n"
