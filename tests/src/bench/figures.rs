@@ -283,7 +283,7 @@ impl Report {
             rows.push(vec![
                 target.says.to_owned(),
                 format!("{:.2}", target.limit),
-                format!("{value:.2}"),
+                format!("{value:.3}"),
                 met.to_owned(),
             ]);
         }
@@ -378,11 +378,11 @@ mod tests {
         let tables = report.tables();
         let line = |start: &str| tables.lines().find(|l| l.starts_with(start)).unwrap();
         assert!(
-            line("| http, 32").contains("| 0.60    | 0.50     | met"),
+            line("| http, 32").contains("| 0.60    | 0.500    | met"),
             "{tables}"
         );
         assert!(
-            line("| tcp, 32").contains("| 0.50    | 0.60     | missed"),
+            line("| tcp, 32").contains("| 0.50    | 0.600    | missed"),
             "{tables}"
         );
         assert!(line("| c32  | meshwork").contains("31.0"), "{tables}");

@@ -23,6 +23,8 @@ const OPEN: u32 = 1_000;
 const OPEN_MAX: Duration = Duration::from_secs(60);
 /// So many services one workload gets, of the 64 that it may have.
 const SERVICES_OF_WORKLOAD: u16 = 50;
+/// So many rules one policy gets, of the 256 that it may have.
+const RULES_OF_POLICY: u16 = 100;
 /// Services listen here and on the following ports, each on its own.
 const PORT: u16 = 10_000;
 /// A thousand services are registered, listed and called once, on a busy machine.
@@ -183,22 +185,27 @@ fn web(server: &Host, name: &str, services: Range<u16>) -> Process {
     servers::nginx(server, name, PORT + services.start, &locations)
 }
 
-/// A policy for the first service with so many rules; the others keep the one that `init` wrote.
+/// So many rules for the first service; the others keep the one that `init` wrote.
 fn rules(count: u16) -> String {
-    let mut text =
-        "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {name: many, namespace: shop}\n\
-                    spec:\n  service: s0\n  rules:\n"
-            .to_owned();
-    for number in 1..count {
-        // Writing to memory does not fail.
+    let mut text = String::new();
+    for number in 0..count {
+        if number % RULES_OF_POLICY == 0 {
+            // Writing to memory does not fail.
+            let _ = write!(
+                text,
+                "---\napiVersion: meshwork.io/v1alpha1\nkind: Policy\n\
+                 metadata: {{name: many{:03}, namespace: shop}}\nspec:\n  service: s0\n  rules:\n",
+                number / RULES_OF_POLICY
+            );
+        }
+        let caller = match number + 1 == count {
+            true => CLIENT.to_owned(),
+            false => format!("other{number}"),
+        };
         let _ = writeln!(
             text,
-            "  - {{name: r{number}, from: [{{identity: shop/other{number}}}]}}"
+            "  - {{name: r{number}, from: [{{identity: shop/{caller}}}]}}"
         );
     }
-    let _ = writeln!(
-        text,
-        "  - {{name: last, from: [{{identity: shop/{CLIENT}}}]}}"
-    );
     text
 }
