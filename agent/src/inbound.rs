@@ -16,13 +16,13 @@ use mesh_core::reason::Reason;
 use mesh_core::service::Protocol;
 use mesh_core::stream::{Limits, Side};
 use mesh_runtime::mux::{self, MuxStream, StreamError};
+use mesh_runtime::tls::handshake::{self, Handshaken};
 use mesh_runtime::tls::leaf::read_leaf;
 use mesh_runtime::tls::verify::handshake_reason;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
-use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::data::Thread;
@@ -105,7 +105,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
             .refused(Direction::Inbound, Reason::Overloaded);
         return relay::abort(socket);
     }
-    let handshake = TlsAcceptor::from(Arc::clone(&thread.mesh_tls)).accept(socket);
+    let handshake = handshake::accept(&thread.mesh_tls, socket);
     let shaken = tokio::time::timeout(thread.settings.handshake, handshake).await;
     thread.handshakes.borrow_mut().end(address);
     let tls = match shaken {
@@ -113,7 +113,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         Ok(Err(error)) => return not_authenticated(thread, from, handshake_reason(&error), &error),
         Err(_) => return not_authenticated(thread, from, Reason::Timeout, &"no handshake in time"),
     };
-    let (id, not_after_s, server) = match authenticated(thread, tls.get_ref().1) {
+    let (id, not_after_s, server) = match authenticated(thread, &tls) {
         Ok(both) => both,
         Err(reason) => return not_authenticated(thread, from, reason, &"after the handshake"),
     };
@@ -132,7 +132,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         basis: RefCell::default(),
         logged: Cell::new(0),
     });
-    let (mux, mut incoming, driver) = mux::connection(tls, Side::Server, Limits::DEFAULT);
+    let (mux, mut incoming, driver) = mux::connection(tls.stream, Side::Server, Limits::DEFAULT);
     let driver = spawn_local(driver);
     thread.metrics.mesh_connections.inc();
     let mut draining = thread.draining.subscribe();
@@ -180,16 +180,13 @@ fn id_domain(thread: &Thread) -> mesh_core::names::TrustDomain {
 }
 
 /// Who the peer is, and which workload it asked for. The chain was verified in the handshake.
-fn authenticated(
-    thread: &Thread,
-    tls: &rustls::ServerConnection,
-) -> Result<(SpiffeId, i64, Account), Reason> {
-    let leaf = tls
-        .peer_certificates()
-        .and_then(|chain| chain.first())
-        .ok_or(Reason::NoCertificate)?;
+fn authenticated(thread: &Thread, tls: &Handshaken) -> Result<(SpiffeId, i64, Account), Reason> {
+    let leaf = tls.peer.as_ref().ok_or(Reason::NoCertificate)?;
     let facts = read_leaf(leaf)?;
-    let name = tls.server_name().ok_or(Reason::UnknownServerName)?;
+    let name = tls
+        .server_name
+        .as_deref()
+        .ok_or(Reason::UnknownServerName)?;
     let server =
         SpiffeId::account_of_sni(name, &id_domain(thread)).ok_or(Reason::UnknownServerName)?;
     Ok((facts.id, facts.not_after_s, server))

@@ -11,6 +11,7 @@ use mesh_core::identity::Identity;
 use mesh_core::reason::Reason;
 use mesh_core::stream::{Limits, Side};
 use mesh_runtime::mux::{self, Mux};
+use mesh_runtime::tls::handshake;
 use mesh_runtime::tls::leaf::read_leaf;
 use mesh_runtime::tls::verify::handshake_reason;
 use rustls_pki_types::ServerName;
@@ -18,7 +19,6 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::task::spawn_local;
-use tokio_rustls::TlsConnector;
 
 use crate::call::EndpointKey;
 use crate::data::Thread;
@@ -186,7 +186,7 @@ async fn dial(
     let name = endpoint.sni(&leaf.id.trust_domain);
     let name =
         ServerName::try_from(name).map_err(|error| log_failure(Reason::PeerIdentity, &error))?;
-    let handshake = TlsConnector::from(Arc::clone(&leaf.client)).connect(name, socket);
+    let handshake = handshake::connect(Arc::clone(&leaf.client), name, socket);
     let tls = match tokio::time::timeout(thread.settings.handshake, handshake).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
@@ -198,19 +198,14 @@ async fn dial(
         }
         Err(_) => return Err(log_failure(Reason::PeerHandshake, &"no handshake in time")),
     };
-    let shown = tls
-        .get_ref()
-        .1
-        .peer_certificates()
-        .and_then(|chain| chain.first());
-    let facts = shown.map(|leaf| read_leaf(leaf)).transpose()?;
+    let facts = tls.peer.as_ref().map(|leaf| read_leaf(leaf)).transpose()?;
     if facts.and_then(|facts| facts.host).as_ref() != Some(&endpoint.host) {
         return Err(log_failure(
             Reason::PeerIdentity,
             &"the leaf was given to another host",
         ));
     }
-    let (mux, _, driver) = mux::connection(tls, Side::Client, Limits::DEFAULT);
+    let (mux, _, driver) = mux::connection(tls.stream, Side::Client, Limits::DEFAULT);
     let open = thread.metrics.mesh_connections.clone();
     open.inc();
     spawn_local(async move {

@@ -10,8 +10,11 @@ use rustls::sign::CertifiedKey;
 use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
+pub mod handshake;
 pub mod leaf;
 pub mod pin;
+mod record;
+pub mod stream;
 pub mod trust;
 pub mod verify;
 
@@ -44,6 +47,7 @@ pub fn server_config(
     // A ticket would outlive the certificate it was given for.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    config.enable_secret_extraction = extracts(alpn);
     Ok(config)
 }
 
@@ -85,7 +89,13 @@ fn client_config_with(
     };
     config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
     config.resumption = Resumption::disabled();
+    config.enable_secret_extraction = extracts(alpn);
     Ok(config)
+}
+
+/// On the mesh port the records are ours ([`stream`]), and so are the keys that rustls made.
+fn extracts(alpn: &[&[u8]]) -> bool {
+    alpn.contains(&ALPN_MESH)
 }
 
 /// A chain (leaf first) with its key, ready to sign.
