@@ -132,6 +132,11 @@ impl Prefix {
         })
     }
 
+    /// Of a data frame: its stream, and whether that ends with it.
+    pub fn data(&self) -> Option<(u32, bool)> {
+        matches!(self.kind, 3 | 4).then_some((self.stream, self.kind == 4))
+    }
+
     /// The frame with its payload of [`Self::length`] bytes.
     pub fn frame(self, payload: &[u8]) -> Result<Frame<'_>, FrameError> {
         let Self {

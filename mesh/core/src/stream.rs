@@ -30,12 +30,13 @@ pub struct Limits {
 
 impl Limits {
     /// Half a megabyte a stream fills a path of 10 Gbit/s and 0.4 ms; 8 MiB bounds a connection whose readers
-    /// all stand still; 16 KiB frames keep a small call from waiting long behind a large one.
+    /// all stand still; 64 KiB frames cost few system calls, and a
+    /// small call waits for one at the most 52 µs at that speed.
     pub const DEFAULT: Self = Self {
         max_streams: 4096,
         stream_credit: 512 * 1024,
         connection_credit: 8 * 1024 * 1024,
-        max_frame: 16 * 1024,
+        max_frame: 64 * 1024,
     };
 
     /// Whether a peer may say this at all.

@@ -2,6 +2,7 @@
 //! configuration, files, the admin socket and an orderly end.
 
 pub mod admin;
+mod buffers;
 pub mod clock;
 pub mod config;
 pub mod files;

@@ -19,16 +19,20 @@ use mesh_core::stream::{Event, Frame, Limits, Machine, OpenError, Side};
 
 mod budget;
 mod driver;
+mod received;
 mod stream;
 
 pub use budget::Budget;
+use received::Received;
+
 pub use driver::Driver;
 pub use stream::{MuxStream, StreamError};
 
 /// What one stream may add to the output before it has left: a bulk transfer leaves room for others.
 const QUANTUM: usize = 128 * 1024;
-/// All output that waits for the carrier. Above it every stream waits.
-const OUTPUT_MAX: usize = 1024 * 1024;
+/// All output that waits for the carrier. Above it every stream waits. What is more than the carrier takes at once
+/// only gets cold.
+const OUTPUT_MAX: usize = 256 * 1024;
 
 /// A peer that said nothing for this long is asked; after as long again it is given up.
 pub const KEEPALIVE: Duration = Duration::from_secs(30);
@@ -107,9 +111,7 @@ enum Waiter {
 /// A stream's bytes and who waits for them.
 #[derive(Debug, Default)]
 struct Slot {
-    received: Vec<u8>,
-    /// Up to here `received` is consumed.
-    taken: usize,
+    received: Received,
     ended: bool,
     reset: Option<Reason>,
     /// What the app said with its reset.
@@ -336,10 +338,6 @@ impl Shared {
         let pending = self.output.len() - self.written;
         if pending == 0 {
             self.output.clear();
-            // A burst must not be paid for by a connection's whole life.
-            if self.output.capacity() > 4 * QUANTUM {
-                self.output.shrink_to(QUANTUM);
-            }
             self.forget_written(self.written);
         } else if self.written >= QUANTUM && self.written >= pending {
             self.output.drain(..self.written);
@@ -430,7 +428,7 @@ impl Shared {
                 };
                 match self.slots.get_mut(&stream) {
                     Some(slot) => {
-                        slot.received.extend_from_slice(data);
+                        slot.received.push(data);
                         self.unread += data.len();
                         slot.ended |= end;
                         wake(&mut slot.reader);
@@ -483,7 +481,7 @@ impl Shared {
             return;
         };
         self.machine.reset(stream, reason);
-        let unread = slot.received.len() - slot.taken;
+        let unread = slot.received.len();
         if unread > 0 {
             self.machine.consumed(stream, unread);
             self.unread -= unread;

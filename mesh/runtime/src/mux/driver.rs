@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use mesh_api::frame::{PREFIX_LEN, Prefix};
 use mesh_core::reason::Reason;
+use mesh_core::stream::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
@@ -34,10 +35,21 @@ pub struct Driver<C> {
     shared: Rc<RefCell<Shared>>,
     /// Read, and not handled: a part of a frame.
     unhandled: Vec<u8>,
+    /// The data frame that is read next, where only its begin has come.
+    cut: Option<Cut>,
     keepalive_every: Duration,
     keepalive: Option<Interval>,
     asked: bool,
     shutting: bool,
+}
+
+/// A data frame that comes in pieces.
+#[derive(Debug)]
+struct Cut {
+    stream: u32,
+    /// Whether the stream ends with it.
+    end: bool,
+    missing: usize,
 }
 
 impl<C> Driver<C> {
@@ -46,6 +58,7 @@ impl<C> Driver<C> {
             carrier,
             shared,
             unhandled: Vec::new(),
+            cut: None,
             keepalive_every,
             keepalive: None,
             asked: false,
@@ -98,12 +111,29 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
         Poll::Pending
     }
 
-    /// Handles the whole frames at the front of `input` and says how long they are.
+    /// Handles what is there of frames and says how long that is. Data need not wait for the rest of its frame.
     fn handle_frames(&mut self, input: &[u8]) -> Result<usize, Reason> {
         let mut shared = self.shared.borrow_mut();
         shared.heard = true;
         let mut handled = 0;
         loop {
+            if let Some(cut) = &mut self.cut {
+                let bytes = cut.missing.min(input.len() - handled);
+                cut.missing -= bytes;
+                let frame = Frame::Data {
+                    stream: cut.stream,
+                    data: &input[handled..handled + bytes],
+                    end: cut.end && cut.missing == 0,
+                };
+                handled += bytes;
+                if bytes > 0 {
+                    shared.handle(&frame)?;
+                }
+                if cut.missing > 0 {
+                    return Ok(handled);
+                }
+                self.cut = None;
+            }
             let Some((head, rest)) = input[handled..].split_first_chunk::<PREFIX_LEN>() else {
                 return Ok(handled);
             };
@@ -112,12 +142,22 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
                 Reason::ProtocolError
             };
             let prefix = Prefix::decode(*head, shared.max_frame).map_err(broken)?;
-            let Some(payload) = rest.get(..prefix.length) else {
-                return Ok(handled);
-            };
-            let frame = prefix.frame(payload).map_err(broken)?;
-            shared.handle(&frame)?;
-            handled += PREFIX_LEN + prefix.length;
+            match (rest.get(..prefix.length), prefix.data()) {
+                (Some(payload), _) => {
+                    let frame = prefix.frame(payload).map_err(broken)?;
+                    shared.handle(&frame)?;
+                    handled += PREFIX_LEN + prefix.length;
+                }
+                (None, Some((stream, end))) => {
+                    handled += PREFIX_LEN;
+                    self.cut = Some(Cut {
+                        stream,
+                        end,
+                        missing: prefix.length,
+                    });
+                }
+                (None, None) => return Ok(handled),
+            }
         }
     }
 
@@ -151,6 +191,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
         });
         while timer.poll_tick(cx).is_ready() {
             let mut shared = self.shared.borrow_mut();
+            // A burst must not be paid for by a connection's whole life.
+            if shared.output.is_empty() {
+                shared.output = Vec::new();
+            }
             if std::mem::take(&mut shared.heard) {
                 self.asked = false;
             } else if self.asked {

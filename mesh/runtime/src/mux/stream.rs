@@ -15,12 +15,6 @@ use tokio_util::io::poll_read_buf;
 
 use super::Shared;
 
-/// A buffer of a stream that was drained is given back above this size, so that idle streams cost nothing.
-const KEEP_MAX: usize = 4096;
-
-/// Consumed bytes at the front of a stream's buffer before what is behind them is moved.
-const COMPACT_MIN: usize = 64 * 1024;
-
 /// A stream. Dropping it before both ends are through resets it.
 #[derive(Debug)]
 pub struct MuxStream {
@@ -152,7 +146,7 @@ impl MuxStream {
             let Some(slot) = shared.slots.get_mut(&self.id) else {
                 return Poll::Ready(Err(Reason::PeerLost));
             };
-            if slot.accepted || slot.taken < slot.received.len() || slot.ended {
+            if slot.accepted || !slot.received.is_empty() || slot.ended {
                 return Poll::Ready(Ok(()));
             }
             if let Some(reason) = slot.reset {
@@ -170,7 +164,7 @@ impl MuxStream {
         let Some(slot) = shared.slots.get_mut(&self.id) else {
             return Poll::Ready(());
         };
-        if slot.taken < slot.received.len() || slot.ended || slot.reset.is_some() {
+        if !slot.received.is_empty() || slot.ended || slot.reset.is_some() {
             return Poll::Ready(());
         }
         slot.reader = Some(cx.waker().clone());
@@ -194,7 +188,7 @@ impl MuxStream {
     pub fn reset_reason(&self) -> Option<Reason> {
         let shared = self.shared.borrow();
         let slot = shared.slots.get(&self.id)?;
-        if slot.taken == slot.received.len() {
+        if slot.received.is_empty() {
             slot.reset
         } else {
             None
@@ -212,7 +206,7 @@ impl MuxStream {
         let Some(slot) = shared.slots.get_mut(&self.id) else {
             return Poll::Ready(Err(StreamError::Reset(Reason::PeerLost)));
         };
-        if slot.taken == slot.received.len() {
+        if slot.received.is_empty() {
             if slot.ended {
                 return Poll::Ready(Ok(None));
             }
@@ -222,19 +216,8 @@ impl MuxStream {
             slot.reader = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        let bytes = ready!(take(cx, &slot.received[slot.taken..]))?;
-        slot.taken += bytes;
-        if slot.taken == slot.received.len() {
-            slot.taken = 0;
-            slot.received.clear();
-            if slot.received.capacity() > KEEP_MAX {
-                slot.received = Vec::new();
-            }
-        } else if slot.taken >= COMPACT_MIN && slot.taken * 2 >= slot.received.len() {
-            // A reader that is never quite through keeps what it has not read, not what it has.
-            slot.received.drain(..slot.taken);
-            slot.taken = 0;
-        }
+        let bytes = ready!(take(cx, slot.received.front()))?;
+        slot.received.take(bytes);
         shared.machine.consumed(self.id, bytes);
         shared.unread -= bytes;
         shared.note_held();

@@ -44,8 +44,7 @@ pub async fn connect(
 ) -> io::Result<Handshaken> {
     let mut connection = UnbufferedClientConnection::new(config, name).map_err(broken)?;
     let mut wire = Wire::new(socket);
-    wire.shake(|input, output| act(connection.process_tls_records(input), output))
-        .await?;
+    wire.shake(&mut connection).await?;
     let peer = connection.peer_certificates().and_then(first);
     let (secrets, rest) = connection
         .dangerous_into_kernel_connection()
@@ -71,8 +70,7 @@ pub async fn accept(config: &ServerConfig, socket: TcpStream) -> io::Result<Hand
     config.cert_resolver = Arc::<NotesName>::clone(&noted);
     let mut connection = UnbufferedServerConnection::new(Arc::new(config)).map_err(broken)?;
     let mut wire = Wire::new(socket);
-    wire.shake(|input, output| act(connection.process_tls_records(input), output))
-        .await?;
+    wire.shake(&mut connection).await?;
     let peer = connection.peer_certificates().and_then(first);
     let (secrets, rest) = connection
         .dangerous_into_kernel_connection()
@@ -163,6 +161,33 @@ fn act<D>(status: UnbufferedStatus<'_, '_, D>, output: &mut Output) -> Step {
     (discard, want)
 }
 
+/// A side of a handshake.
+trait Handshake {
+    fn step(&mut self, input: &mut [u8], output: &mut Output) -> Step;
+    /// Whether the next step only gives out what is ready for the peer.
+    fn has_output(&self) -> bool;
+}
+
+impl Handshake for UnbufferedClientConnection {
+    fn step(&mut self, input: &mut [u8], output: &mut Output) -> Step {
+        act(self.process_tls_records(input), output)
+    }
+
+    fn has_output(&self) -> bool {
+        self.wants_write()
+    }
+}
+
+impl Handshake for UnbufferedServerConnection {
+    fn step(&mut self, input: &mut [u8], output: &mut Output) -> Step {
+        act(self.process_tls_records(input), output)
+    }
+
+    fn has_output(&self) -> bool {
+        self.wants_write()
+    }
+}
+
 impl Wire {
     fn new(socket: TcpStream) -> Self {
         Self {
@@ -173,12 +198,9 @@ impl Wire {
     }
 
     /// Runs a handshake to its end. The peer is told why it failed.
-    async fn shake(
-        &mut self,
-        mut step: impl FnMut(&mut [u8], &mut Output) -> Step,
-    ) -> io::Result<()> {
+    async fn shake(&mut self, connection: &mut impl Handshake) -> io::Result<()> {
         loop {
-            let (used, want) = step(&mut self.input, &mut self.output);
+            let (used, want) = connection.step(&mut self.input, &mut self.output);
             self.input.drain(..used);
             match want {
                 Ok(Want::Again) => (),
@@ -186,8 +208,14 @@ impl Wire {
                 Ok(Want::Read) => self.read().await?,
                 Ok(Want::Nothing) => return self.write().await,
                 Err(error) => {
-                    // The alert waits there now. Whether it arrives changes nothing here.
-                    while let (_, Ok(Want::Again)) = step(&mut [], &mut self.output) {}
+                    // Whether the alert arrives changes nothing here. Beyond it, a connection that failed must
+                    // not be stepped.
+                    while connection.has_output()
+                        && let (used, Ok(Want::Again)) =
+                            connection.step(&mut self.input, &mut self.output)
+                    {
+                        self.input.drain(..used);
+                    }
                     let _ = self.write().await;
                     return Err(broken(error));
                 }

@@ -18,11 +18,13 @@ use super::handshake::broken;
 use super::record::{
     CONTENT_MAX, OVERHEAD, Opened, Opener, RECORD_MAX, Sealer, content_room, record_len,
 };
+use crate::buffers;
 
 /// One read of the socket, at the most: fewer system calls than with 16 KiB, measurably.
 const READ_MAX: usize = 64 * 1024;
-/// Sealed and written at once, at the most.
-const WRITE_MAX: usize = 8 * CONTENT_MAX;
+/// Sealed and written at once, at the most: what a buffer of the thread's holds with its overhead.
+const WRITE_MAX: usize = 4 * CONTENT_MAX;
+const _: () = assert!(WRITE_MAX + 8 * OVERHEAD <= buffers::LEN);
 /// Records under one key. AES-GCM is safe for 2^24.5 (RFC 8446 §5.5).
 const KEY_MAX: u64 = 1 << 23;
 /// Records without data one after the other: more is an attack.
@@ -31,7 +33,6 @@ const EMPTY_MAX: u32 = 32;
 thread_local! {
     static INPUT: RefCell<Box<[u8]>> =
         RefCell::new(vec![0; READ_MAX + RECORD_MAX].into_boxed_slice());
-    static OUTPUT: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(WRITE_MAX + 16 * OVERHEAD));
 }
 
 /// What rustls still does: the next keys.
@@ -75,8 +76,9 @@ pub struct TlsStream {
     unopened: Vec<u8>,
     /// Opened, and not taken: what did not fit where it was asked for.
     untaken: Vec<u8>,
-    /// Sealed, and not written: the socket is full.
+    /// Sealed, and from `written` on not written: the socket is full.
     unsent: Vec<u8>,
+    written: usize,
     /// Records without data since the last with some.
     empty: u32,
     /// The peer asked for a key of ours.
@@ -102,6 +104,7 @@ impl TlsStream {
             unopened,
             untaken,
             unsent: Vec::new(),
+            written: 0,
             empty: 0,
             update: false,
             key_max: KEY_MAX,
@@ -218,26 +221,17 @@ impl TlsStream {
         Ok(bytes)
     }
 
-    /// Writes `out`, behind which nothing waits, and keeps what the socket does not take.
-    fn write_or_keep(&mut self, cx: &mut Context<'_>, out: &[u8]) -> io::Result<()> {
-        let written = match Pin::new(&mut self.socket).poll_write(cx, out) {
-            Poll::Ready(written) => written?,
-            Poll::Pending => 0,
-        };
-        self.unsent.extend_from_slice(&out[written..]);
-        Ok(())
-    }
-
     fn poll_unsent(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while !self.unsent.is_empty() {
-            let written = ready!(Pin::new(&mut self.socket).poll_write(cx, &self.unsent))?;
+        while self.written < self.unsent.len() {
+            let rest = &self.unsent[self.written..];
+            let written = ready!(Pin::new(&mut self.socket).poll_write(cx, rest))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.unsent.drain(..written);
+            self.written += written;
         }
-        // A full socket is rare: an idle connection keeps nothing for it.
-        self.unsent = Vec::new();
+        self.written = 0;
+        buffers::give(std::mem::take(&mut self.unsent));
         Poll::Ready(Ok(()))
     }
 }
@@ -280,12 +274,14 @@ impl AsyncWrite for TlsStream {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         ready!(this.poll_unsent(cx))?;
-        OUTPUT.with_borrow_mut(|out| {
-            out.clear();
-            let bytes = this.seal(data, out).map_err(broken)?;
-            this.write_or_keep(cx, out)?;
-            Poll::Ready(Ok(bytes))
-        })
+        let mut sealed = buffers::take();
+        let bytes = this.seal(data, &mut sealed).map_err(broken)?;
+        this.unsent = sealed;
+        // What the socket does not take now is the first that it gets.
+        if let Poll::Ready(written) = this.poll_unsent(cx) {
+            written?;
+        }
+        Poll::Ready(Ok(bytes))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

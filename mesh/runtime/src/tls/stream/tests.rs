@@ -177,6 +177,55 @@ fn data_right_behind_the_handshake_is_not_lost() {
 }
 
 #[test]
+fn the_peer_is_told_why_a_handshake_failed() {
+    local(async {
+        let (client_config, server_config) = configs();
+        let (stranger, _) = configs();
+        for (config, alert_at_client) in [(stranger, false), (client_config, true)] {
+            let (client, server) = sockets().await;
+            let mut server_config = ServerConfig::clone(&server_config);
+            if alert_at_client {
+                // A client that shows nothing learns it after its own part is through.
+                server_config.alpn_protocols = vec![b"other".to_vec()];
+            }
+            let mut config = ClientConfig::clone(&config);
+            config.alpn_protocols = vec![b"meshwork/1".to_vec()];
+            let (client, server) = tokio::join!(
+                connect(Arc::new(config), name(), client),
+                accept(&server_config, server)
+            );
+            let alerted = if alert_at_client { client } else { server };
+            let error = alerted.unwrap_err();
+            let inner = error.get_ref().and_then(|e| e.downcast_ref::<Error>());
+            assert!(matches!(inner, Some(Error::AlertReceived(_))), "{error:?}");
+        }
+    });
+}
+
+#[test]
+fn what_is_no_tls_is_refused() {
+    local(async {
+        let (_, server_config) = configs();
+        let mut rng = mesh_core::rng::Rng::new(3);
+        for round in 0..300 {
+            let (mut client, server) = sockets().await;
+            let mut wire: Vec<u8> = (0..rng.below(3000)).map(|_| rng.below(256) as u8).collect();
+            // Most begin as a handshake record of some length does.
+            if round % 4 > 0 {
+                let length = rng.below(2000) as u16;
+                let [high, low] = length.to_be_bytes();
+                wire.splice(..wire.len().min(9), [22, 3, 1, high, low, 1, 0, 0, low]);
+            }
+            client.write_all(&wire).await.unwrap();
+            client.shutdown().await.unwrap();
+            let error = accept(&server_config, server).await.unwrap_err();
+            let kinds = [io::ErrorKind::InvalidData, io::ErrorKind::UnexpectedEof];
+            assert!(kinds.contains(&error.kind()), "{error:?}");
+        }
+    });
+}
+
+#[test]
 fn keys_are_renewed_and_the_peer_may_ask_for_it() {
     local(async {
         let (mut client, mut server) = pair().await;

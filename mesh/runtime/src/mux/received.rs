@@ -1,0 +1,109 @@
+//! What a stream received and its reader has not taken.
+
+use std::collections::VecDeque;
+
+use crate::buffers;
+
+/// Above this a part comes in a buffer of the thread's, and an emptied one is not kept for the next part.
+const SMALL_MAX: usize = 4096;
+
+/// Bytes in the order in which they came. Empty, it holds at most [`SMALL_MAX`].
+#[derive(Debug, Default)]
+pub(super) struct Received {
+    parts: VecDeque<Vec<u8>>,
+    /// Of the first part.
+    taken: usize,
+    len: usize,
+}
+
+impl Received {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(super) fn push(&mut self, mut data: &[u8]) {
+        self.len += data.len();
+        while !data.is_empty() {
+            let room = self
+                .parts
+                .back()
+                .map_or(0, |last| buffers::LEN - last.len());
+            if room == 0 {
+                self.parts.push_back(if data.len() > SMALL_MAX {
+                    buffers::take()
+                } else {
+                    Vec::new()
+                });
+                continue;
+            }
+            let (part, rest) = data.split_at(room.min(data.len()));
+            if let Some(last) = self.parts.back_mut() {
+                last.extend_from_slice(part);
+            }
+            data = rest;
+        }
+    }
+
+    /// The first bytes; not all, where they do not lie together.
+    pub(super) fn front(&self) -> &[u8] {
+        self.parts.front().map_or(&[], |first| &first[self.taken..])
+    }
+
+    /// Forgets the first `bytes` of [`Self::front`].
+    pub(super) fn take(&mut self, bytes: usize) {
+        self.taken += bytes;
+        self.len -= bytes;
+        if !self.front().is_empty() {
+            return;
+        }
+        self.taken = 0;
+        let Some(mut first) = self.parts.pop_front() else {
+            return;
+        };
+        if self.parts.is_empty() && first.capacity() <= SMALL_MAX {
+            first.clear();
+            self.parts.push_back(first);
+        } else {
+            buffers::give(first);
+        }
+    }
+}
+
+impl Drop for Received {
+    fn drop(&mut self) {
+        self.parts.drain(..).for_each(buffers::give);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_out_as_they_came_in() {
+        let mut rng = mesh_core::rng::Rng::new(7);
+        let mut received = Received::default();
+        let (mut next_in, mut next_out) = (0_u32, 0_u32);
+        for _ in 0..2_000 {
+            let count = [1, 40, 1000, 30_000][rng.below(4) as usize];
+            let data: Vec<u8> = (next_in..next_in + count).map(|n| n as u8).collect();
+            next_in += count;
+            received.push(&data);
+            for _ in 0..rng.below(4) {
+                let front = received.front();
+                let bytes = front.len().min(rng.below(40_000) as usize);
+                for byte in &front[..bytes] {
+                    assert_eq!(*byte, next_out as u8);
+                    next_out += 1;
+                }
+                received.take(bytes);
+            }
+            assert_eq!(received.len(), (next_in - next_out) as usize);
+            assert_eq!(received.is_empty(), received.front().is_empty());
+        }
+    }
+}
