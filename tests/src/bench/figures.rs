@@ -248,6 +248,8 @@ impl Report {
             .filter(|p| here(p))
             .collect();
         places.dedup();
+        // c1, c32, c128, r2000; n1, n100, n1000.
+        places.sort_by_key(|place| (place.load.len(), *place));
         for place in places {
             let mut row = vec![place.load.clone(), place.subject.clone()];
             row.extend(metrics.iter().map(|metric| {
