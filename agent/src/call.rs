@@ -17,6 +17,7 @@ use mesh_runtime::mux::MuxStream;
 use tokio::sync::mpsc;
 
 use crate::data::Thread;
+use crate::limits::Limit;
 use crate::view::View;
 
 /// Endpoints that one call tries before it gives up.
@@ -177,6 +178,10 @@ pub(crate) async fn open(
     tried: &mut Vec<Rc<EndpointKey>>,
 ) -> Result<Call, Reason> {
     let service = &caller.service.name;
+    if thread.metrics.limits.budget.is_spent() {
+        thread.reached(Limit::Buffers);
+        return Err(Reason::Overloaded);
+    }
     let endpoints = endpoints(thread, service).await?;
     let mut header = Vec::with_capacity(HEADER_MAX.min(128));
     Header {
@@ -196,7 +201,12 @@ pub(crate) async fn open(
         let opened = match thread.peers.connection(thread, &leaf, &endpoint).await {
             Ok(mux) => tokio::time::timeout(thread.settings.connect, mux.open(&header))
                 .await
-                .unwrap_or(Err(Reason::Overloaded)),
+                .unwrap_or_else(|_| {
+                    thread.metrics.limits.reached(Limit::Streams);
+                    Err(Reason::Overloaded)
+                }),
+            // This agent has no room for a connection: no other endpoint changes that, and this one is not to blame.
+            Err(Reason::Overloaded) => return Err(Reason::Overloaded),
             Err(reason) => Err(reason),
         };
         match opened {
@@ -258,6 +268,7 @@ async fn endpoints(
         return Err(Reason::EndpointsUnknown);
     }
     if asked.is_err() || thread.held.get() >= thread.settings.held_max {
+        thread.reached(Limit::Held);
         return Err(Reason::TooManyHeld);
     }
     let _held = Held::new(thread);
@@ -271,6 +282,10 @@ async fn endpoints(
     let answer = tokio::time::timeout(thread.settings.hold, answer).await;
     match answer {
         Ok(Ok(Some(endpoints))) => Ok(endpoints),
+        Err(_) => {
+            thread.metrics.limits.reached(Limit::Hold);
+            Err(Reason::EndpointsUnknown)
+        }
         _ => Err(Reason::EndpointsUnknown),
     }
 }
@@ -281,6 +296,7 @@ struct Held<'a>(&'a Thread);
 impl<'a> Held<'a> {
     fn new(thread: &'a Thread) -> Self {
         thread.held.set(thread.held.get() + 1);
+        thread.metrics.limits.held.inc();
         Self(thread)
     }
 }
@@ -288,5 +304,6 @@ impl<'a> Held<'a> {
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         self.0.held.set(self.0.held.get() - 1);
+        self.0.metrics.limits.held.dec();
     }
 }

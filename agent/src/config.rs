@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use mesh_core::stream;
 use mesh_runtime::log::Target;
 use serde::{Deserialize, Serialize};
+use socket2::TcpKeepalive;
 
 use crate::capture::CaptureSettings;
 use crate::data::DataSettings;
@@ -18,6 +20,13 @@ pub(crate) const DEFAULT_PATH: &str = "/etc/meshwork/agent.toml";
 const DRAIN_MARGIN: Duration = Duration::from_secs(5);
 /// Longest of the settable times, in seconds: a day.
 const SECONDS_MAX: u64 = 24 * 3600;
+/// Longest silence before a program's kernel is asked: twice as long, and the packet filter forgets the way back from
+/// an app.
+const KEEPALIVE_S_MAX: u64 = 60;
+/// A mesh connection that is never asked after is not noticed to be gone.
+const PEER_KEEPALIVE_S_MAX: u64 = 600;
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
 /// Threads that are of use: one serves tens of thousands of calls a second.
 const THREADS_MAX: usize = 64;
 
@@ -31,6 +40,7 @@ pub(crate) struct Config {
     pub(crate) dns: Dns,
     pub(crate) log: Log,
     pub(crate) timeouts: Timeouts,
+    pub(crate) keepalive: Keepalive,
     pub(crate) limits: Limits,
     pub(crate) capture: CaptureSettings,
 }
@@ -64,9 +74,22 @@ pub(crate) struct Log {
 pub(crate) struct Timeouts {
     pub(crate) connect_s: u64,
     pub(crate) handshake_s: u64,
+    pub(crate) head_s: u64,
     pub(crate) idle_s: u64,
+    /// 0: never.
+    pub(crate) tcp_idle_s: u64,
+    pub(crate) half_closed_s: u64,
     pub(crate) hold_s: u64,
     pub(crate) drain_s: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Keepalive {
+    pub(crate) idle_s: u64,
+    pub(crate) interval_s: u64,
+    pub(crate) probes: u32,
+    pub(crate) peer_s: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +99,10 @@ pub(crate) struct Limits {
     pub(crate) connections: usize,
     pub(crate) held: usize,
     pub(crate) http_head_bytes: usize,
+    pub(crate) streams: u32,
+    pub(crate) stream_kib: usize,
+    pub(crate) connection_kib: usize,
+    pub(crate) buffer_mib: usize,
 }
 
 impl Default for Config {
@@ -88,6 +115,7 @@ impl Default for Config {
             dns: Dns::default(),
             log: Log::default(),
             timeouts: Timeouts::default(),
+            keepalive: Keepalive::default(),
             limits: Limits::default(),
             capture: CaptureSettings::default(),
         }
@@ -127,9 +155,23 @@ impl Default for Timeouts {
         Self {
             connect_s: 5,
             handshake_s: 10,
+            head_s: 30,
             idle_s: 3600,
+            tcp_idle_s: 0,
+            half_closed_s: 60,
             hold_s: 5,
             drain_s: 30,
+        }
+    }
+}
+
+impl Default for Keepalive {
+    fn default() -> Self {
+        Self {
+            idle_s: 60,
+            interval_s: 15,
+            probes: 4,
+            peer_s: mesh_runtime::mux::KEEPALIVE.as_secs(),
         }
     }
 }
@@ -140,7 +182,11 @@ impl Default for Limits {
             threads: 1,
             connections: 65_536,
             held: 1_024,
-            http_head_bytes: 64 * 1024,
+            http_head_bytes: 64 * KIB,
+            streams: stream::Limits::DEFAULT.max_streams,
+            stream_kib: stream::Limits::DEFAULT.stream_credit as usize / KIB,
+            connection_kib: stream::Limits::DEFAULT.connection_credit as usize / KIB,
+            buffer_mib: 256,
         }
     }
 }
@@ -170,17 +216,46 @@ impl Config {
             !self.mesh.listen.is_empty(),
             "mesh.listen is empty; name an address, e.g. \"0.0.0.0\""
         );
-        let times = [
-            ("connect_s", self.timeouts.connect_s),
-            ("handshake_s", self.timeouts.handshake_s),
-            ("idle_s", self.timeouts.idle_s),
-            ("hold_s", self.timeouts.hold_s),
-            ("drain_s", self.timeouts.drain_s),
+        let times = &self.timeouts;
+        let keepalive = &self.keepalive;
+        let bounded = [
+            ("timeouts.connect_s", times.connect_s, 1, SECONDS_MAX),
+            ("timeouts.handshake_s", times.handshake_s, 1, SECONDS_MAX),
+            ("timeouts.head_s", times.head_s, 1, SECONDS_MAX),
+            ("timeouts.idle_s", times.idle_s, 1, SECONDS_MAX),
+            (
+                "timeouts.tcp_idle_s",
+                times.tcp_idle_s,
+                0,
+                365 * SECONDS_MAX,
+            ),
+            (
+                "timeouts.half_closed_s",
+                times.half_closed_s,
+                1,
+                SECONDS_MAX,
+            ),
+            ("timeouts.hold_s", times.hold_s, 1, SECONDS_MAX),
+            ("timeouts.drain_s", times.drain_s, 1, SECONDS_MAX),
+            ("keepalive.idle_s", keepalive.idle_s, 1, KEEPALIVE_S_MAX),
+            (
+                "keepalive.interval_s",
+                keepalive.interval_s,
+                1,
+                KEEPALIVE_S_MAX,
+            ),
+            ("keepalive.probes", keepalive.probes.into(), 1, 100),
+            (
+                "keepalive.peer_s",
+                keepalive.peer_s,
+                1,
+                PEER_KEEPALIVE_S_MAX,
+            ),
         ];
-        for (key, seconds) in times {
+        for (key, value, min, max) in bounded {
             ensure!(
-                (1..=SECONDS_MAX).contains(&seconds),
-                "timeouts.{key} is {seconds}; use 1 to {SECONDS_MAX}"
+                (min..=max).contains(&value),
+                "{key} is {value}; use {min} to {max}"
             );
         }
         let limits = &self.limits;
@@ -188,12 +263,16 @@ impl Config {
             ("threads", limits.threads, 1, THREADS_MAX),
             ("connections", limits.connections, 1, 10_000_000),
             ("held", limits.held, 1, 1_000_000),
+            ("http_head_bytes", limits.http_head_bytes, KIB, MIB),
+            ("streams", limits.streams as usize, 1, 1 << 20),
+            ("stream_kib", limits.stream_kib, 64, 1 << 18),
             (
-                "http_head_bytes",
-                limits.http_head_bytes,
-                1_024,
-                1024 * 1024,
+                "connection_kib",
+                limits.connection_kib,
+                limits.stream_kib,
+                1 << 20,
             ),
+            ("buffer_mib", limits.buffer_mib, 1, 1 << 20),
         ];
         for (key, value, min, max) in bounded {
             ensure!(
@@ -230,24 +309,41 @@ impl Config {
         wire.then_some(self.dns.resolv_conf.as_path())
     }
 
+    /// Bytes that the buffers of all mesh connections may hold: what is set, and at most half of what the service
+    /// manager lets the agent have.
+    pub(crate) fn buffer_max(&self) -> usize {
+        let set = self.limits.buffer_mib.saturating_mul(MIB);
+        crate::capture::cgroup::memory_max().map_or(set, |memory| set.min(memory / 2))
+    }
+
     pub(crate) fn data(&self) -> DataSettings {
-        let Timeouts {
-            connect_s,
-            handshake_s,
-            idle_s,
-            hold_s,
-            drain_s: _,
-        } = self.timeouts;
+        let seconds = Duration::from_secs;
+        let (times, limits, keepalive) = (&self.timeouts, &self.limits, &self.keepalive);
+        let kib = |kib: usize| u32::try_from(kib * KIB).unwrap_or(u32::MAX);
         DataSettings {
-            connect: Duration::from_secs(connect_s),
-            handshake: Duration::from_secs(handshake_s),
-            idle: Duration::from_secs(idle_s),
-            hold: Duration::from_secs(hold_s),
-            held_max: self.limits.held,
-            connections_max: self.limits.connections,
-            head_max: self.limits.http_head_bytes,
+            connect: seconds(times.connect_s),
+            handshake: seconds(times.handshake_s),
+            head: seconds(times.head_s),
+            idle: seconds(times.idle_s),
+            tcp_idle: (times.tcp_idle_s > 0).then(|| seconds(times.tcp_idle_s)),
+            half_closed: seconds(times.half_closed_s),
+            hold: seconds(times.hold_s),
+            keepalive: TcpKeepalive::new()
+                .with_time(seconds(keepalive.idle_s))
+                .with_interval(seconds(keepalive.interval_s))
+                .with_retries(keepalive.probes),
+            peer_keepalive: seconds(keepalive.peer_s),
+            streams: stream::Limits {
+                max_streams: limits.streams,
+                stream_credit: kib(limits.stream_kib),
+                connection_credit: kib(limits.connection_kib),
+                ..stream::Limits::DEFAULT
+            },
+            held_max: limits.held,
+            connections_max: limits.connections,
+            head_max: limits.http_head_bytes,
             app_mark: self.capture.marks().app(),
-            threads: self.limits.threads,
+            threads: limits.threads,
         }
     }
 }
@@ -282,12 +378,38 @@ mod tests {
             ("[mesh]\nlisten = []", "mesh.listen"),
             ("[timeouts]\ndrain_s = 0", "drain_s"),
             ("[limits]\nheld = 0", "held"),
+            (
+                "[limits]\nstream_kib = 1024\nconnection_kib = 512",
+                "use 1024 to",
+            ),
+            ("[limits]\nbuffer_mib = 0", "limits.buffer_mib is 0"),
+            (
+                "[keepalive]\nidle_s = 61",
+                "keepalive.idle_s is 61; use 1 to 60",
+            ),
+            ("[keepalive]\npeer_s = 0", "keepalive.peer_s"),
+            ("[timeouts]\nhead_s = 0", "timeouts.head_s"),
             ("[log]\nto = \"syslog\"", "agent.toml:2"),
             ("[dns]\nupstreams = [\"10.0.0.1\"]", "agent.toml:2"),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn whatever_is_accepted_the_other_agent_accepts_too() {
+        let extremes = [
+            "",
+            "[limits]\nstreams = 1\nstream_kib = 64\nconnection_kib = 64",
+            "[limits]\nstreams = 1048576\nstream_kib = 262144\nconnection_kib = 1048576",
+        ];
+        for text in extremes {
+            let config = parse(text).unwrap();
+            assert!(config.data().streams.are_sane(), "{text}");
+            assert!(config.buffer_max() > 0);
+        }
+        assert_eq!(parse("").unwrap().data().streams, stream::Limits::DEFAULT);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::io;
 use std::net::{IpAddr, TcpListener as StdListener};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -11,26 +13,33 @@ use std::time::{Duration, Instant};
 use mesh_core::names::{Account, ServiceName};
 use mesh_core::reason::Reason;
 use mesh_core::rng::Rng;
+use mesh_core::stream;
+use mesh_runtime::mux;
 use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
-use tokio::net::{TcpListener, TcpStream};
+use prometheus_client::metrics::gauge::Gauge;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
 
+use crate::accept;
 use crate::call::Balancers;
 use crate::capture::app_socket::AppDialer;
 use crate::capture::sockdiag::SockDiag;
 use crate::inbound::app::{AppPool, KEPT_MAX};
 use crate::inbound::certificates;
+use crate::limits::{self, Limit, ShedLog};
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
 use crate::view::{View, ViewReader};
-use crate::{inbound, outbound};
 
 /// Commands to a thread that wait: listeners at the start, one a workload.
 const COMMANDS_MAX: usize = 1024;
-/// After an accept that failed for want of descriptors or memory.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Descriptors of the process that are no connection's: listeners (two a workload), files, links to holder and control.
+const OWN_DESCRIPTORS: usize = 256;
+/// Connections of each kind that are possible however few descriptors there may be.
+const CONNECTIONS_MIN: usize = 64;
 
 /// How the data plane works. Each bound has its reason in docs/reference.md.
 #[derive(Clone, Debug)]
@@ -39,8 +48,20 @@ pub(crate) struct DataSettings {
     pub(crate) connect: Duration,
     /// Until a TLS handshake is through.
     pub(crate) handshake: Duration,
-    /// Until a connection on which nothing moves is closed.
+    /// Until an HTTP connection on which nothing moves is closed.
     pub(crate) idle: Duration,
+    /// The same of one that is bytes; `None`: it lives for as long as both programs do.
+    pub(crate) tcp_idle: Option<Duration>,
+    /// How long an HTTP head may take from its first byte to its last.
+    pub(crate) head: Duration,
+    /// How long a caller that closed its side of an HTTP connection may wait for its answer.
+    pub(crate) half_closed: Duration,
+    /// How the kernel asks whether a program's end of a connection is still there.
+    pub(crate) keepalive: TcpKeepalive,
+    /// The same of another agent's, in the stream layer.
+    pub(crate) peer_keepalive: Duration,
+    /// What a mesh connection may carry at once.
+    pub(crate) streams: stream::Limits,
     /// How long a connection is held for the first answer about its service.
     pub(crate) hold: Duration,
     /// Connections held so at once, a thread.
@@ -188,10 +209,13 @@ pub(crate) struct Thread {
     peers_open: Cell<usize>,
     /// Calls of peers that are being served, each with at most one connection to an app.
     pub(crate) serving: Cell<usize>,
-    /// The most of each of the three.
+    /// The most of each of the three, and of connections to other agents.
     pub(crate) share: usize,
     pub(crate) handshakes: RefCell<Handshakes>,
     pub(crate) refusals: RefCell<LogGate>,
+    pub(crate) shed_log: RefCell<ShedLog>,
+    /// What a connection is taken and reset with when there is no other descriptor.
+    pub(crate) spare: RefCell<Option<File>>,
     /// True when this thread takes no new calls.
     pub(crate) draining: watch::Sender<bool>,
 }
@@ -202,17 +226,60 @@ impl Thread {
         Arc::clone(&self.view.borrow())
     }
 
+    /// How mesh connections work here.
+    pub(crate) fn mux_settings(&self) -> mux::Settings {
+        mux::Settings {
+            limits: self.settings.streams,
+            keepalive: self.settings.peer_keepalive,
+            budget: Arc::clone(&self.metrics.limits.budget),
+        }
+    }
+
     /// Counts a connection while it lives; `None` when there are as many as may be. Callers and peers have a share
     /// each, so that neither can lock the other out.
-    fn admit(self: &Rc<Self>, direction: Direction) -> Option<Admission> {
-        let admission = Admission(Rc::clone(self), direction);
-        let open = admission.count();
-        open.set(open.get() + 1);
-        if open.get() > self.share {
-            self.metrics.refused(direction, Reason::Overloaded);
+    pub(crate) fn admit(self: &Rc<Self>, direction: Direction) -> Option<Admission> {
+        if self.metrics.limits.budget.is_spent() {
+            self.shed(Limit::Buffers, direction);
+            return None;
+        }
+        let admission = Admission::new(self, direction);
+        if admission.count().get() > self.share {
+            let limit = match direction {
+                Direction::Outbound => Limit::Callers,
+                Direction::Inbound => Limit::Peers,
+            };
+            self.shed(limit, direction);
             return None;
         }
         Some(admission)
+    }
+
+    /// New work is refused because a bound is reached: said, counted.
+    pub(crate) fn shed(&self, limit: Limit, direction: Direction) {
+        self.metrics.refused(direction, Reason::Overloaded);
+        self.reached(limit);
+    }
+
+    /// The same where whoever renders the refusal counts it.
+    pub(crate) fn reached(&self, limit: Limit) {
+        self.metrics.limits.reached(limit);
+        self.shed_log.borrow_mut().say(limit);
+    }
+
+    /// A socket could not be had for want of something of this host: the reason for the call that wanted it.
+    pub(crate) fn short_of(&self, error: &io::Error) -> Reason {
+        if limits::out_of_descriptors(error) {
+            self.give_up_idle();
+            self.reached(Limit::Descriptors);
+        }
+        Reason::Overloaded
+    }
+
+    /// Gives up connections that are kept and nobody's calls, for want of descriptors. Whether there is one more now.
+    pub(crate) fn give_up_idle(&self) -> bool {
+        // These end in a turn of their own.
+        self.peers.close_idle();
+        self.apps.clear()
     }
 }
 
@@ -221,18 +288,35 @@ impl Thread {
 pub(crate) struct Admission(Rc<Thread>, Direction);
 
 impl Admission {
+    fn new(thread: &Rc<Thread>, direction: Direction) -> Self {
+        let admission = Self(Rc::clone(thread), direction);
+        let count = admission.count();
+        count.set(count.get() + 1);
+        admission.gauge().inc();
+        admission
+    }
+
     fn count(&self) -> &Cell<usize> {
         match self.1 {
             Direction::Outbound => &self.0.callers,
             Direction::Inbound => &self.0.peers_open,
         }
     }
+
+    fn gauge(&self) -> &Gauge {
+        let limits = &self.0.metrics.limits;
+        match self.1 {
+            Direction::Outbound => &limits.callers,
+            Direction::Inbound => &limits.peers,
+        }
+    }
 }
 
 impl Drop for Admission {
     fn drop(&mut self) {
-        let open = self.count();
-        open.set(open.get() - 1);
+        let count = self.count();
+        count.set(count.get() - 1);
+        self.gauge().dec();
     }
 }
 
@@ -292,8 +376,9 @@ impl LogGate {
     }
 }
 
-/// What each of callers, peers and apps may have of the process's descriptors: a little less than a third.
-fn share_of_descriptors(threads: usize) -> usize {
+/// What each of callers, peers, apps and connections to other agents may have of the process's descriptors, and how
+/// many connections to apps may be kept beside them, a thread.
+fn shares_of_descriptors(threads: usize) -> (usize, usize) {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((1024, 1024));
     let have = if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() {
@@ -301,12 +386,10 @@ fn share_of_descriptors(threads: usize) -> usize {
     } else {
         soft
     };
-    let have = usize::try_from(have)
-        .unwrap_or(usize::MAX)
-        .saturating_sub(256)
-        / threads.max(1);
-    // Kept connections to apps are beside those in use.
-    (have.saturating_sub(KEPT_MAX) / 3).max(64)
+    let have = usize::try_from(have).unwrap_or(usize::MAX);
+    let have = have.saturating_sub(OWN_DESCRIPTORS) / threads.max(1);
+    let kept = KEPT_MAX.min(have / 5);
+    ((have - kept).div_euclid(4).max(CONNECTIONS_MIN), kept)
 }
 
 async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::Result<()> {
@@ -315,9 +398,16 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
     let mesh_tls =
         mesh_runtime::tls::server_config(resolver, verifier, &[mesh_runtime::tls::ALPN_MESH])?;
     let seed = std::process::id() as u64 ^ (Arc::as_ptr(&shared.metrics) as u64).rotate_left(17);
-    let share = share_of_descriptors(shared.settings.threads).min(shared.settings.connections_max);
+    let threads = shared.settings.threads;
+    let (share, kept) = shares_of_descriptors(threads);
+    let share = share.min(shared.settings.connections_max);
+    let limits = &shared.metrics.limits;
+    for limit in [Limit::Callers, Limit::Peers, Limit::Dialled, Limit::Calls] {
+        limits.set_max(limit, share * threads);
+    }
+    limits.set_max(Limit::Held, shared.settings.held_max * threads);
     let thread = Rc::new(Thread {
-        dialer: AppDialer::new(shared.settings.app_mark),
+        dialer: AppDialer::new(shared.settings.app_mark, shared.settings.keepalive.clone()),
         view: shared.view,
         wants: shared.wants,
         metrics: shared.metrics,
@@ -326,7 +416,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         balancers: RefCell::default(),
         rng: RefCell::new(Rng::new(seed)),
         diag: RefCell::new(SockDiag::open()?),
-        apps: AppPool::default(),
+        apps: AppPool::new(kept),
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
         callers: Cell::new(0),
@@ -335,6 +425,8 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         share,
         handshakes: RefCell::default(),
         refusals: RefCell::default(),
+        shed_log: RefCell::default(),
+        spare: RefCell::new(accept::spare_descriptor()),
         draining: watch::Sender::new(false),
     });
     spawn_local(sweep(Rc::clone(&thread)));
@@ -349,14 +441,17 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
                 kept
             }),
             Command::Mesh(listener) => {
-                spawn_local(accept_mesh(
+                spawn_local(accept::peers(
                     Rc::clone(&thread),
                     TcpListener::from_std(listener)?,
                 ));
             }
             Command::Callers(whose, listener) => {
+                // What it accepts inherits this.
+                SockRef::from(&listener).set_tcp_keepalive(&thread.settings.keepalive)?;
                 let listener = TcpListener::from_std(listener)?;
-                let task = spawn_local(accept_callers(Rc::clone(&thread), whose.clone(), listener));
+                let task = accept::callers(Rc::clone(&thread), whose.clone(), listener);
+                let task = spawn_local(task);
                 accepting.extend(whose.map(|account| (account, task.abort_handle())));
             }
             Command::Drain(deadline, done) => {
@@ -393,72 +488,10 @@ async fn drain(thread: &Rc<Thread>, deadline: Duration) {
         thread.peers.close_idle();
     }
     let cut = open();
+    for _ in 0..cut {
+        thread.metrics.limits.reached(Limit::Drain);
+    }
     if cut > 0 {
         log::warn!(connections = cut; "the drain deadline is over; what is still open is cut");
-    }
-}
-
-async fn accept_callers(thread: Rc<Thread>, whose: Option<Account>, listener: TcpListener) {
-    let mut draining = thread.draining.subscribe();
-    loop {
-        let Some((socket, from)) = accept(&listener, &mut draining).await else {
-            return;
-        };
-        let Some(admission) = thread.admit(Direction::Outbound) else {
-            crate::relay::abort(socket);
-            continue;
-        };
-        let (thread, whose) = (Rc::clone(&thread), whose.clone());
-        spawn_local(async move {
-            outbound::serve(&thread, whose, socket, from).await;
-            drop(admission);
-        });
-    }
-}
-
-async fn accept_mesh(thread: Rc<Thread>, listener: TcpListener) {
-    let mut draining = thread.draining.subscribe();
-    loop {
-        let Some((socket, from)) = accept(&listener, &mut draining).await else {
-            return;
-        };
-        let Some(admission) = thread.admit(Direction::Inbound) else {
-            crate::relay::abort(socket);
-            continue;
-        };
-        let thread = Rc::clone(&thread);
-        spawn_local(async move {
-            inbound::serve(&thread, socket, from).await;
-            drop(admission);
-        });
-    }
-}
-
-async fn accept(
-    listener: &TcpListener,
-    draining: &mut watch::Receiver<bool>,
-) -> Option<(TcpStream, std::net::SocketAddr)> {
-    let mut gate = LogGate::default();
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            _ = draining.wait_for(|draining| *draining) => return None,
-        };
-        match accepted {
-            Ok((socket, from)) => {
-                if let Err(error) = socket.set_nodelay(true) {
-                    // The connection is gone already.
-                    log::debug!("an accepted connection is gone: {error}");
-                    continue;
-                }
-                return Some((socket, from));
-            }
-            Err(error) => {
-                if gate.passes() {
-                    log::warn!("accept failed: {error}; what is open goes on");
-                }
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
     }
 }

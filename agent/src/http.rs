@@ -1,7 +1,5 @@
 //! What both agents do with an HTTP/1.1 message: read its head, measure its body, pass its bytes on unchanged.
 
-use std::time::Duration;
-
 use mesh_core::http1::Body;
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::{MuxStream, StreamError};
@@ -10,6 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::Instant;
 
+use crate::limits::Limit;
 use crate::relay::Activity;
 
 /// Bytes that one read takes.
@@ -80,9 +79,6 @@ impl Sink for &MuxStream {
     }
 }
 
-/// How long a head may take from its first byte to its last.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// Reads until `parse` finds a whole head at the start of `buffer`. `None`: the source ended before its first
 /// byte.
 pub(crate) async fn read_head<T>(
@@ -105,9 +101,12 @@ pub(crate) async fn read_head<T>(
             read.await?
         } else {
             // Only a head that comes in pieces costs a timer.
-            let until = *until.get_or_insert_with(|| Instant::now() + HEAD_TIMEOUT);
+            let until = *until.get_or_insert_with(|| Instant::now() + activity.head_timeout());
             let read = tokio::time::timeout_at(until, read).await;
-            read.unwrap_or(Err(Broken::Malformed(Reason::Timeout)))?
+            read.unwrap_or_else(|_| {
+                activity.ran_out(Limit::Head);
+                Err(Broken::Malformed(Reason::Timeout))
+            })?
         };
         if bytes == 0 {
             return if buffer.is_empty() {

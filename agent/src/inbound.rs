@@ -14,7 +14,7 @@ use mesh_core::names::Account;
 use mesh_core::policy::{Permit, PolicySet, Target, authorize};
 use mesh_core::reason::Reason;
 use mesh_core::service::Protocol;
-use mesh_core::stream::{Limits, Side};
+use mesh_core::stream::Side;
 use mesh_runtime::mux::{self, MuxStream, StreamError};
 use mesh_runtime::tls::handshake::{self, Handshaken};
 use mesh_runtime::tls::leaf::read_leaf;
@@ -26,6 +26,7 @@ use tokio::task::spawn_local;
 use tokio_util::sync::CancellationToken;
 
 use crate::data::Thread;
+use crate::limits::Limit;
 use crate::metrics::{Direction, Flow, FlowLabels};
 use crate::peers::unix_now_s;
 use crate::relay::{self, Activity, Local, Open};
@@ -100,9 +101,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     crate::peers::watch_silence(&socket);
     let address = canonical(from.ip());
     if !thread.handshakes.borrow_mut().begin(address) {
-        thread
-            .metrics
-            .refused(Direction::Inbound, Reason::Overloaded);
+        thread.shed(Limit::Handshakes, Direction::Inbound);
         return relay::abort(socket);
     }
     let handshake = handshake::accept(&thread.mesh_tls, socket);
@@ -111,7 +110,10 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     let tls = match shaken {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => return not_authenticated(thread, from, handshake_reason(&error), &error),
-        Err(_) => return not_authenticated(thread, from, Reason::Timeout, &"no handshake in time"),
+        Err(_) => {
+            thread.metrics.limits.reached(Limit::Handshake);
+            return not_authenticated(thread, from, Reason::Timeout, &"no handshake in time");
+        }
     };
     let (id, not_after_s, server) = match authenticated(thread, &tls) {
         Ok(both) => both,
@@ -132,7 +134,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         basis: RefCell::default(),
         logged: Cell::new(0),
     });
-    let (mux, mut incoming, driver) = mux::connection(tls.stream, Side::Server, Limits::DEFAULT);
+    let (mux, mut incoming, driver) = mux::connection(tls.stream, Side::Server, thread.mux_settings());
     let driver = spawn_local(driver);
     thread.metrics.mesh_connections.inc();
     let mut draining = thread.draining.subscribe();
@@ -213,10 +215,22 @@ struct Serving {
 
 impl Serving {
     fn begin(peer: &Peer, live: &Rc<Cell<u32>>) -> Option<Self> {
-        let all = &peer.thread.serving;
-        if live.get() >= Limits::DEFAULT.max_streams || all.get() >= peer.thread.share {
+        let thread = &peer.thread;
+        let all = &thread.serving;
+        let limit = if thread.metrics.limits.budget.is_spent() {
+            Some(Limit::Buffers)
+        } else if live.get() >= thread.settings.streams.max_streams {
+            Some(Limit::Streams)
+        } else if all.get() >= thread.share {
+            Some(Limit::Calls)
+        } else {
+            None
+        };
+        if let Some(limit) = limit {
+            thread.reached(limit);
             return None;
         }
+        thread.metrics.limits.calls.inc();
         live.set(live.get() + 1);
         all.set(all.get() + 1);
         Some(Self {
@@ -230,6 +244,7 @@ impl Drop for Serving {
     fn drop(&mut self) {
         self.live.set(self.live.get() - 1);
         self.thread.serving.set(self.thread.serving.get() - 1);
+        self.thread.metrics.limits.calls.dec();
     }
 }
 
@@ -239,7 +254,7 @@ impl Peer {
             Ok(admitted) => admitted,
             Err((reason, what)) => return self.refuse(stream, reason, &what),
         };
-        let activity = Activity::default();
+        let activity = Activity::new(&self.thread);
         let way = async {
             match header.kind {
                 StreamKind::Tcp => self.serve_tcp(&stream, &admitted, &activity).await,
@@ -250,6 +265,8 @@ impl Peer {
             }
         };
         let outcome = tokio::select! {
+            // What came before a reset is delivered before the reset is heard.
+            biased;
             outcome = Box::pin(way) => outcome,
             // The caller is gone: what its call holds here is given up at once.
             _ = poll_fn(|cx| stream.poll_reset(cx)), if header.kind != StreamKind::Tcp => Ok(()),
@@ -397,7 +414,7 @@ impl Peer {
         let app = app::connect(&self.thread, admitted, self.address).await?;
         stream.accept();
         admitted.flow.connected(begun.elapsed().as_secs_f64());
-        carry(app, stream, admitted, (activity, self.thread.settings.idle)).await
+        carry(app, stream, admitted, activity).await
     }
 
     fn refuse(&self, stream: MuxStream, reason: Reason, what: &str) {
@@ -423,11 +440,10 @@ async fn carry(
     mut app: TcpStream,
     stream: &MuxStream,
     admitted: &Admitted,
-    (activity, idle): (&Activity, Duration),
+    activity: &Activity,
 ) -> Result<(), Reason> {
     let open = Open::count(&admitted.flow.open);
-    let bounds = (activity, idle);
-    let outcome = relay::relay(&mut app, stream, Local::Service, &admitted.flow, bounds).await;
+    let outcome = relay::relay(&mut app, stream, Local::Service, &admitted.flow, activity).await;
     drop(open);
     admitted.flow.connection(outcome.is_ok());
     match outcome {

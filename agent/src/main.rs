@@ -24,10 +24,12 @@ mod owners;
 mod worker;
 mod workloads;
 // A call's way.
+mod accept;
 mod call;
 mod data;
 mod http;
 mod inbound;
+mod limits;
 mod metrics;
 mod outbound;
 mod peers;

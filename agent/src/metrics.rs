@@ -5,12 +5,15 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mesh_core::reason::Reason;
+use mesh_runtime::mux::Budget;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+
+use crate::limits::Limits;
 
 /// Different flows that are told apart; later ones are counted together under `overflow`. A peer can make us see
 /// as many identities as it has certificates.
@@ -123,13 +126,17 @@ pub(crate) struct Metrics {
     pub(crate) mesh_connections: Gauge,
     pub(crate) app_connections: Counter,
     pub(crate) app_reused: Counter,
+    pub(crate) limits: Limits,
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Arc<Self> {
+    /// `budget` is what the buffers of all mesh connections count against.
+    pub(crate) fn new(budget: Arc<Budget>) -> Arc<Self> {
         let histogram: fn() -> Histogram = || Histogram::new(BUCKETS);
+        let mut registry = Registry::with_prefix("mesh");
         let metrics = Self {
-            registry: Mutex::new(Registry::with_prefix("mesh")),
+            limits: Limits::register(&mut registry, budget),
+            registry: Mutex::new(registry),
             flows: Mutex::default(),
             known: Mutex::default(),
             requests: Family::default(),
@@ -287,6 +294,7 @@ impl Metrics {
 
     /// All metrics in the text form of OpenMetrics.
     pub(crate) fn encode(&self) -> String {
+        self.limits.refresh();
         let mut text = String::new();
         let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         // Writing to a string does not fail.
@@ -309,7 +317,7 @@ mod tests {
 
     #[test]
     fn flows_are_shared_and_bounded() {
-        let metrics = Metrics::new();
+        let metrics = Metrics::new(Budget::new(1));
         let labels = |n: usize| FlowLabels {
             direction: Direction::Inbound,
             src: format!("spiffe://a/ns/b/sa/c{n}"),

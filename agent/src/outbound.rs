@@ -56,7 +56,7 @@ pub(crate) async fn serve(
         service,
         port: port.number,
     };
-    let activity = Activity::default();
+    let activity = Activity::new(thread);
     match port.protocol {
         Protocol::Tcp | Protocol::Http2 | Protocol::Grpc => {
             Box::pin(tcp::serve(thread, &caller, client, &activity)).await;

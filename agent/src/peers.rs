@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mesh_core::identity::Identity;
 use mesh_core::reason::Reason;
-use mesh_core::stream::{Limits, Side};
+use mesh_core::stream::Side;
 use mesh_runtime::mux::{self, Mux};
 use mesh_runtime::tls::handshake;
 use mesh_runtime::tls::leaf::read_leaf;
@@ -22,6 +22,7 @@ use tokio::task::spawn_local;
 
 use crate::call::EndpointKey;
 use crate::data::Thread;
+use crate::limits::{self, Limit};
 use crate::view::Leaf;
 
 /// Connections to one endpoint as one identity. A second one is made when readers that stand still hold the credit
@@ -40,6 +41,7 @@ type PeerKey = (Identity, Rc<EndpointKey>);
 #[derive(Debug, Default)]
 pub(crate) struct Peers {
     slots: RefCell<HashMap<PeerKey, Rc<Slot>>>,
+    open: Cell<usize>,
 }
 
 /// The place of one connection. Those who need it while it is being made wait on `making`.
@@ -172,12 +174,19 @@ async fn dial(
         );
         reason
     };
+    let dialled = Dialled::begin(thread).ok_or(Reason::Overloaded)?;
     let connected =
         tokio::time::timeout(thread.settings.connect, TcpStream::connect(address)).await;
     let socket = match connected {
         Ok(Ok(socket)) => socket,
+        Ok(Err(error)) if limits::is_shortage(&error) => {
+            return Err(log_failure(thread.short_of(&error), &error));
+        }
         Ok(Err(error)) => return Err(log_failure(Reason::PeerUnreachable, &error)),
-        Err(_) => return Err(log_failure(Reason::PeerUnreachable, &"no answer in time")),
+        Err(_) => {
+            thread.metrics.limits.reached(Limit::Connect);
+            return Err(log_failure(Reason::PeerUnreachable, &"no answer in time"));
+        }
     };
     socket
         .set_nodelay(true)
@@ -196,7 +205,10 @@ async fn dial(
             };
             return Err(log_failure(reason, &error));
         }
-        Err(_) => return Err(log_failure(Reason::PeerHandshake, &"no handshake in time")),
+        Err(_) => {
+            thread.metrics.limits.reached(Limit::Handshake);
+            return Err(log_failure(Reason::PeerHandshake, &"no handshake in time"));
+        }
     };
     let facts = tls.peer.as_ref().map(|leaf| read_leaf(leaf)).transpose()?;
     if facts.and_then(|facts| facts.host).as_ref() != Some(&endpoint.host) {
@@ -205,14 +217,42 @@ async fn dial(
             &"the leaf was given to another host",
         ));
     }
-    let (mux, _, driver) = mux::connection(tls.stream, Side::Client, Limits::DEFAULT);
+    let (mux, _, driver) = mux::connection(tls.stream, Side::Client, thread.mux_settings());
     let open = thread.metrics.mesh_connections.clone();
     open.inc();
     spawn_local(async move {
         driver.await;
         open.dec();
+        drop(dialled);
     });
     Ok(mux)
+}
+
+/// A connection to another agent, counted from its first packet to its end.
+#[derive(Debug)]
+struct Dialled(Rc<Thread>);
+
+impl Dialled {
+    /// `None` when there are as many as may be, and idle ones were given up for the next call.
+    fn begin(thread: &Rc<Thread>) -> Option<Self> {
+        let open = &thread.peers.open;
+        if open.get() >= thread.share {
+            thread.give_up_idle();
+            thread.reached(Limit::Dialled);
+            return None;
+        }
+        open.set(open.get() + 1);
+        thread.metrics.limits.dialled.inc();
+        Some(Self(Rc::clone(thread)))
+    }
+}
+
+impl Drop for Dialled {
+    fn drop(&mut self) {
+        let open = &self.0.peers.open;
+        open.set(open.get() - 1);
+        self.0.metrics.limits.dialled.dec();
+    }
 }
 
 /// Lets the kernel end a mesh connection whose other host went away without a word.

@@ -1,17 +1,23 @@
 //! Bytes between a local connection and a stream, both ways, until both ends are through.
 
 use std::cell::Cell;
-use std::future::poll_fn;
-use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::future::{Future as _, pending, poll_fn};
+use std::io;
+use std::net::Shutdown;
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use mesh_core::reason::Reason;
 use mesh_runtime::mux::{MuxStream, StreamError};
 use prometheus_client::metrics::gauge::Gauge;
-use tokio::io::AsyncWrite as _;
+use socket2::SockRef;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::net::tcp::ReadHalf;
 
+use crate::data::Thread;
+use crate::limits::Limit;
 use crate::metrics::Flow;
 
 /// Turns of a direction before the other and other tasks have theirs.
@@ -25,115 +31,181 @@ pub(crate) enum Local {
 }
 
 /// Notes that something moved, so that one coarse timer a connection sees when nothing does.
-#[derive(Debug, Default)]
-pub(crate) struct Activity(Cell<bool>);
+#[derive(Debug)]
+pub(crate) struct Activity {
+    thread: Rc<Thread>,
+    moved: Cell<bool>,
+    /// The connection is bytes now, whose silence has a bound of its own.
+    bytes: Cell<bool>,
+}
 
 impl Activity {
-    pub(crate) fn note(&self) {
-        self.0.set(true);
+    pub(crate) fn new(thread: &Rc<Thread>) -> Self {
+        Self {
+            thread: Rc::clone(thread),
+            moved: Cell::new(false),
+            bytes: Cell::new(false),
+        }
     }
 
-    /// Completes when nothing was noted for `idle`, at the latest after twice as long.
+    pub(crate) fn note(&self) {
+        self.moved.set(true);
+    }
+
+    /// How long a head may take from its first byte to its last.
+    pub(crate) fn head_timeout(&self) -> Duration {
+        self.thread.settings.head
+    }
+
+    /// Counts that a time was over.
+    pub(crate) fn ran_out(&self, limit: Limit) {
+        self.thread.metrics.limits.reached(limit);
+    }
+
+    /// Completes when nothing was noted for `idle`, at the latest after twice as long; of what is bytes by then, when
+    /// nothing was for `tcp_idle`, which may be never. One only may wait for it.
     pub(crate) async fn ceased(&self, idle: Duration) {
         loop {
-            tokio::time::sleep(idle).await;
-            if !self.0.replace(false) {
+            let bytes = self.bytes.get();
+            let bound = if bytes {
+                self.thread.settings.tcp_idle
+            } else {
+                Some(idle)
+            };
+            let Some(bound) = bound else {
+                return pending().await;
+            };
+            tokio::time::sleep(bound).await;
+            if !self.moved.replace(false) && self.bytes.get() == bytes {
+                self.ran_out(if bytes { Limit::TcpIdle } else { Limit::Idle });
                 return;
             }
         }
     }
 }
 
-/// Relays until both directions ended, or nothing moved for `idle`.
+/// How a direction stands after its turns.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// Its end has passed.
+    Done,
+    /// Nothing more can be done now.
+    Blocked,
+    /// There is more to do, after others.
+    Again,
+}
+
+/// Relays until both directions ended. When nothing may move for how long is for the owner of `activity` to watch.
+///
+/// A reset of either side is carried at once: it waits neither for a reader nor for credit. What had arrived before
+/// it is delivered as far as the other side takes it without waiting, as between two programs without us.
 ///
 /// # Errors
-/// The side that failed. Nothing is hidden: what had arrived is delivered first.
+/// The side that failed.
 pub(crate) async fn relay(
     socket: &mut TcpStream,
     stream: &MuxStream,
     local: Local,
     flow: &Flow,
-    (activity, idle): (&Activity, Duration),
+    activity: &Activity,
 ) -> Result<(), StreamError> {
+    activity.bytes.set(true);
     let (to_stream, to_socket) = match local {
         Local::Caller => (&flow.sent, &flow.received),
         Local::Service => (&flow.received, &flow.sent),
     };
+    let (mut reader, writer) = socket.split();
+    let socket: &TcpStream = writer.as_ref();
+    // While there is no credit nobody reads the socket, and after its end nobody does: an error is heard here.
+    let mut broken = pin!(socket.ready(Interest::ERROR));
     let mut reading = true;
     let mut writing = true;
-    let mut reset = None;
-    let both = poll_fn(|cx| {
-        if writing
-            && let Poll::Ready(done) = poll_in(cx, socket, stream, |n| {
+    poll_fn(|cx| {
+        let mut again = false;
+        if writing {
+            let turn = receive(cx, stream, socket, |n| {
                 to_socket.inc_by(n);
                 activity.note();
-            })
-        {
-            done?;
-            writing = false;
+            })?;
+            writing = turn != Turn::Done;
+            again = turn == Turn::Again;
         }
-        if reading
-            && let Poll::Ready(done) = poll_out(cx, socket, stream, |n| {
+        if !again && let Poll::Ready(reason) = stream.poll_reset(cx) {
+            return Poll::Ready(Err(StreamError::Reset(reason)));
+        }
+        if reading {
+            let turn = send(cx, &mut reader, stream, |n| {
                 to_stream.inc_by(n);
                 activity.note();
-            })
-        {
-            match done {
-                // What came before the reset is still to be delivered.
-                Err(StreamError::Reset(reason)) => reset = Some(reason),
-                other => other?,
-            }
-            reading = false;
+            })?;
+            reading = turn != Turn::Done;
+            again |= turn == Turn::Again;
         }
-        if reading || writing {
-            return Poll::Pending;
+        if !reading && !writing {
+            return Poll::Ready(Ok(()));
         }
-        Poll::Ready(reset.map_or(Ok(()), |reason| Err(StreamError::Reset(reason))))
-    });
-    tokio::select! {
-        biased;
-        outcome = both => outcome,
-        () = activity.ceased(idle) => Err(StreamError::Reset(Reason::Timeout)),
-    }
+        if !again && broken.as_mut().poll(cx).is_ready() {
+            let error = socket.take_error().ok().flatten();
+            let error = error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into());
+            return Poll::Ready(Err(StreamError::Local(error)));
+        }
+        Poll::Pending
+    })
+    .await
 }
 
-fn poll_out(
+/// From the local connection to the stream.
+fn send(
     cx: &mut Context<'_>,
-    socket: &mut TcpStream,
+    reader: &mut ReadHalf<'_>,
     stream: &MuxStream,
     count: impl Fn(u64),
-) -> Poll<Result<(), StreamError>> {
+) -> Result<Turn, StreamError> {
     for _ in 0..TURNS {
-        match std::task::ready!(stream.poll_send_from(cx, socket))? {
-            0 => {
+        match stream.poll_send_from(cx, reader)? {
+            Poll::Pending => return Ok(Turn::Blocked),
+            Poll::Ready(0) => {
                 stream.end();
-                return Poll::Ready(Ok(()));
+                return Ok(Turn::Done);
             }
-            bytes => count(bytes as u64),
+            Poll::Ready(bytes) => count(bytes as u64),
         }
     }
     cx.waker().wake_by_ref();
-    Poll::Pending
+    Ok(Turn::Again)
 }
 
-fn poll_in(
+/// From the stream to the local connection.
+fn receive(
     cx: &mut Context<'_>,
-    socket: &mut TcpStream,
     stream: &MuxStream,
+    socket: &TcpStream,
     count: impl Fn(u64),
-) -> Poll<Result<(), StreamError>> {
+) -> Result<Turn, StreamError> {
     for _ in 0..TURNS {
-        match std::task::ready!(stream.poll_recv_into(cx, socket))? {
-            None => {
+        match stream.poll_recv_with(cx, |cx, bytes| poll_write(cx, socket, bytes))? {
+            Poll::Pending => return Ok(Turn::Blocked),
+            Poll::Ready(None) => {
                 // The other end may be gone already: then there is nobody left to tell.
-                let _ = Pin::new(&mut *socket).poll_shutdown(cx);
-                return Poll::Ready(Ok(()));
+                let _ = SockRef::from(socket).shutdown(Shutdown::Write);
+                return Ok(Turn::Done);
             }
-            Some(bytes) => count(bytes as u64),
+            Poll::Ready(Some(bytes)) => count(bytes as u64),
         }
     }
     cx.waker().wake_by_ref();
-    Poll::Pending
+    Ok(Turn::Again)
+}
+
+/// Writes once. By reference, unlike tokio's: somebody else waits for the socket's errors.
+fn poll_write(cx: &mut Context<'_>, socket: &TcpStream, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    loop {
+        ready!(socket.poll_write_ready(cx))?;
+        match socket.try_write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            written => return Poll::Ready(written),
+        }
+    }
 }
 
 /// From now on the other end of a local connection sees a reset when the connection is dropped, or its process
@@ -148,7 +220,7 @@ pub(crate) fn settle(socket: &TcpStream) {
 }
 
 fn linger(socket: &TcpStream, linger: Option<Duration>) {
-    if let Err(error) = socket2::SockRef::from(socket).set_linger(linger) {
+    if let Err(error) = SockRef::from(socket).set_linger(linger) {
         log::debug!("a connection is gone already: {error}");
     }
 }

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use mesh_api::proto;
+use mesh_runtime::mux::Budget;
 use mesh_runtime::tls::trust::TrustStore;
 use mesh_runtime::{admin as admin_socket, signals};
 use tokio::signal::unix::{SignalKind, signal};
@@ -236,7 +237,7 @@ impl Parts {
             self.membership.clone(),
         )?;
 
-        let metrics = Metrics::new();
+        let metrics = Metrics::new(Budget::new(config.buffer_max()));
         let shared = DataShared {
             view: self.view.reader(),
             wants: wants_by,

@@ -6,7 +6,6 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
@@ -19,10 +18,6 @@ const PORTS: u32 = LAST_PORT as u32 - FIRST_PORT as u32 + 1;
 /// Ports that are taken lie together (servers, connections just closed); this many in a row means that a whole region
 /// is, and the next call starts behind it.
 const TRIES: u32 = 256;
-/// Four fit into the time after which the packet filter forgets a silent flow.
-const KEEPALIVE: Duration = Duration::from_secs(30);
-/// A dead app host does not exist; this only bounds how long a stopped app holds our socket.
-const KEEPALIVE_PROBES: u32 = 9;
 
 /// Gives ports in turn. Shared by all threads of a worker.
 #[derive(Debug)]
@@ -46,12 +41,14 @@ impl PortAllocator {
 #[derive(Debug)]
 pub(crate) struct AppDialer {
     mark: u32,
+    keepalive: TcpKeepalive,
     ports: PortAllocator,
 }
 
 impl AppDialer {
     /// `mark` is [`super::Marks::app`]. Needs CAP_NET_RAW (before Linux 5.17: CAP_NET_ADMIN).
-    pub(crate) fn new(mark: u32) -> Self {
+    /// `keepalive` asks often enough that the packet filter does not forget a silent flow.
+    pub(crate) fn new(mark: u32, keepalive: TcpKeepalive) -> Self {
         // The order of ports is no secret; it shall only not begin at the same place after each start.
         let mut seed = std::process::id();
         if let Ok(since) = std::time::UNIX_EPOCH.elapsed() {
@@ -59,6 +56,7 @@ impl AppDialer {
         }
         Self {
             mark,
+            keepalive,
             ports: PortAllocator::new(seed),
         }
     }
@@ -111,12 +109,7 @@ impl AppDialer {
         socket.bind(&source.into())?;
         let socket = TcpSocket::from_std_stream(socket.into());
         socket.set_nodelay(true)?;
-        SockRef::from(&socket).set_tcp_keepalive(
-            &TcpKeepalive::new()
-                .with_time(KEEPALIVE)
-                .with_interval(KEEPALIVE)
-                .with_retries(KEEPALIVE_PROBES),
-        )?;
+        SockRef::from(&socket).set_tcp_keepalive(&self.keepalive)?;
         Ok(socket)
     }
 }
@@ -140,7 +133,7 @@ mod tests {
 
     #[tokio::test]
     async fn families_are_not_mixed() {
-        let error = AppDialer::new(1)
+        let error = AppDialer::new(1, TcpKeepalive::new())
             .connect("127.0.0.1:1".parse().unwrap(), "::1".parse().unwrap())
             .await
             .unwrap_err();

@@ -268,6 +268,21 @@ pub(crate) fn uid_of(user: &str) -> Result<u32, CgroupError> {
     })
 }
 
+/// Bytes of memory that this process may have by its own cgroup and those above it; `None`: as many as there are.
+pub(crate) fn memory_max() -> Option<usize> {
+    let mounts = fs::read_to_string(MOUNTINFO).ok()?;
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let root = cgroup2_mount(&mounts)?;
+    let own = root.join(own);
+    let within = own.ancestors().take_while(|dir| dir.starts_with(&root));
+    let limits = within.filter_map(|dir| fs::read_to_string(dir.join("memory.max")).ok());
+    // `max` is no number.
+    limits
+        .filter_map(|text| text.trim().parse::<usize>().ok())
+        .min()
+}
+
 /// The mount point of the first cgroup2 file system. Fields: id, parent, device, root, mount point, options, notes,
 /// `-`, type, source, options.
 fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {

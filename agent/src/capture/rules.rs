@@ -26,7 +26,7 @@ use super::nft::{
 };
 use super::{CaptureSettings, Marks, VipRanges, Workload};
 
-/// A flow is forgotten this long after our last packet; the keepalive of `app_socket` comes four times in it.
+/// A flow is forgotten this long after our last packet; the keepalive of `app_socket` comes twice in it at least.
 const FLOW_LIFETIME_MS: u64 = 120_000;
 /// Twice as many connections to apps as one agent may hold; 262,144 IPv6 flows take about 40 MB of the kernel.
 const FLOWS_MAX: u32 = 262_144;

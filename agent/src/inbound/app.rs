@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use super::{Admitted, Peer};
 use crate::capture::sockdiag::Listener;
 use crate::data::Thread;
+use crate::limits::{self, Limit};
 use crate::relay;
 
 /// Kept connections for one (port, shown address), and in all. What is more is closed.
@@ -33,20 +34,37 @@ struct Key {
 }
 
 /// The kept connections of one thread.
-#[derive(Debug, Default)]
-pub(crate) struct AppPool(RefCell<HashMap<Key, Vec<(TcpStream, Instant)>>>);
+#[derive(Debug)]
+pub(crate) struct AppPool {
+    kept: RefCell<HashMap<Key, Vec<(TcpStream, Instant)>>>,
+    max: usize,
+}
 
 impl AppPool {
+    /// Keeps at most `max`.
+    pub(crate) fn new(max: usize) -> Self {
+        Self {
+            kept: RefCell::default(),
+            max,
+        }
+    }
+
+    /// Closes all; whether there were any.
+    pub(crate) fn clear(&self) -> bool {
+        let all = std::mem::take(&mut *self.kept.borrow_mut());
+        all.values().any(|kept| !kept.is_empty())
+    }
+
     /// Closes what waited too long.
     pub(crate) fn sweep(&self) {
-        self.0.borrow_mut().retain(|_, kept| {
+        self.kept.borrow_mut().retain(|_, kept| {
             kept.retain(|(_, since)| since.elapsed() < KEPT_FOR);
             !kept.is_empty()
         });
     }
 
     fn take(&self, key: &Key) -> Option<TcpStream> {
-        let mut pool = self.0.borrow_mut();
+        let mut pool = self.kept.borrow_mut();
         let kept = pool.get_mut(key)?;
         while let Some((socket, since)) = kept.pop() {
             // Anything to read, be it an end, says that the app is not just waiting for a request.
@@ -58,15 +76,18 @@ impl AppPool {
         None
     }
 
-    fn give(&self, key: Key, socket: TcpStream) {
-        let mut pool = self.0.borrow_mut();
-        if pool.values().map(Vec::len).sum::<usize>() >= KEPT_MAX {
-            return;
+    /// Whether it is kept.
+    fn give(&self, key: Key, socket: TcpStream) -> bool {
+        let mut pool = self.kept.borrow_mut();
+        if pool.values().map(Vec::len).sum::<usize>() >= self.max {
+            return false;
         }
         let kept = pool.entry(key).or_default();
-        if kept.len() < KEPT_PER_KEY_MAX {
-            kept.push((socket, Instant::now()));
+        if kept.len() >= KEPT_PER_KEY_MAX {
+            return false;
         }
+        kept.push((socket, Instant::now()));
+        true
     }
 }
 
@@ -91,7 +112,10 @@ pub(super) fn reuse(peer: &Peer, admitted: &Admitted) -> Option<TcpStream> {
 /// Keeps a connection on which an exchange ended cleanly.
 pub(super) fn keep(peer: &Peer, admitted: &Admitted, socket: TcpStream) {
     relay::settle(&socket);
-    peer.thread().apps.give(key(peer, admitted), socket);
+    let thread = peer.thread();
+    if !thread.apps.give(key(peer, admitted), socket) {
+        thread.metrics.limits.reached(Limit::KeptApps);
+    }
 }
 
 /// Connects to the app of a permitted target as if from `shown`.
@@ -114,9 +138,15 @@ pub(super) async fn connect(
         }
         Ok(Err(error)) => {
             log::info!(app:% = target, shown:% = shown, account:% = admitted.server; "cannot connect to an app: {error}");
+            if limits::is_shortage(&error) {
+                return Err(thread.short_of(&error));
+            }
             Err(Reason::AppUnreachable)
         }
-        Err(_) => Err(Reason::AppUnreachable),
+        Err(_) => {
+            thread.metrics.limits.reached(Limit::Connect);
+            Err(Reason::AppUnreachable)
+        }
     }
 }
 

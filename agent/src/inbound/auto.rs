@@ -53,13 +53,7 @@ pub(super) async fn serve(
     }
     admitted.flow.connected(begun.elapsed().as_secs_f64());
     admitted.flow.sent.inc_by(sent as u64);
-    carry(
-        app,
-        stream,
-        admitted,
-        (activity, peer.thread().settings.idle),
-    )
-    .await
+    carry(app, stream, admitted, activity).await
 }
 
 /// False when the app spoke first.

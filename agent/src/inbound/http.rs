@@ -120,13 +120,7 @@ impl Exchange<'_> {
                 if writer.put(&self.input).await.is_err() {
                     return Err(Reason::AppReset);
                 }
-                carry(
-                    socket,
-                    self.stream,
-                    self.admitted,
-                    (self.activity, self.peer.thread().settings.idle),
-                )
-                .await
+                carry(socket, self.stream, self.admitted, self.activity).await
             }
             Err(failed) => {
                 relay::abort(socket);

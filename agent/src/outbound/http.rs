@@ -16,14 +16,12 @@ use super::tcp;
 use crate::call::{self, Call, Caller, EndpointKey, TRIES_MAX};
 use crate::data::Thread;
 use crate::http::{Broken, Sink as _, pump, read_head};
+use crate::limits::Limit;
 use crate::metrics::Flow;
 use crate::relay::{self, Activity, Open};
 
 /// How long what a refused caller still sends is taken and thrown away, so that it can read its answer.
 const LINGER: Duration = Duration::from_secs(2);
-
-/// How long a caller that closed its side may wait for its answer.
-const HALF_CLOSED_MAX: Duration = Duration::from_secs(60);
 
 /// What `auto` already has of the first request: its stream, how much of the buffer was sent on it, the buffer.
 #[derive(Debug, Default)]
@@ -251,9 +249,10 @@ impl Exchange<'_> {
             if request.method != http1::Method::Connect && !request.upgrade {
                 stream.end();
             }
+            let thread = self.thread;
             let answered = tokio::select! {
                 answered = respond(self, request, call, flow, writer) => answered?,
-                () = abandoned(reader) => return Err(Failed::Broken),
+                () = abandoned(reader, thread) => return Err(Failed::Broken),
             };
             self.input.drain(..request.len);
             if answered != Answered::Tunnel {
@@ -284,10 +283,13 @@ impl Exchange<'_> {
 
 /// Completes when the caller is gone: at once when it reset its connection, a while after it closed its side, for
 /// that may be all that a caller has to say.
-async fn abandoned(reader: &mut ReadHalf<'_>) {
+async fn abandoned(reader: &mut ReadHalf<'_>, thread: &Thread) {
     match reader.peek(&mut [0]).await {
         Err(_) => (),
-        Ok(0) => tokio::time::sleep(HALF_CLOSED_MAX).await,
+        Ok(0) => {
+            tokio::time::sleep(thread.settings.half_closed).await;
+            thread.metrics.limits.reached(Limit::HalfClosed);
+        }
         // Its next request: it is there.
         Ok(_) => std::future::pending().await,
     }

@@ -74,8 +74,11 @@ pub(super) async fn carry(
 ) {
     flow.connected(call.answered());
     let open = Open::count(&flow.open);
-    let bounds = (activity, thread.settings.idle);
-    let outcome = relay::relay(&mut client, &call.stream, Local::Caller, flow, bounds).await;
+    let outcome = tokio::select! {
+        biased;
+        outcome = relay::relay(&mut client, &call.stream, Local::Caller, flow, activity) => outcome,
+        () = activity.ceased(thread.settings.idle) => Err(StreamError::Reset(Reason::Timeout)),
+    };
     drop(open);
     flow.connection(outcome.is_ok());
     match outcome {

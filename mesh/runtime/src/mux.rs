@@ -392,8 +392,11 @@ impl Shared {
         }
         self.closed = Some(reason);
         self.incoming.clear();
-        for slot in self.slots.values_mut() {
-            slot.end_by(reason);
+        for (id, slot) in &mut self.slots {
+            // What is whole in both directions is only to be read yet.
+            if !slot.ended || self.machine.can_end(*id) {
+                slot.end_by(reason);
+            }
         }
         wake(&mut self.accepting);
         self.wake_writers();

@@ -1,0 +1,130 @@
+//! Taking connections from the listeners of one thread. When there is no descriptor left for one more, it is taken and
+//! reset with one that was kept for this: its caller knows at once, and what is open goes on.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use mesh_core::names::Account;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::spawn_local;
+
+use crate::data::Thread;
+use crate::limits::{self, Limit};
+use crate::metrics::Direction;
+use crate::{inbound, outbound, relay};
+
+/// After an accept that failed for want of descriptors or memory, and shed nothing.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves captured connections; `whose` is `None` for the common listener.
+pub(crate) async fn callers(thread: Rc<Thread>, whose: Option<Account>, listener: TcpListener) {
+    let mut door = Door::new(&thread, listener, Direction::Outbound);
+    while let Some((socket, from)) = door.next().await {
+        let Some(admission) = thread.admit(Direction::Outbound) else {
+            relay::abort(socket);
+            continue;
+        };
+        let (thread, whose) = (Rc::clone(&thread), whose.clone());
+        spawn_local(async move {
+            outbound::serve(&thread, whose, socket, from).await;
+            drop(admission);
+        });
+    }
+}
+
+/// Serves peers.
+pub(crate) async fn peers(thread: Rc<Thread>, listener: TcpListener) {
+    let mut door = Door::new(&thread, listener, Direction::Inbound);
+    while let Some((socket, from)) = door.next().await {
+        let Some(admission) = thread.admit(Direction::Inbound) else {
+            relay::abort(socket);
+            continue;
+        };
+        let thread = Rc::clone(&thread);
+        spawn_local(async move {
+            inbound::serve(&thread, socket, from).await;
+            drop(admission);
+        });
+    }
+}
+
+/// One listener.
+struct Door {
+    thread: Rc<Thread>,
+    listener: TcpListener,
+    direction: Direction,
+    draining: watch::Receiver<bool>,
+}
+
+impl Door {
+    fn new(thread: &Rc<Thread>, listener: TcpListener, direction: Direction) -> Self {
+        Self {
+            thread: Rc::clone(thread),
+            listener,
+            direction,
+            draining: thread.draining.subscribe(),
+        }
+    }
+
+    /// The next connection; `None` when the thread takes no more.
+    async fn next(&mut self) -> Option<(TcpStream, SocketAddr)> {
+        loop {
+            let accepted = tokio::select! {
+                accepted = self.listener.accept() => accepted,
+                _ = self.draining.wait_for(|draining| *draining) => return None,
+            };
+            match accepted {
+                Ok((socket, from)) => {
+                    if let Err(error) = socket.set_nodelay(true) {
+                        // The connection is gone already.
+                        log::debug!("an accepted connection is gone: {error}");
+                        continue;
+                    }
+                    return Some((socket, from));
+                }
+                Err(error) if limits::out_of_descriptors(&error) => self.shed().await,
+                // It was gone before it was taken.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset
+                    ) => {}
+                Err(error) => {
+                    if self.thread.refusals.borrow_mut().passes() {
+                        log::warn!("accept failed: {error}; what is open goes on");
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Makes room, else resets the connection that there is no descriptor for.
+    async fn shed(&mut self) {
+        if self.thread.give_up_idle() {
+            return;
+        }
+        self.thread.shed(Limit::Descriptors, self.direction);
+        let spare = self.thread.spare.take();
+        let had_one = spare.is_some();
+        drop(spare);
+        // That a connection waits is still known: the answer is there at once, and may be taken by another thread.
+        let taken = tokio::time::timeout(Duration::ZERO, self.listener.accept()).await;
+        if let Ok(Ok((socket, _))) = taken {
+            relay::abort(socket);
+        }
+        self.thread.spare.replace(spare_descriptor());
+        if !had_one {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}
+
+/// A descriptor to be given up for a moment, to take a connection that there is none for.
+pub(crate) fn spare_descriptor() -> Option<File> {
+    File::open("/dev/null").ok()
+}
