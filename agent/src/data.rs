@@ -27,6 +27,7 @@ use crate::accept;
 use crate::call::Balancers;
 use crate::capture::app_socket::AppDialer;
 use crate::capture::sockdiag::SockDiag;
+use crate::http::Heads;
 use crate::inbound::app::{AppPool, KEPT_MAX};
 use crate::inbound::certificates;
 use crate::limits::{self, Limit, ShedLog};
@@ -202,6 +203,8 @@ pub(crate) struct Thread {
     pub(crate) diag: RefCell<SockDiag>,
     pub(crate) dialer: AppDialer,
     pub(crate) apps: AppPool,
+    /// Bytes of HTTP heads that are not whole yet.
+    pub(crate) heads: Heads,
     pub(crate) mesh_tls: Arc<rustls::ServerConfig>,
     /// Calls that wait for their endpoints.
     pub(crate) held: Cell<usize>,
@@ -417,6 +420,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         rng: RefCell::new(Rng::new(seed)),
         diag: RefCell::new(SockDiag::open()?),
         apps: AppPool::new(kept),
+        heads: Heads::of_thread(),
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
         callers: Cell::new(0),

@@ -1,18 +1,81 @@
 //! What both agents do with an HTTP/1.1 message: read its head, measure its body, pass its bytes on unchanged.
 
-use mesh_core::http1::Body;
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::{Poll, ready};
+
+use mesh_core::http1::{self, Body};
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::{MuxStream, StreamError};
 use prometheus_client::metrics::counter::Counter;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::Instant;
 
 use crate::limits::Limit;
 use crate::relay::Activity;
 
-/// Bytes that one read takes.
-const READ_LEN: usize = 16 * 1024;
+/// Bytes that one read takes: as many as a stream has credit for soon, so that bulk costs few system calls.
+const READ_LEN: usize = 64 * 1024;
+
+thread_local! {
+    /// What sockets are read into before it is known how much there is: a connection that waits holds no buffer.
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_LEN]);
+}
+
+/// Bytes of unfinished heads that one thread holds: a thousand heads that come slowly and are as long as may be.
+const HEADS_MAX: usize = 64 * 1024 * 1024;
+/// Of one peer's connection, which may be anybody's: not more than the stream layer would hold of its unread bytes.
+const HEADS_OF_PEER_MAX: usize = 8 * 1024 * 1024;
+
+/// Counts the bytes of heads that have begun and are not whole. A head that comes at once is never counted.
+#[derive(Debug)]
+pub(crate) struct Heads {
+    held: Cell<usize>,
+    max: usize,
+}
+
+impl Heads {
+    pub(crate) const fn of_thread() -> Self {
+        Self {
+            held: Cell::new(0),
+            max: HEADS_MAX,
+        }
+    }
+
+    pub(crate) const fn of_peer() -> Self {
+        Self {
+            held: Cell::new(0),
+            max: HEADS_OF_PEER_MAX,
+        }
+    }
+}
+
+/// What one unfinished head has of the bounds that it counts against.
+struct Unfinished<'a> {
+    bounds: &'a [&'a Heads],
+    bytes: usize,
+}
+
+impl Unfinished<'_> {
+    /// The head has so many bytes now. False: that is more than there may be.
+    fn note(&mut self, bytes: usize) -> bool {
+        let (before, now) = (self.bytes, bytes);
+        self.bytes = now;
+        let fits = self.bounds.iter().map(|heads| {
+            heads.held.set(heads.held.get() - before + now);
+            heads.held.get() <= heads.max
+        });
+        fits.fold(true, |all, fits| all && fits)
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        self.note(0);
+    }
+}
 
 /// How an exchange broke, and on which side.
 #[derive(Debug)]
@@ -52,12 +115,15 @@ pub(crate) trait Sink {
 
 impl Source for ReadHalf<'_> {
     async fn take(&mut self, buffer: &mut Vec<u8>) -> Result<usize, Broken> {
-        buffer.reserve(READ_LEN);
-        let mut limited = bytes::BufMut::limit(buffer, READ_LEN);
-        Ok(self
-            .read_buf(&mut limited)
-            .await
-            .map_err(StreamError::Local)?)
+        let read = poll_fn(|cx| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                let mut read = ReadBuf::new(scratch);
+                ready!(Pin::new(&mut *self).poll_read(cx, &mut read))?;
+                buffer.extend_from_slice(read.filled());
+                Poll::Ready(Ok(read.filled().len()))
+            })
+        });
+        Ok(read.await.map_err(StreamError::Local)?)
     }
 }
 
@@ -79,30 +145,40 @@ impl Sink for &MuxStream {
     }
 }
 
-/// Reads until `parse` finds a whole head at the start of `buffer`. `None`: the source ended before its first
-/// byte.
+/// Reads until `parse` finds a whole head at the start of `buffer`; while it is not whole it counts against `heads`.
+/// `None`: the source ended before its first byte.
 pub(crate) async fn read_head<T>(
     source: &mut impl Source,
     buffer: &mut Vec<u8>,
     activity: &Activity,
+    heads: &[&Heads],
     (max, parse): (usize, impl Fn(&[u8]) -> Result<Option<T>, Reason>),
 ) -> Result<Option<T>, Broken> {
     let mut seen = 0;
     let mut until = None;
+    let mut unfinished = Unfinished {
+        bounds: heads,
+        bytes: 0,
+    };
     loop {
-        if worth_parsing(buffer, seen, max)
+        if (buffer.len() >= max || http1::is_decided(buffer, seen))
             && let Some(head) = parse(buffer).map_err(Broken::Malformed)?
         {
             return Ok(Some(head));
         }
         seen = buffer.len();
-        let read = source.take(buffer);
         let bytes = if seen == 0 {
-            read.await?
+            // A connection that waits for its next request holds nothing.
+            *buffer = Vec::new();
+            source.take(buffer).await?
         } else {
+            if !unfinished.note(seen) {
+                activity.ran_out(Limit::Heads);
+                return Err(Broken::Malformed(Reason::Overloaded));
+            }
             // Only a head that comes in pieces costs a timer.
             let until = *until.get_or_insert_with(|| Instant::now() + activity.head_timeout());
-            let read = tokio::time::timeout_at(until, read).await;
+            let read = tokio::time::timeout_at(until, source.take(buffer)).await;
             read.unwrap_or_else(|_| {
                 activity.ran_out(Limit::Head);
                 Err(Broken::Malformed(Reason::Timeout))
@@ -117,19 +193,6 @@ pub(crate) async fn read_head<T>(
         }
         activity.note();
     }
-}
-
-/// Whether what came behind `seen` may have completed a head, or spoiled it: each byte is looked at once.
-fn worth_parsing(buffer: &[u8], seen: usize, max: usize) -> bool {
-    if buffer.len() >= max {
-        return true;
-    }
-    let new = buffer.iter().enumerate().skip(seen);
-    new.into_iter().any(|(at, byte)| match byte {
-        0 => true,
-        b'\n' => at == 0 || buffer[at - 1] != b'\r' || buffer[..at].ends_with(b"\r\n\r"),
-        _ => false,
-    })
 }
 
 /// Passes a body on, what `buffer` already has of it first. What follows the body stays in `buffer`.
@@ -170,23 +233,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_head_is_parsed_when_it_may_be_whole_or_spoiled() {
-        for (text, seen, expected) in [
-            ("GET / HTTP/1.1\r\nHost: a\r\n", 0, false),
-            ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 0, true),
-            ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 26, true),
-            ("GET / HTTP/1.1\r\nHost: a\r\n\r\nbody", 29, false),
-            ("GET / HTTP/1.1\n", 0, true),
-            ("\n", 0, true),
-            ("GET /\0", 0, true),
-            ("xxxxxxxxxx", 0, false),
-        ] {
-            assert_eq!(
-                worth_parsing(text.as_bytes(), seen, 100),
-                expected,
-                "{text:?} from {seen}"
-            );
-        }
-        assert!(worth_parsing(b"xxxxxxxxxx", 10, 10), "too large");
+    fn unfinished_heads_are_bounded_for_each_peer_and_in_all() {
+        let thread = Heads::of_thread();
+        let (one, other) = (Heads::of_peer(), Heads::of_peer());
+        let of = |peer| [&thread, peer];
+        let (ones, others) = (of(&one), of(&other));
+        let begin = |bounds| Unfinished { bounds, bytes: 0 };
+        let mut first = begin(&ones);
+        assert!(first.note(HEADS_OF_PEER_MAX));
+        let mut more = begin(&ones);
+        assert!(!more.note(1), "one peer has its share");
+        drop(more);
+        let mut second = begin(&others);
+        assert!(second.note(1), "another has one of its own");
+        assert!(!second.note(HEADS_MAX), "all together have a bound");
+        drop((first, second));
+        assert_eq!(
+            (thread.held.get(), one.held.get(), other.held.get()),
+            (0, 0, 0)
+        );
     }
 }

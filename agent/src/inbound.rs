@@ -26,6 +26,7 @@ use tokio::task::spawn_local;
 use tokio_util::sync::CancellationToken;
 
 use crate::data::Thread;
+use crate::http::Heads;
 use crate::limits::Limit;
 use crate::metrics::{Direction, Flow, FlowLabels};
 use crate::peers::unix_now_s;
@@ -52,6 +53,10 @@ pub(crate) struct Peer {
     /// The workload of this host that the peer's SNI asked for.
     server: Account,
     server_id: String,
+    /// The header line that tells an app who calls.
+    client_line: String,
+    /// Bytes of HTTP heads of this connection that are not whole yet.
+    heads: Heads,
     /// The end of the peer's leaf, Unix seconds: it closes no connection, but opens no stream.
     not_after_s: i64,
     /// What was asked and admitted. As many as there are declared ports, at most.
@@ -125,6 +130,8 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     };
     let peer = Rc::new(Peer {
         thread: Rc::clone(thread),
+        client_line: format!("{}: {id}", http::CLIENT_ID),
+        heads: Heads::of_peer(),
         id,
         address,
         server,

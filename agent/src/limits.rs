@@ -47,6 +47,7 @@ limits! {
     Held = "held", "control answers too slowly; see `mesh-agent status`, or raise limits.held";
     Handshakes = "handshakes", "somebody floods the mesh port; find and block the addresses";
     Buffers = "buffers", "programs do not read what they asked for; find them, or raise limits.buffer_mib";
+    Heads = "heads", "somebody begins HTTP requests and does not end them; find and stop it";
     Descriptors = "descriptors", "raise LimitNOFILE of the agent's unit, or lower limits.connections";
     KeptApps = "kept_apps", "nothing: apps get new connections";
     // How long.

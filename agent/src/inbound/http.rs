@@ -1,5 +1,7 @@
-//! One HTTP/1.1 request and its response, between a stream and the app.
+//! One HTTP/1.1 request and its response, between a stream and the app. A request that logs its connection in (NTLM,
+//! Negotiate) makes the stream the caller's connection: what follows on it goes on the same connection to the app.
 
+use std::io::ErrorKind;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -14,7 +16,7 @@ use crate::http::{Broken, Sink as _, pump, read_head};
 use crate::relay::{self, Activity, Open};
 
 /// What the app learns of its caller. It replaces what came in under this name.
-const CLIENT_ID: &str = "x-meshwork-client-id";
+pub(super) const CLIENT_ID: &str = "x-meshwork-client-id";
 
 /// What `auto` already has: the app's connection and how much of the buffer was sent to it.
 #[derive(Debug, Default)]
@@ -45,87 +47,140 @@ pub(super) async fn serve(
     begun: Begun,
     activity: &Activity,
 ) -> Result<(), Reason> {
-    let thread = peer.thread();
-    let mut input = begun.buffer;
-    let max = thread.settings.head_max;
-    let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
-    let request = match read_head(&mut &*stream, &mut input, activity, parse).await {
-        Ok(Some(request)) => request,
-        Ok(None) => return Ok(()),
-        Err(broken) => return given_up(&broken),
-    };
-    let mut head = Vec::with_capacity(request.len + 96);
-    http1::rewrite(
-        &input[..request.len],
-        Some(&format!("{CLIENT_ID}: {}", peer.id)),
-        &mut head,
-    );
-    input.drain(..request.len);
-    let mut exchange = Exchange {
+    let mut served = Served {
         peer,
         admitted,
         stream,
         activity,
-        request,
-        head,
-        input,
+        input: begun.buffer,
+        bound: false,
     };
-    let (mut socket, mut sent) = match begun.app {
-        Some((socket, sent)) => (socket, sent),
-        None => match app::reuse(peer, admitted) {
-            Some(mut kept) => match exchange.run(&mut kept, 0, true).await {
-                Err(Failed::NotTaken) => (app::connect(thread, admitted, peer.address).await?, 0),
-                outcome => return exchange.finish(kept, outcome).await,
-            },
-            None => (app::connect(thread, admitted, peer.address).await?, 0),
-        },
-    };
-    // What was sent while the protocol was told is a part of the request's line, which is never rewritten.
-    sent = sent.min(exchange.head.len());
-    let outcome = exchange.run(&mut socket, sent, false).await;
-    exchange.finish(socket, outcome).await
+    let mut app = begun.app;
+    while let Some(exchange) = served.next(app.as_ref()).await? {
+        // What was sent while the protocol was told is a part of the request's line, which is never rewritten.
+        match served.carry_one(exchange, app.take()).await? {
+            Some(socket) => app = Some((socket, 0)),
+            None => break,
+        }
+    }
+    Ok(())
 }
 
-struct Exchange<'a> {
+/// A stream and what was read of it.
+struct Served<'a> {
     peer: &'a Rc<Peer>,
     admitted: &'a Rc<Admitted>,
     stream: &'a MuxStream,
     activity: &'a Activity,
-    request: Request,
-    /// The request's head as the app gets it.
-    head: Vec<u8>,
-    /// What came behind the head.
     input: Vec<u8>,
+    /// The stream is its caller's connection, and has a connection to the app for itself.
+    bound: bool,
 }
 
-impl Exchange<'_> {
-    async fn finish(
-        &self,
-        mut socket: TcpStream,
-        outcome: Result<Done, Failed>,
-    ) -> Result<(), Reason> {
+/// A request, judged.
+struct Exchange {
+    request: Request,
+    /// Its head as the app gets it, and what came of its body with it.
+    head: Vec<u8>,
+    /// What is still to come of its body.
+    body: Body,
+}
+
+impl Served<'_> {
+    /// The next request: there is one, but on a bound stream. `app` is the connection that waits for it.
+    async fn next(&mut self, app: Option<&(TcpStream, usize)>) -> Result<Option<Exchange>, Reason> {
+        let waiting = app.filter(|_| self.bound).map(|(socket, _)| socket);
+        let max = self.peer.thread().settings.head_max;
+        let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
+        let heads = [&self.peer.thread().heads, &self.peer.heads];
+        let mut stream = self.stream;
+        let head = tokio::select! {
+            biased;
+            head = read_head(&mut stream, &mut self.input, self.activity, &heads, parse) => head,
+            // The app ends what belongs to this caller: so do we.
+            () = spoken(waiting) => Ok(None),
+        };
+        let request = match head {
+            Ok(Some(request)) => request,
+            Ok(None) => {
+                self.stream.end();
+                return Ok(None);
+            }
+            // The caller sees its own mistake, or went away.
+            Err(Broken::Malformed(reason)) => return Err(reason),
+            Err(_) => return Ok(None),
+        };
+        // What came of the body is judged before the app hears of the request.
+        let mut body = Body::new(request.framing);
+        let bytes = body.advance(&self.input[request.len..])?;
+        let line = &self.peer.client_line;
+        let mut head = Vec::with_capacity(request.len + line.len() + 2 + bytes);
+        http1::rewrite(&self.input[..request.len], Some(line), &mut head);
+        head.extend_from_slice(&self.input[request.len..request.len + bytes]);
+        self.input.drain(..request.len + bytes);
+        self.bound |= request.binds;
+        Ok(Some(Exchange {
+            request,
+            head,
+            body,
+        }))
+    }
+
+    /// Serves one request: on `app` (to which so many bytes of it were sent already), a kept connection or a new one.
+    /// Returns the connection if the stream's next request belongs on it.
+    async fn carry_one(
+        &mut self,
+        mut exchange: Exchange,
+        app: Option<(TcpStream, usize)>,
+    ) -> Result<Option<TcpStream>, Reason> {
+        let (peer, admitted) = (self.peer, self.admitted);
+        let mut kept = false;
+        let (mut socket, sent) = match app {
+            Some(app) => app,
+            // A login begins on a connection that nobody used.
+            None if self.bound => (self.connect().await?, 0),
+            None => match app::reuse(peer, admitted) {
+                Some(socket) => {
+                    kept = true;
+                    (socket, 0)
+                }
+                None => (self.connect().await?, 0),
+            },
+        };
+        relay::guard(&socket);
+        let sent = sent.min(exchange.head.len());
+        let mut outcome = self.run(&mut exchange, &mut socket, sent, kept).await;
+        if matches!(outcome, Err(Failed::NotTaken)) {
+            socket = self.connect().await?;
+            outcome = self.run(&mut exchange, &mut socket, 0, false).await;
+        }
         match outcome {
+            Ok(Done::Clean) if self.bound => {
+                relay::settle(&socket);
+                Ok(Some(socket))
+            }
             Ok(Done::Clean) => {
                 self.stream.end();
-                app::keep(self.peer, self.admitted, socket);
-                Ok(())
+                app::keep(peer, admitted, socket);
+                Ok(None)
             }
             Ok(Done::Over) => {
                 self.stream.end();
                 relay::settle(&socket);
-                Ok(())
+                Ok(None)
             }
             Ok(Done::Tunnel) => {
                 let (_, mut writer) = socket.split();
                 if writer.put(&self.input).await.is_err() {
                     return Err(Reason::AppReset);
                 }
-                carry(socket, self.stream, self.admitted, self.activity).await
+                carry(socket, self.stream, admitted, self.activity).await?;
+                Ok(None)
             }
             Err(failed) => {
                 relay::abort(socket);
                 match failed {
-                    Failed::Because(Reason::Cancelled) => Ok(()),
+                    Failed::Because(Reason::Cancelled) => Ok(None),
                     Failed::Because(reason) => Err(reason),
                     Failed::NotTaken => Err(Reason::AppReset),
                 }
@@ -133,61 +188,91 @@ impl Exchange<'_> {
         }
     }
 
+    async fn connect(&self) -> Result<TcpStream, Reason> {
+        app::connect(self.peer.thread(), self.admitted, self.peer.address).await
+    }
+
     /// Request one way, response the other, at the same time.
     async fn run(
         &mut self,
+        exchange: &mut Exchange,
         socket: &mut TcpStream,
         sent: usize,
         kept: bool,
     ) -> Result<Done, Failed> {
-        let flow = &self.admitted.flow;
+        let admitted = self.admitted;
+        let flow = &admitted.flow;
         let begun = Instant::now();
         let (mut reader, mut writer) = socket.split();
+        let request = exchange.request;
         // Without a body, and harmless to repeat: the app may have closed a kept connection just now.
-        let idempotent = self.request.method.is_idempotent();
-        let repeatable = kept && self.request.framing == Framing::None && idempotent;
-        if writer.put(&self.head[sent..]).await.is_err() {
+        let repeatable = kept && request.framing == Framing::None && request.method.is_idempotent();
+        if writer.put(&exchange.head[sent..]).await.is_err() {
             return Err(if repeatable {
                 Failed::NotTaken
             } else {
                 Failed::Because(Reason::AppReset)
             });
         }
-        flow.sent.inc_by(self.head.len() as u64);
-        let open = Open::count(&flow.open);
-        let mut body = Body::new(self.request.framing);
-        let mut input = std::mem::take(&mut self.input);
-        let count = (&flow.sent, self.activity);
-        let mut stream = self.stream;
-        let outcome = {
-            let upload = upload(&mut stream, &mut writer, &mut input, &mut body, count);
-            let download = self.respond(&mut reader, begun, repeatable);
-            let mut upload = Box::pin(upload);
-            let mut download = std::pin::pin!(download);
-            tokio::select! {
-                biased;
-                done = &mut download => done,
-                up = &mut upload => match up {
-                    // The caller went away, or what it sends is no body: nobody waits for the answer.
-                    Err(Broken::Stream(_)) => Err(Failed::Because(Reason::Cancelled)),
-                    Err(Broken::Malformed(reason)) => Err(Failed::Because(reason)),
-                    Err(Broken::Cut) => Err(Failed::Because(Reason::Cancelled)),
-                    // The app takes no more of the request: it may have answered why.
-                    Ok(()) | Err(Broken::Local) => download.await,
-                },
-            }
+        flow.sent.inc_by(exchange.head.len() as u64);
+        if !repeatable {
+            exchange.head = Vec::new();
+        }
+        let _open = Open::count(&flow.open);
+        let body = &mut exchange.body;
+        let outcome = if body.is_done() {
+            self.respond(&request, &mut reader, begun, repeatable).await
+        } else {
+            let mut input = std::mem::take(&mut self.input);
+            let outcome = {
+                let upload = self.upload(&mut writer, &mut input, body);
+                let download = self.respond(&request, &mut reader, begun, repeatable);
+                let mut upload = Box::pin(upload);
+                let mut download = std::pin::pin!(download);
+                tokio::select! {
+                    biased;
+                    done = &mut download => done,
+                    up = &mut upload => match up {
+                        Err(reason) => Err(Failed::Because(reason)),
+                        Ok(()) => download.await,
+                    },
+                }
+            };
+            self.input = input;
+            outcome
         };
-        drop(open);
-        self.input = input;
         match outcome {
-            Ok(Done::Clean) if !body.is_done() => Ok(Done::Over),
+            // Nobody knows where the body ends and the tunnel begins.
+            Ok(Done::Tunnel) if !exchange.body.is_done() => {
+                Err(Failed::Because(Reason::HttpResponseMalformed))
+            }
+            // The app may take the rest of the body, or a body that it did not expect, for a next request.
+            Ok(Done::Clean) if !exchange.body.is_done() || request.has_odd_body() => Ok(Done::Over),
             other => other,
+        }
+    }
+
+    /// Passes the rest of the request's body on.
+    async fn upload(
+        &self,
+        writer: &mut WriteHalf<'_>,
+        input: &mut Vec<u8>,
+        body: &mut Body,
+    ) -> Result<(), Reason> {
+        let count = (&self.admitted.flow.sent, self.activity);
+        match pump(&mut &*self.stream, writer, input, body, count).await {
+            // The app takes no more of the request: it may have answered why.
+            Ok(()) | Err(Broken::Local) => Ok(()),
+            Err(Broken::Malformed(reason)) => Err(reason),
+            // The caller went away: nobody waits for the answer.
+            Err(Broken::Stream(_) | Broken::Cut) => Err(Reason::Cancelled),
         }
     }
 
     /// Passes the app's response on.
     async fn respond(
         &self,
+        request: &Request,
         reader: &mut ReadHalf<'_>,
         begun: Instant,
         repeatable: bool,
@@ -195,87 +280,93 @@ impl Exchange<'_> {
         let flow = &self.admitted.flow;
         let mut stream = self.stream;
         let mut output = Vec::new();
-        let mut answered = false;
-        let response: Response = loop {
-            let max = self.peer.thread().settings.head_max;
-            let parse = (max, |bytes: &[u8]| {
-                http1::parse_response(bytes, &self.request, max)
-            });
-            let head = read_head(reader, &mut output, self.activity, parse).await;
-            let response = match head {
+        let mut heard = false;
+        let (response, mut body) = loop {
+            let response = match self.response_head(request, reader, &mut output).await {
                 Ok(Some(response)) => response,
-                Ok(None) | Err(Broken::Local) if repeatable && !answered && output.is_empty() => {
+                Ok(None) | Err(Broken::Local) if repeatable && !heard && output.is_empty() => {
                     return Err(Failed::NotTaken);
                 }
-                Err(Broken::Malformed(_)) => {
-                    return Err(Failed::Because(Reason::HttpResponseMalformed));
-                }
+                Err(Broken::Malformed(reason)) => return Err(Failed::Because(reason)),
                 _ => return Err(Failed::Because(Reason::AppReset)),
             };
-            answered = true;
-            if !response.is_interim() {
-                break response;
+            // Some servers say so that they have closed an idle connection (RFC 9110 §15.5.9).
+            if repeatable && !heard && response.status == 408 && !response.keep_alive {
+                return Err(Failed::NotTaken);
             }
-            let interim = output.drain(..response.len).collect::<Vec<u8>>();
-            stream.put(&interim).await.map_err(cancelled)?;
+            heard = true;
+            // Head and what came of the body with it are judged, and leave, together.
+            let mut body = Body::new(response.framing);
+            let bytes = body.advance(&output[response.len..]);
+            let first = response.len + bytes.map_err(|_| malformed())?;
+            if !response.is_interim() {
+                flow.response(response.status, begun.elapsed().as_secs_f64());
+            }
+            if response.has_ours {
+                let mut head = Vec::with_capacity(first);
+                http1::rewrite(&output[..response.len], None, &mut head);
+                head.extend_from_slice(&output[response.len..first]);
+                stream.put(&head).await.map_err(cancelled)?;
+            } else {
+                stream.put(&output[..first]).await.map_err(cancelled)?;
+            }
+            flow.received.inc_by(first as u64);
+            output.drain(..first);
+            if !response.is_interim() {
+                break (response, body);
+            }
         };
-        flow.response(response.status, begun.elapsed().as_secs_f64());
-        // Head and what came of the body with it leave in one frame.
-        let mut body = Body::new(response.framing);
-        let bytes = body.advance(&output[response.len..]);
-        let bytes = bytes.map_err(|_| Failed::Because(Reason::HttpResponseMalformed))?;
-        let first = response.len + bytes;
-        if response.has_ours {
-            let mut head = Vec::with_capacity(first);
-            http1::rewrite(&output[..response.len], None, &mut head);
-            head.extend_from_slice(&output[response.len..first]);
-            stream.put(&head).await.map_err(cancelled)?;
-        } else {
-            stream.put(&output[..first]).await.map_err(cancelled)?;
-        }
-        flow.received.inc_by(first as u64);
-        output.drain(..first);
         if response.framing == Framing::Tunnel {
             return Ok(Done::Tunnel);
         }
-        match pump(
-            reader,
-            &mut stream,
-            &mut output,
-            &mut body,
-            (&flow.received, self.activity),
-        )
-        .await
-        {
-            Ok(()) if response.keep_alive && output.is_empty() => Ok(Done::Clean),
+        let count = (&flow.received, self.activity);
+        // Whose login a challenge begins is not known here, if the request did not.
+        let shared = self.bound || !response.binds;
+        match pump(reader, &mut stream, &mut output, &mut body, count).await {
+            Ok(()) if response.keep_alive && request.keep_alive && output.is_empty() && shared => {
+                Ok(Done::Clean)
+            }
             Ok(()) => Ok(Done::Over),
             Err(Broken::Stream(_)) => Err(Failed::Because(Reason::Cancelled)),
-            Err(Broken::Malformed(_)) => Err(Failed::Because(Reason::HttpResponseMalformed)),
+            Err(Broken::Malformed(_)) => Err(malformed()),
             // Never a short body that looks whole: the reset says so.
             Err(_) => Err(Failed::Because(Reason::AppReset)),
         }
     }
+
+    async fn response_head(
+        &self,
+        request: &Request,
+        reader: &mut ReadHalf<'_>,
+        output: &mut Vec<u8>,
+    ) -> Result<Option<Response>, Broken> {
+        let thread = self.peer.thread();
+        let max = thread.settings.head_max;
+        let parse = (max, |bytes: &[u8]| {
+            http1::parse_response(bytes, request, max)
+        });
+        read_head(reader, output, self.activity, &[&thread.heads], parse).await
+    }
 }
 
-/// Passes the request's body on. When it is through, or there is none, waits for nothing: the answer decides.
-async fn upload(
-    stream: &mut &MuxStream,
-    writer: &mut WriteHalf<'_>,
-    input: &mut Vec<u8>,
-    body: &mut Body,
-    count: (&prometheus_client::metrics::counter::Counter, &Activity),
-) -> Result<(), Broken> {
-    pump(stream, writer, input, body, count).await
+/// Completes when a waiting app says something, be it that it ends.
+async fn spoken(app: Option<&TcpStream>) {
+    let Some(app) = app else {
+        return std::future::pending().await;
+    };
+    loop {
+        let ready = app.readable().await;
+        let read = ready.and_then(|()| app.try_read(&mut [0]));
+        if !matches!(read, Err(error) if error.kind() == ErrorKind::WouldBlock) {
+            return;
+        }
+    }
+}
+
+fn malformed() -> Failed {
+    Failed::Because(Reason::HttpResponseMalformed)
 }
 
 fn cancelled(_: Broken) -> Failed {
     Failed::Because(Reason::Cancelled)
-}
-
-/// The request never came whole: the caller sees its own mistake, or went away.
-fn given_up(broken: &Broken) -> Result<(), Reason> {
-    match broken {
-        Broken::Malformed(reason) => Err(*reason),
-        _ => Ok(()),
-    }
 }

@@ -1,11 +1,14 @@
-//! HTTP/1.1 of a caller: each request is a stream of its own, to an endpoint of its own.
+//! HTTP/1.1 of a caller: each request is a stream of its own, to an endpoint of its own. From a request on that logs
+//! its connection in (NTLM, Negotiate) the caller's connection is one stream, which ends with it.
 
+use std::cell::Cell;
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_api::header::StreamKind;
-use mesh_core::http1::{self, Body, Framing, Request, Response};
+use mesh_core::http1::{self, Body, Framing, Method, Request, Response};
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::MuxStream;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -37,6 +40,8 @@ enum Next {
     Close,
     /// The response was cut in the middle: the caller must see that.
     Abort,
+    /// The request is none: the caller is told so.
+    Refuse(Reason),
     /// The exchange became a tunnel.
     Tunnel(Call, Arc<Flow>),
 }
@@ -54,8 +59,19 @@ enum Answered {
 enum Failed {
     /// Nothing of the response reached the caller yet.
     Unanswered(Reason),
+    /// Nothing did, and the fault is the caller's.
+    Malformed(Reason),
     /// Something did, or the caller is gone.
     Broken,
+}
+
+/// A request whose head is whole at the start of the input.
+struct Begin {
+    request: Request,
+    /// Bytes of it that are there, head and body.
+    ready: usize,
+    /// What is still to come of its body.
+    body: Body,
 }
 
 pub(super) async fn serve(
@@ -81,22 +97,31 @@ pub(super) async fn continue_with(
         input: begun.buffer,
         output: Vec::new(),
         begun: begun.call,
+        bound: None,
         flow: None,
     };
     let mut draining = thread.draining.subscribe();
+    let heads = [&thread.heads];
     loop {
         let (mut reader, mut writer) = client.split();
         let max = thread.settings.head_max;
         let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
         let head = tokio::select! {
-            head = read_head(&mut reader, &mut exchange.input, activity, parse) => head,
+            head = read_head(&mut reader, &mut exchange.input, activity, &heads, parse) => head,
+            // The app ended what was this caller's.
+            () = ended(exchange.bound.as_ref()), if exchange.input.is_empty() => Ok(None),
             () = activity.ceased(thread.settings.idle) => Ok(None),
             _ = draining.wait_for(|draining| *draining), if exchange.input.is_empty() => Ok(None),
         };
         let request = match head {
             Ok(Some(request)) => request,
             // Between two requests an end is a proper end.
-            Ok(None) => return relay::settle(&client),
+            Ok(None) => {
+                if let Some(call) = &exchange.bound {
+                    call.stream.end();
+                }
+                return relay::settle(&client);
+            }
             Err(Broken::Malformed(reason)) => {
                 super::note_refusal(thread, caller, reason);
                 return answer_and_close(client, reason).await;
@@ -104,7 +129,7 @@ pub(super) async fn continue_with(
             Err(_) => return,
         };
         let next = tokio::select! {
-            next = exchange.run(&request, &mut reader, &mut writer) => next,
+            next = exchange.begin(request, &mut reader, &mut writer) => next,
             () = activity.ceased(thread.settings.idle) => {
                 super::note_refusal(thread, caller, Reason::Timeout);
                 Next::Abort
@@ -114,6 +139,10 @@ pub(super) async fn continue_with(
             Next::KeepAlive => (),
             Next::Close => return close(client).await,
             Next::Abort => return relay::abort(client),
+            Next::Refuse(reason) => {
+                super::note_refusal(thread, caller, reason);
+                return answer_and_close(client, reason).await;
+            }
             Next::Tunnel(call, flow) => {
                 // What the caller sent right behind its request belongs to the tunnel.
                 let early = &exchange.input;
@@ -136,40 +165,75 @@ struct Exchange<'a> {
     /// Read from the stream.
     output: Vec<u8>,
     begun: Option<(Call, usize)>,
+    /// The stream that all further requests go on, since a login belongs to its connection.
+    bound: Option<Call>,
     /// The counters of the last exchange: mostly the next one's too.
     flow: Option<(Rc<EndpointKey>, Arc<Flow>)>,
 }
 
 impl Exchange<'_> {
-    /// Carries a request whose head is whole in `input`; tries other endpoints while that can do no harm.
-    async fn run(
+    /// What came of the body is judged before anybody hears of the request.
+    async fn begin(
         &mut self,
-        request: &Request,
+        request: Request,
         reader: &mut ReadHalf<'_>,
         writer: &mut WriteHalf<'_>,
     ) -> Next {
+        let mut body = Body::new(request.framing);
+        match body.advance(&self.input[request.len..]) {
+            Ok(bytes) => {
+                let ready = request.len + bytes;
+                let begin = Begin {
+                    request,
+                    ready,
+                    body,
+                };
+                self.run(&begin, reader, writer).await
+            }
+            Err(reason) => Next::Refuse(reason),
+        }
+    }
+
+    /// Carries a request; tries other endpoints while that can do no harm.
+    async fn run(
+        &mut self,
+        begin: &Begin,
+        reader: &mut ReadHalf<'_>,
+        writer: &mut WriteHalf<'_>,
+    ) -> Next {
+        let request = &begin.request;
         let mut tried = Vec::new();
         let mut last = None;
+        let was_bound = self.bound.is_some();
         let reason = loop {
-            let (call, sent) = match self.begun.take() {
-                Some(begun) => begun,
-                None => match call::open(self.thread, self.caller, StreamKind::Http1, &mut tried)
-                    .await
-                {
-                    Ok(call) => (call, 0),
-                    // That no other endpoint is left says less than why those that were asked refused.
-                    Err(reason) => break last.unwrap_or(reason),
-                },
+            let (call, sent) = match (self.bound.take(), self.begun.take()) {
+                (Some(bound), _) => (bound, 0),
+                (None, Some(begun)) => begun,
+                (None, None) => {
+                    let opened =
+                        call::open(self.thread, self.caller, StreamKind::Http1, &mut tried);
+                    match opened.await {
+                        Ok(call) => (call, 0),
+                        // That no other endpoint is left says less than why those that were asked refused.
+                        Err(reason) => break last.unwrap_or(reason),
+                    }
+                }
             };
             let endpoint = Rc::clone(&call.endpoint);
-            match self.attempt(request, call, sent, reader, writer).await {
+            let bind = was_bound || request.binds;
+            match self
+                .attempt(begin, call, (sent, bind), reader, writer)
+                .await
+            {
                 Ok(next) => return next,
                 Err(Failed::Broken) => return Next::Abort,
+                Err(Failed::Malformed(reason)) => return Next::Refuse(reason),
                 Err(Failed::Unanswered(reason)) => {
                     tried.push(endpoint);
-                    // With its body still in the buffer, or without one, the request is as it was.
-                    let whole = request.framing == Framing::None;
-                    if !whole || !reason.is_retryable() || tried.len() >= TRIES_MAX {
+                    // All of it is still in the buffer, or it can not be sent again.
+                    let whole = begin.body.is_done();
+                    let again = whole && !was_bound && reason.is_retryable();
+                    if !again || tried.len() >= TRIES_MAX {
                         break reason;
                     }
                     last = Some(reason);
@@ -177,30 +241,35 @@ impl Exchange<'_> {
             }
         };
         super::note_refusal(self.thread, self.caller, reason);
-        let keep = request.framing == Framing::None && request.keep_alive;
-        if writer.put(refusal(reason, keep).as_bytes()).await.is_err() || !keep {
+        // A login that is lost ends the connection that it was of.
+        let keep = begin.body.is_done() && request.keep_alive && !was_bound;
+        let answer = refusal(reason, request.method == Method::Head, keep);
+        if writer.put(answer.as_bytes()).await.is_err() || !keep {
             return Next::Close;
         }
-        self.input.drain(..request.len);
+        self.input.drain(..begin.ready);
         Next::KeepAlive
     }
 
     async fn attempt(
         &mut self,
-        request: &Request,
+        begin: &Begin,
         call: Call,
-        sent: usize,
+        (sent, bind): (usize, bool),
         reader: &mut ReadHalf<'_>,
         writer: &mut WriteHalf<'_>,
     ) -> Result<Next, Failed> {
         let flow = self.flow_of(&call);
         let open = Open::count(&flow.open);
         let outcome = self
-            .exchange(request, &call, &flow, sent, (reader, writer))
+            .exchange(begin, &call, &flow, (sent, bind), (reader, writer))
             .await;
         drop(open);
         match outcome {
-            Ok(Answered::KeepAlive) => Ok(Next::KeepAlive),
+            Ok(Answered::KeepAlive) => {
+                self.bound = bind.then_some(call);
+                Ok(Next::KeepAlive)
+            }
             Ok(Answered::Close) => Ok(Next::Close),
             Ok(Answered::Cut) => Ok(Next::Abort),
             Ok(Answered::Tunnel) => Ok(Next::Tunnel(call, flow)),
@@ -228,56 +297,89 @@ impl Exchange<'_> {
     /// Request one way, response the other, at the same time.
     async fn exchange(
         &mut self,
-        request: &Request,
+        begin: &Begin,
         call: &Call,
         flow: &Arc<Flow>,
-        sent: usize,
+        (sent, bind): (usize, bool),
         (reader, writer): (&mut ReadHalf<'_>, &mut WriteHalf<'_>),
     ) -> Result<Answered, Failed> {
-        let stream = &call.stream;
-        let count = (&flow.sent, self.activity);
-        // The head stays in the buffer until an answer began, so that it can be sent again.
-        let whole = request.framing == Framing::None;
-        if let Err(broken) = (&mut &*stream)
-            .put(&self.input[sent.min(request.len)..request.len])
-            .await
-        {
+        let (stream, request, thread) = (&call.stream, &begin.request, self.thread);
+        let more_may_follow = bind || request.upgrade || request.method == Method::Connect;
+        let sent = sent.min(begin.ready);
+        if let Err(broken) = (&mut &*stream).put(&self.input[sent..begin.ready]).await {
             return Err(unanswered(&broken));
         }
-        flow.sent.inc_by(request.len as u64);
-        if whole {
-            if request.method != http1::Method::Connect && !request.upgrade {
+        flow.sent.inc_by(begin.ready as u64);
+        let answer = Answer {
+            request,
+            call,
+            flow,
+            begun: bind.then(Instant::now),
+            heard: Cell::new(false),
+        };
+        if begin.body.is_done() {
+            if !more_may_follow {
                 stream.end();
             }
-            let thread = self.thread;
             let answered = tokio::select! {
-                answered = respond(self, request, call, flow, writer) => answered?,
+                answered = respond(self, &answer, writer) => answered?,
                 () = abandoned(reader, thread) => return Err(Failed::Broken),
             };
-            self.input.drain(..request.len);
-            if answered != Answered::Tunnel {
+            // Until now it could be sent again.
+            self.input.drain(..begin.ready);
+            if answered != Answered::Tunnel && !bind {
                 stream.end();
             }
             return Ok(answered);
         }
-        self.input.drain(..request.len);
+        self.input.drain(..begin.ready);
         let mut input = std::mem::take(&mut self.input);
-        let mut body = Body::new(request.framing);
-        let upload = async {
-            let pumped = pump(reader, &mut &*stream, &mut input, &mut body, count).await;
-            if pumped.is_ok() && !request.upgrade {
-                stream.end();
+        let mut body = begin.body.clone();
+        let count = (&flow.sent, self.activity);
+        let (uploaded, answered) = {
+            let mut upload = Box::pin(async {
+                let pumped = pump(reader, &mut &*stream, &mut input, &mut body, count).await;
+                if pumped.is_ok() && !more_may_follow {
+                    stream.end();
+                }
+                pumped
+            });
+            let mut download = std::pin::pin!(respond(self, &answer, writer));
+            let uploaded = tokio::select! {
+                biased;
+                answered = &mut download => Err(answered),
+                uploaded = &mut upload => Ok(uploaded),
+            };
+            drop(upload);
+            match uploaded {
+                Err(answered) => (false, answered),
+                Ok(Ok(())) => tokio::select! {
+                    answered = download => (true, answered),
+                    () = abandoned(reader, thread) => return Err(Failed::Broken),
+                },
+                // An upload that fails is no reason to keep an answer from the caller that is under way.
+                Ok(Err(_)) if answer.heard.get() => (false, download.await),
+                Ok(Err(Broken::Stream(_))) => (false, download.await),
+                Ok(Err(Broken::Malformed(reason))) => return Err(Failed::Malformed(reason)),
+                Ok(Err(Broken::Local | Broken::Cut)) => return Err(Failed::Broken),
             }
-            pumped
         };
-        let download = respond(self, request, call, flow, writer);
-        let (uploaded, answered) = both(upload, download).await;
         self.input = input;
         match (uploaded, answered?) {
             // The answer came before all of the request was taken: this connection has no next request.
-            (None | Some(Err(_)), Answered::KeepAlive) => Ok(Answered::Close),
+            (false, Answered::KeepAlive) => Ok(Answered::Close),
+            // Nobody knows where the body ends and the tunnel begins.
+            (false, Answered::Tunnel) => Err(Failed::Broken),
             (_, answered) => Ok(answered),
         }
+    }
+}
+
+/// Completes when a bound stream has something to say though nothing was asked: it ended.
+async fn ended(bound: Option<&Call>) {
+    match bound {
+        Some(call) => poll_fn(|cx| call.stream.poll_readable(cx)).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -295,107 +397,72 @@ async fn abandoned(reader: &mut ReadHalf<'_>, thread: &Thread) {
     }
 }
 
-/// Runs both; when the download is through first, the upload is given up. An upload that fails is no reason to
-/// keep an answer from the caller.
-async fn both<U, D>(
-    upload: impl Future<Output = U>,
-    download: impl Future<Output = D>,
-) -> (Option<U>, D) {
-    let mut upload = Box::pin(upload);
-    let mut download = std::pin::pin!(download);
-    tokio::select! {
-        biased;
-        down = &mut download => (None, down),
-        up = &mut upload => {
-            let down = download.await;
-            (Some(up), down)
-        }
-    }
+/// What is waited for.
+struct Answer<'a> {
+    request: &'a Request,
+    call: &'a Call,
+    flow: &'a Arc<Flow>,
+    /// When the request began, if the call is older.
+    begun: Option<Instant>,
+    /// The caller has, or is getting, its head.
+    heard: Cell<bool>,
 }
 
 /// Passes the response on.
 async fn respond(
     exchange: &mut Exchange<'_>,
-    request: &Request,
-    call: &Call,
-    flow: &Arc<Flow>,
+    answer: &Answer<'_>,
     writer: &mut WriteHalf<'_>,
 ) -> Result<Answered, Failed> {
     let (thread, activity) = (exchange.thread, exchange.activity);
+    let (request, call, flow) = (answer.request, answer.call, answer.flow);
     let output = &mut exchange.output;
     let mut stream: &MuxStream = &call.stream;
     output.clear();
-    let mut answered = false;
-    let response = loop {
-        let max = thread.settings.head_max;
+    let max = thread.settings.head_max;
+    let (response, mut body): (Response, Body) = loop {
         let parse = (max, |bytes: &[u8]| {
             http1::parse_response(bytes, request, max)
         });
-        let response: Response = match read_head(&mut stream, output, activity, parse).await {
+        let head = read_head(&mut stream, output, activity, &[&thread.heads], parse).await;
+        let response = match head {
             Ok(Some(response)) => response,
-            Ok(None) | Err(Broken::Cut) if !answered => {
-                return Err(Failed::Unanswered(Reason::AppReset));
-            }
-            Err(broken) if !answered => return Err(unanswered(&broken)),
-            _ => return Err(Failed::Broken),
+            Ok(None) => return Err(Failed::Unanswered(Reason::AppReset)),
+            Err(broken) => return Err(unanswered(&broken)),
         };
-        answered = true;
-        let seconds = if response.is_interim() {
-            0.0
-        } else {
-            call.answered()
-        };
-        let head = &output[..response.len];
+        // Head and what came of the body with it are judged, and leave, together.
+        let mut body = Body::new(response.framing);
+        let bytes = body.advance(&output[response.len..]);
+        let bytes = bytes.map_err(|_| Failed::Unanswered(Reason::HttpResponseMalformed))?;
+        let first = response.len + bytes;
+        if !response.is_interim() {
+            answer.heard.set(true);
+            let since_open = call.answered();
+            let begun = answer.begun.map(|begun| begun.elapsed().as_secs_f64());
+            flow.response(response.status, begun.unwrap_or(since_open));
+        }
         let written = if response.has_ours {
-            let mut head_without_ours = Vec::with_capacity(head.len());
-            http1::rewrite(head, None, &mut head_without_ours);
-            writer.put(&head_without_ours).await
-        } else if !response.is_interim()
-            && matches!(response.framing, Framing::Length(_) | Framing::Chunked)
-        {
-            // Head and what came of the body with it leave together, below.
-            Ok(())
+            let mut rewritten = Vec::with_capacity(first);
+            http1::rewrite(&output[..response.len], None, &mut rewritten);
+            rewritten.extend_from_slice(&output[response.len..first]);
+            writer.put(&rewritten).await
         } else {
-            writer.put(head).await
+            writer.put(&output[..first]).await
         };
         if written.is_err() {
             return Err(Failed::Broken);
         }
-        flow.received.inc_by(response.len as u64);
+        flow.received.inc_by(first as u64);
+        output.drain(..first);
         if !response.is_interim() {
-            flow.response(response.status, seconds);
-            break response;
+            break (response, body);
         }
-        output.drain(..response.len);
     };
-    let mut body = Body::new(response.framing);
-    if !response.has_ours && matches!(response.framing, Framing::Length(_) | Framing::Chunked) {
-        let bytes = body
-            .advance(&output[response.len..])
-            .map_err(|_| Failed::Broken)?;
-        flow.received.inc_by(bytes as u64);
-        if writer.put(&output[..response.len + bytes]).await.is_err() {
-            return Err(Failed::Broken);
-        }
-        output.drain(..response.len + bytes);
-    } else {
-        output.drain(..response.len);
-    }
     if response.framing == Framing::Tunnel {
-        if writer.put(output).await.is_err() {
-            return Err(Failed::Broken);
-        }
         return Ok(Answered::Tunnel);
     }
-    match pump(
-        &mut stream,
-        writer,
-        output,
-        &mut body,
-        (&flow.received, activity),
-    )
-    .await
-    {
+    let count = (&flow.received, activity);
+    match pump(&mut stream, writer, output, &mut body, count).await {
         Ok(()) if response.keep_alive && request.keep_alive && output.is_empty() => {
             Ok(Answered::KeepAlive)
         }
@@ -413,7 +480,7 @@ fn unanswered(broken: &Broken) -> Failed {
 }
 
 /// A refusal as an HTTP response of this agent.
-fn refusal(reason: Reason, keep_alive: bool) -> String {
+fn refusal(reason: Reason, to_head: bool, keep_alive: bool) -> String {
     let status = reason.http_status();
     let phrase = match status {
         400 => "Bad Request",
@@ -429,17 +496,22 @@ fn refusal(reason: Reason, keep_alive: bool) -> String {
     } else {
         "connection: close\r\n"
     };
-    format!(
-        "HTTP/1.1 {status} {phrase}\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: {}\r\n\
-         x-meshwork-reason: {reason}\r\n{connection}\r\n{text}\n",
-        text.len() + 1
-    )
+    let length = text.len() + 1;
+    let head = format!(
+        "HTTP/1.1 {status} {phrase}\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: {length}\r\n\
+         x-meshwork-reason: {reason}\r\n{connection}\r\n"
+    );
+    if to_head {
+        head
+    } else {
+        format!("{head}{text}\n")
+    }
 }
 
 /// Answers a caller whose connection can not go on.
 pub(super) async fn answer_and_close(mut client: TcpStream, reason: Reason) {
     if client
-        .write_all(refusal(reason, false).as_bytes())
+        .write_all(refusal(reason, false, false).as_bytes())
         .await
         .is_ok()
     {

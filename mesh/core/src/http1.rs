@@ -5,10 +5,11 @@ mod body;
 mod fields;
 mod target;
 
-use fields::{Bad, Facts, Lines, is_h2c, is_name, is_ours, is_text, is_token};
+use fields::{Bad, Facts, Lines, is_h2c, is_name, is_text, is_token};
 use memchr::{memchr, memchr2_iter};
 
 pub use body::Body;
+pub use fields::is_ours;
 
 use crate::reason::Reason;
 

@@ -212,7 +212,7 @@ pub(super) const fn is_text(byte: u8) -> bool {
 
 /// Whether a header's name is ours, or becomes ours in a server that makes `_` of `-` or of all that is neither letter nor
 /// digit (CGI, RFC 3875 §4.1.18).
-pub(super) fn is_ours(name: &[u8]) -> bool {
+pub fn is_ours(name: &[u8]) -> bool {
     let same = |(a, b): (&u8, &u8)| {
         a.eq_ignore_ascii_case(b) || (*b == b'-' && !a.is_ascii_alphanumeric())
     };
