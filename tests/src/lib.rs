@@ -15,6 +15,7 @@ pub mod load;
 pub mod mesh;
 pub mod metrics;
 pub mod process;
+pub mod raw;
 pub mod servers;
 pub mod site;
 pub mod sweep;

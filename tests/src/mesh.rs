@@ -202,7 +202,54 @@ pub fn open_stream(
     credential: &Credential,
     header: &[u8],
 ) -> Option<Reason> {
-    const STREAM: u32 = 1;
+    let mut tls = open(port, sni, credential, header, &[]);
+    loop {
+        match answer(&mut tls) {
+            Answer::Accepted => return None,
+            Answer::Reset(reason) => return Some(reason),
+            Answer::Data(..) | Answer::Other => {}
+        }
+    }
+}
+
+/// Sends these bytes on a stream and its end; returns what came back, or why it was reset before its end.
+#[track_caller]
+pub fn send_on_stream(
+    port: SocketAddr,
+    sni: &str,
+    credential: &Credential,
+    header: &[u8],
+    bytes: &[u8],
+) -> Result<Vec<u8>, Reason> {
+    let mut tls = open(port, sni, credential, header, bytes);
+    let mut all = Vec::new();
+    loop {
+        match answer(&mut tls) {
+            Answer::Data(bytes, end) => {
+                all.extend(bytes);
+                if end {
+                    return Ok(all);
+                }
+            }
+            Answer::Reset(reason) => return Err(reason),
+            Answer::Accepted | Answer::Other => {}
+        }
+    }
+}
+
+/// What a peer says of our stream.
+enum Answer {
+    Accepted,
+    /// Whether they are the last.
+    Data(Vec<u8>, bool),
+    Reset(Reason),
+    Other,
+}
+
+const STREAM: u32 = 1;
+
+/// Greets, opens a stream, sends `bytes` on it, if there are any, and ends it then.
+fn open(port: SocketAddr, sni: &str, credential: &Credential, header: &[u8], bytes: &[u8]) -> Tls {
     let mut tls = offer(port, sni, Some(credential));
     let mut out = Vec::new();
     let limits = Limits::DEFAULT;
@@ -210,23 +257,38 @@ pub fn open_stream(
     frame::encode(&Frame::Hello { version, limits }, &mut out);
     let stream = STREAM;
     frame::encode(&Frame::Open { stream, header }, &mut out);
+    if !bytes.is_empty() {
+        let data = Frame::Data {
+            stream,
+            data: bytes,
+            end: true,
+        };
+        frame::encode(&data, &mut out);
+    }
     tls.write_all(&out).expect("a handshake");
-    loop {
-        let mut prefix = [0; frame::PREFIX_LEN];
-        tls.read_exact(&mut prefix).expect("a frame");
-        let prefix = frame::Prefix::decode(prefix, limits.max_frame).expect("a frame of ours");
-        let mut payload = vec![0; prefix.length];
-        tls.read_exact(&mut payload).expect("its payload");
-        match prefix.frame(&payload).expect("a frame of ours") {
-            Frame::Accepted { stream: STREAM } => return None,
-            Frame::Reset {
-                stream: STREAM,
-                reason,
-                ..
-            }
-            | Frame::GoAway { reason, .. } => return Some(reason),
-            _ => {}
+    tls
+}
+
+fn answer(tls: &mut Tls) -> Answer {
+    let mut prefix = [0; frame::PREFIX_LEN];
+    tls.read_exact(&mut prefix).expect("a frame");
+    let prefix = frame::Prefix::decode(prefix, Limits::DEFAULT.max_frame).expect("a frame of ours");
+    let mut payload = vec![0; prefix.length];
+    tls.read_exact(&mut payload).expect("its payload");
+    match prefix.frame(&payload).expect("a frame of ours") {
+        Frame::Accepted { stream: STREAM } => Answer::Accepted,
+        Frame::Data {
+            stream: STREAM,
+            data,
+            end,
+        } => Answer::Data(data.to_vec(), end),
+        Frame::Reset {
+            stream: STREAM,
+            reason,
+            ..
         }
+        | Frame::GoAway { reason, .. } => Answer::Reset(reason),
+        _ => Answer::Other,
     }
 }
 

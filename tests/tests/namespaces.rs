@@ -23,6 +23,12 @@ mod harness;
 mod hostile;
 #[path = "namespaces/http.rs"]
 mod http;
+#[path = "namespaces/http1.rs"]
+mod http1;
+#[path = "namespaces/http1_login.rs"]
+mod http1_login;
+#[path = "namespaces/http1_smuggling.rs"]
+mod http1_smuggling;
 #[path = "namespaces/identity.rs"]
 mod identity;
 #[path = "namespaces/join.rs"]
