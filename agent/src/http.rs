@@ -63,11 +63,12 @@ impl Unfinished<'_> {
     fn note(&mut self, bytes: usize) -> bool {
         let (before, now) = (self.bytes, bytes);
         self.bytes = now;
-        let fits = self.bounds.iter().map(|heads| {
+        let mut fits = true;
+        for heads in self.bounds {
             heads.held.set(heads.held.get() - before + now);
-            heads.held.get() <= heads.max
-        });
-        fits.fold(true, |all, fits| all && fits)
+            fits &= heads.held.get() <= heads.max;
+        }
+        fits
     }
 }
 
