@@ -27,7 +27,7 @@ use crate::owners::OwnerStatus;
 use crate::state::Membership;
 use crate::status::{
     CaptureStatus, ControlStatus, IndexStatus, LeafStatus, RefusalStatus, ServiceStatus, Status,
-    WorkloadStatus,
+    UsageStatus, WorkloadStatus,
 };
 use crate::view::{View, ViewReader};
 use crate::workloads::WorkloadSet;
@@ -156,6 +156,7 @@ impl Sources {
             file_problems: set.problems.iter().map(ToString::to_string).collect(),
             autonomy_s: None,
             dns: self.dns.as_deref().map(counters).unwrap_or_default(),
+            in_use: self.in_use(),
         };
         let mut ports = PORTS_MAX;
         for workload in &set.workloads {
@@ -204,6 +205,18 @@ impl Sources {
         let problems = problems.collect();
         *left -= looked_at.len();
         problems
+    }
+
+    fn in_use(&self) -> Vec<UsageStatus> {
+        let limits = &self.metrics.limits;
+        limits.refresh();
+        let all = limits.in_use().into_iter();
+        all.map(|(limit, used, max)| UsageStatus {
+            limit: limit.name().to_owned(),
+            used,
+            max,
+        })
+        .collect()
     }
 
     fn listeners(&self, port: u16) -> io::Result<Vec<Listener>> {

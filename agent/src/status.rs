@@ -12,6 +12,8 @@ use mesh_core::reason::Reason;
 use mesh_runtime::clock;
 use serde::{Deserialize, Serialize};
 
+use crate::limits::Limit;
+
 /// How long the daemon may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Largest answer: 256 workloads of 64 services.
@@ -41,6 +43,16 @@ pub(crate) struct Status {
     /// How long everything goes on without control: the shortest life left of a certificate.
     pub(crate) autonomy_s: Option<i64>,
     pub(crate) dns: BTreeMap<String, u64>,
+    /// What is in use of the bounds of the data path.
+    pub(crate) in_use: Vec<UsageStatus>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct UsageStatus {
+    /// The bound's name in metrics and docs.
+    pub(crate) limit: String,
+    pub(crate) used: u64,
+    pub(crate) max: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,6 +165,7 @@ impl Status {
         for problem in &self.file_problems {
             writeln!(page, "file         {problem}")?;
         }
+        self.write_in_use(page)?;
         match self.problems() {
             0 => writeln!(page, "problems     none")?,
             count => writeln!(page, "problems     {count}")?,
@@ -211,6 +224,24 @@ impl Status {
             let reason = control.last_reason.as_deref();
             let reason = reason.map(|r| format!("{r}: ")).unwrap_or_default();
             writeln!(page, "             {reason}{error}")?;
+        }
+        Ok(())
+    }
+
+    fn write_in_use(&self, page: &mut String) -> std::fmt::Result {
+        let words = self.in_use.iter().map(|usage| {
+            let UsageStatus { limit, used, max } = usage;
+            if limit == Limit::Buffers.name() {
+                let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+                return format!("{limit} {:.1} of {:.0} MiB", mib(*used), mib(*max));
+            }
+            format!("{limit} {used} of {max}")
+        });
+        let words: Vec<String> = words.collect();
+        // As many as fit into a line of a terminal.
+        for (line, words) in words.chunks(4).enumerate() {
+            let title = if line == 0 { "in use" } else { "" };
+            writeln!(page, "{title:<12} {}", words.join(", "))?;
         }
         Ok(())
     }
@@ -381,6 +412,18 @@ mod tests {
                 ..ControlStatus::default()
             },
             autonomy_s: Some(47 * 3600 + 60),
+            in_use: vec![
+                UsageStatus {
+                    limit: "callers".to_owned(),
+                    used: 12,
+                    max: 100,
+                },
+                UsageStatus {
+                    limit: "buffers".to_owned(),
+                    used: 3 << 19,
+                    max: 256 << 20,
+                },
+            ],
             workloads: vec![WorkloadStatus {
                 account: "shop/web".to_owned(),
                 owner: "unit nginx.service".to_owned(),
@@ -414,6 +457,7 @@ mod tests {
             "shop/web:80",
             "healthy, out_of_scope",
             "not in the token; ask",
+            "in use       callers 12 of 100, buffers 1.5 of 256 MiB\n",
             "problems     3\n",
             "shop/web shop/web: nothing listens on port 80",
         ] {

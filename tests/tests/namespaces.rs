@@ -5,6 +5,8 @@
 
 #[path = "namespaces/bench.rs"]
 mod bench;
+#[path = "namespaces/bounds.rs"]
+mod bounds;
 #[path = "namespaces/capture.rs"]
 mod capture;
 #[path = "namespaces/certificates.rs"]
@@ -45,5 +47,7 @@ mod services;
 mod store;
 #[path = "namespaces/tcp.rs"]
 mod tcp;
+#[path = "namespaces/tcp_exact.rs"]
+mod tcp_exact;
 #[path = "namespaces/tokens.rs"]
 mod tokens;

@@ -123,6 +123,11 @@ pub(super) async fn continue_with(
                 return relay::settle(&client);
             }
             Err(Broken::Malformed(reason)) => {
+                // The service had nothing to do with it.
+                let reason = match reason {
+                    Reason::Timeout => Reason::HttpHeadTimeout,
+                    other => other,
+                };
                 super::note_refusal(thread, caller, reason);
                 return answer_and_close(client, reason).await;
             }
@@ -485,6 +490,7 @@ fn refusal(reason: Reason, to_head: bool, keep_alive: bool) -> String {
     let phrase = match status {
         400 => "Bad Request",
         403 => "Forbidden",
+        408 => "Request Timeout",
         431 => "Request Header Fields Too Large",
         502 => "Bad Gateway",
         504 => "Gateway Timeout",

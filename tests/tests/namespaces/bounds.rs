@@ -1,0 +1,346 @@
+//! When a bound is reached new work is refused with a reason that is counted, open work goes on, and all is well again
+//! when there is room.
+
+use std::fs;
+use std::path::PathBuf;
+
+use meshwork_tests::agent::Agent;
+use meshwork_tests::process::Process;
+use meshwork_tests::wait::{SOON, check, wait_until};
+
+use crate::pair::{Pair, mesh_name, owner};
+
+/// Echoes on 9000; sends without end on 9001, to whoever says a word.
+const SERVER: &str = r#"
+import socket, threading
+def echo(c):
+    try:
+        while True:
+            b = c.recv(65536)
+            if not b: break
+            c.sendall(b)
+    except OSError: pass
+    c.close()
+def flood(c):
+    try:
+        if c.recv(1):
+            while True: c.sendall(b"x" * 65536)
+    except OSError: pass
+    c.close()
+def serve(port, what):
+    s = socket.create_server(("0.0.0.0", port), backlog=512)
+    while True: threading.Thread(target=what, args=(s.accept()[0],), daemon=True).start()
+threading.Thread(target=serve, args=(9001, flood)).start()
+serve(9000, echo)
+"#;
+
+/// Opens connections to a port, each with a word, until `UNTIL` exists; then goes on on the first one when `GO` does.
+const HOLDER: &str = r#"
+import os, socket, time
+def exists(name): return os.path.exists(os.environ["DIR"] + "/" + name)
+kept = []
+while not exists("until"):
+    try:
+        c = socket.create_connection(("NAME", PORT), 20)
+        c.settimeout(20)
+        c.sendall(b"w")
+        if PORT == 9000: assert c.recv(1) == b"w"
+        kept.append(c)
+        print("open", len(kept), flush=True)
+    except OSError as error:
+        print("refused", error, flush=True)
+        time.sleep(0.05)
+while not exists("go"): time.sleep(0.01)
+for c in kept:
+    if PORT == 9000:
+        c.sendall(b"still")
+        assert c.recv(5, socket.MSG_WAITALL) == b"still"
+print("all", len(kept), "go on", flush=True)
+while not exists("leave"): time.sleep(0.01)
+"#;
+
+/// One call: the word comes back, or how it failed.
+const CALL: &str = r#"
+import socket
+try:
+    c = socket.create_connection(("NAME", 9000), 20)
+    c.settimeout(20)
+    c.sendall(b"hello")
+    print(c.recv(5, socket.MSG_WAITALL).decode() or "end")
+except OSError as error: print(type(error).__name__)
+"#;
+
+struct Bound {
+    pair: Pair,
+    _server: Process,
+}
+
+impl Bound {
+    #[track_caller]
+    fn new(name: &str) -> Self {
+        let pair = Pair::new(name);
+        let host = &pair.server.host;
+        let server = host.python("echo", SERVER).cgroup("echo").spawn("echo");
+        for port in [9000, 9001] {
+            host.wait_listening(port, SOON);
+        }
+        pair.server
+            .serve("echo", &owner("echo"), &[(9000, "tcp"), (9001, "tcp")]);
+        pair.control.wait_endpoints("shop/echo", 1);
+        pair.wait_name("echo");
+        Self {
+            pair,
+            _server: server,
+        }
+    }
+
+    /// Makes the client's agent start anew with more lines in its configuration.
+    #[track_caller]
+    fn configure_client(&mut self, lines: &str) {
+        let client = &mut self.pair.client;
+        client.stop();
+        client.configure(lines);
+        client.start();
+        self.pair.wait_name("echo");
+    }
+
+    fn call(&self) -> String {
+        let script = CALL.replace("NAME", &mesh_name("echo"));
+        let command = self.pair.client.host.python("call", &script);
+        command.cgroup("client").ok().trim().to_owned()
+    }
+
+    /// A call that goes through when there is room again.
+    #[track_caller]
+    fn wait_call(&self) {
+        wait_until("a call to go through", SOON, || {
+            let answer = self.call();
+            check(answer == "hello", answer)
+        });
+    }
+}
+
+/// A program that holds connections.
+struct Holder {
+    process: Process,
+    dir: PathBuf,
+}
+
+impl Holder {
+    fn start(bound: &Bound, port: u16) -> Self {
+        let host = &bound.pair.client.host;
+        let dir = host.subdir("holder", None);
+        let script = HOLDER
+            .replace("NAME", &mesh_name("echo"))
+            .replace("PORT", &port.to_string());
+        let command = host.python("hold", &script).cgroup("client");
+        let process = command
+            .env("DIR", &dir.display().to_string())
+            .spawn("holder");
+        Self { process, dir }
+    }
+
+    fn tell(&self, name: &str) {
+        fs::write(self.dir.join(name), "").unwrap();
+    }
+
+    fn open(&self) -> usize {
+        self.process.log().matches("open ").count()
+    }
+
+    #[track_caller]
+    fn wait(&self, what: &str) {
+        wait_until(&format!("the holder to say `{what}`"), SOON, || {
+            let log = self.process.log();
+            check(log.contains(what), log)
+        });
+    }
+}
+
+fn reached(agent: &Agent, limit: &str) -> f64 {
+    let metrics = agent.metrics();
+    metrics.sum("mesh_limit_reached_total", &[("limit", limit)])
+}
+
+fn used(agent: &Agent, limit: &str) -> f64 {
+    let metrics = agent.metrics();
+    metrics.sum("mesh_limit_used", &[("limit", limit)])
+}
+
+/// Lowers how many descriptors a running worker may have to what it has and a few more.
+fn leave_descriptors(agent: &Agent, more: usize) {
+    let worker = agent.worker();
+    let held = fs::read_dir(format!("/proc/{worker}/fd")).unwrap().count();
+    let line = format!("prlimit --pid {worker} --nofile={0}:{0}", held + more);
+    agent.host.ok(&line);
+}
+
+fn restore_descriptors(agent: &Agent) {
+    let line = format!("prlimit --pid {} --nofile=65536:65536", agent.worker());
+    agent.host.ok(&line);
+}
+
+/// Out of descriptors at the calling side: its callers are reset at once, not left waiting; those who are in go on.
+#[test]
+fn out_of_descriptors_new_callers_are_reset_and_old_ones_go_on() {
+    let bound = Bound::new("out_of_descriptors_callers");
+    let client = &bound.pair.client;
+    assert_eq!(bound.call(), "hello");
+    leave_descriptors(client, 20);
+    let holder = Holder::start(&bound, 9000);
+    holder.wait("refused");
+    let open = holder.open();
+    assert!(
+        (5..=20).contains(&open),
+        "{open} of 20\n{}",
+        holder.process.log()
+    );
+    let answer = bound.call();
+    assert_eq!(answer, "ConnectionResetError", "not a wait, not an end");
+    holder.tell("until");
+    holder.tell("go");
+    holder.wait("go on");
+    assert!(reached(client, "descriptors") >= 2.0);
+    assert!(client.refused("overloaded") >= 2.0);
+    let log = client.log();
+    assert!(log.contains("raise LimitNOFILE"), "{log}");
+    assert!(used(client, "callers") >= open as f64);
+    // Its own connections being gone, there is room again.
+    holder.tell("leave");
+    bound.wait_call();
+    restore_descriptors(client);
+}
+
+/// Out of descriptors at the called side: it has none for a connection to the app. The caller's call is refused with
+/// the reason, the connection between the agents and the calls on it go on.
+#[test]
+fn out_of_descriptors_the_called_agent_refuses_calls_and_keeps_those_it_has() {
+    let bound = Bound::new("out_of_descriptors_calls");
+    let server = &bound.pair.server;
+    assert_eq!(bound.call(), "hello");
+    leave_descriptors(server, 20);
+    let holder = Holder::start(&bound, 9000);
+    holder.wait("refused");
+    assert!(holder.open() >= 5, "{}", holder.process.log());
+    assert_eq!(bound.call(), "ConnectionResetError");
+    bound.pair.client.wait_refused("overloaded", 0.0);
+    assert!(server.refused("overloaded") >= 1.0);
+    assert!(reached(server, "descriptors") >= 1.0);
+    holder.tell("until");
+    holder.tell("go");
+    holder.wait("go on");
+    holder.tell("leave");
+    bound.wait_call();
+    restore_descriptors(server);
+}
+
+/// An agent that may have few descriptors at all refuses by count before it runs out of them.
+#[test]
+fn more_callers_than_are_allowed_are_refused() {
+    let mut bound = Bound::new("more_callers_than_are_allowed");
+    bound.configure_client("[limits]\nconnections = 10\n");
+    let holder = Holder::start(&bound, 9000);
+    holder.wait("refused");
+    assert_eq!(holder.open(), 10, "{}", holder.process.log());
+    let client = &bound.pair.client;
+    assert!(reached(client, "callers") >= 1.0);
+    assert_eq!(used(client, "callers"), 10.0);
+    let status = client.command("status").ok();
+    assert!(status.contains("callers 10 of 10,"), "{status}");
+    holder.tell("until");
+    holder.tell("go");
+    holder.wait("all 10 go on");
+    holder.tell("leave");
+    bound.wait_call();
+}
+
+/// Readers that stand still fill the buffers of all connections together: new calls are refused, with the reason in an
+/// answer where one can be given, and the old go on, as does everything when the readers are gone.
+#[test]
+fn out_of_memory_budget_new_calls_are_refused_and_old_ones_go_on() {
+    let mut bound = Bound::new("out_of_memory_budget");
+    let _web = bound.pair.web("http", "");
+    bound.configure_client("[limits]\nbuffer_mib = 4\n");
+    bound.pair.wait_name("web");
+    let url = format!("http://{}/", mesh_name("web"));
+    // A connection that began before, and a connection of HTTP on which requests can still come.
+    let old = Holder::start(&bound, 9000);
+    wait_until("an old connection", SOON, || check(old.open() >= 1, "none"));
+    old.tell("until");
+    assert_eq!(bound.pair.ok(&format!("curl -sS -m 20 {url}")), "hello\n");
+    let script = format!(
+        "import http.client, os, time\nc = http.client.HTTPConnection({:?}, timeout=20)\n\
+         def get():\n    c.request('GET', '/')\n    r = c.getresponse()\n    r.read()\n    return r\n\
+         assert get().status == 200\nprint('first', flush=True)\n\
+         while not os.path.exists({:?}): time.sleep(0.01)\nr = get()\n\
+         print(r.status, r.getheader('x-meshwork-reason'), flush=True)\n\
+         while not os.path.exists({:?}): time.sleep(0.01)\nprint('then', get().status, flush=True)\n",
+        mesh_name("web"),
+        old.dir.join("full"),
+        old.dir.join("empty"),
+    );
+    let host = &bound.pair.client.host;
+    let web = host.python("web", &script).cgroup("client").spawn("web");
+    let web_says = |what: &str| {
+        wait_until(&format!("the HTTP caller to say {what}"), SOON, || {
+            check(web.log().contains(what), web.log())
+        });
+    };
+    web_says("first");
+    // Each holds 512 KiB of the agent when the windows of its own sockets are full.
+    let script = format!(
+        "import socket, time\nkept = []\nwhile True:\n    try:\n        c = socket.create_connection(({:?}, 9001), 20)\n        \
+         c.sendall(b'w')\n        kept.append(c)\n        print('open', flush=True)\n    except OSError as error:\n        \
+         print('refused', error, flush=True)\n    time.sleep(0.05)\n",
+        mesh_name("echo")
+    );
+    let readers = host
+        .python("still", &script)
+        .cgroup("client")
+        .spawn("still");
+    wait_until("a reader to be refused", SOON, || {
+        check(readers.log().contains("refused"), readers.log())
+    });
+    let client = &bound.pair.client;
+    assert!(used(client, "buffers") >= f64::from(4 << 20));
+    assert_eq!(bound.call(), "ConnectionResetError");
+    old.tell("full");
+    web_says("503 overloaded");
+    old.tell("go");
+    old.wait("go on");
+    assert!(reached(client, "buffers") >= 3.0);
+    let log = client.log();
+    assert!(log.contains("raise limits.buffer_mib"), "{log}");
+    let status = client.command("status").ok();
+    assert!(status.contains("of 4 MiB"), "{status}");
+    readers.kill9();
+    bound.wait_call();
+    old.tell("empty");
+    web_says("then 200");
+    wait_until("the buffers to be empty", SOON, || {
+        let left = used(client, "buffers");
+        check(left == 0.0, format!("{left} bytes"))
+    });
+}
+
+/// A head that never ends is given up after the time that was set, and counted.
+#[test]
+fn a_head_that_comes_too_slowly_is_given_up() {
+    let mut bound = Bound::new("a_head_that_comes_too_slowly");
+    let _web = bound.pair.web("http", "");
+    bound.configure_client("[timeouts]\nhead_s = 1\nhalf_closed_s = 1\n");
+    bound.pair.wait_name("web");
+    let script = "import socket\nc = socket.create_connection((NAME, 80), 20)\nc.settimeout(20)\n\
+        c.sendall(b'GET / HTTP/1.1\\r\\nHost: a\\r\\n')\n\
+        got = b''\nwhile True:\n    part = c.recv(4096)\n    if not part: break\n    got += part\nprint(got.decode())\n";
+    let script = script.replace("NAME", &format!("{:?}", mesh_name("web")));
+    let host = &bound.pair.client.host;
+    let answer = host.python("slow", &script).cgroup("client").ok();
+    assert!(
+        answer.starts_with("HTTP/1.1 408 ")
+            && answer.contains("x-meshwork-reason: http_head_timeout"),
+        "{answer}"
+    );
+    assert_eq!(reached(&bound.pair.client, "head"), 1.0);
+    assert_eq!(bound.pair.client.refused("http_head_timeout"), 1.0);
+}
