@@ -78,6 +78,11 @@ impl Door {
                 _ = self.draining.wait_for(|draining| *draining) => return None,
             };
             match accepted {
+                Ok((socket, _)) if limits::is_reserved(&socket) => {
+                    self.thread.give_up_idle();
+                    self.thread.shed(Limit::Descriptors, self.direction);
+                    relay::abort(socket);
+                }
                 Ok((socket, from)) => {
                     if let Err(error) = socket.set_nodelay(true) {
                         // The connection is gone already.

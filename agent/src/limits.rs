@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -199,6 +200,18 @@ impl ShedLog {
         }
         true
     }
+}
+
+/// Descriptors that the data path leaves to the rest of the agent: the admin socket, which says what is wrong, names,
+/// the session with control, health checks, files.
+const RESERVED_DESCRIPTORS: u64 = 32;
+
+/// Whether a new descriptor is one of those that are reserved. The kernel gives the lowest free number, so it says how
+/// many are in use; the limit may have been changed from outside.
+pub(crate) fn is_reserved(descriptor: &impl AsRawFd) -> bool {
+    let number = u64::try_from(descriptor.as_raw_fd()).unwrap_or(0);
+    getrlimit(Resource::RLIMIT_NOFILE)
+        .is_ok_and(|(soft, _)| number.saturating_add(RESERVED_DESCRIPTORS) >= soft)
 }
 
 /// Whether this process, or its host, has no descriptor left.

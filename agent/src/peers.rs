@@ -178,6 +178,10 @@ async fn dial(
     let connected =
         tokio::time::timeout(thread.settings.connect, TcpStream::connect(address)).await;
     let socket = match connected {
+        Ok(Ok(socket)) if limits::is_reserved(&socket) => {
+            let error = std::io::Error::from_raw_os_error(libc::EMFILE);
+            return Err(log_failure(thread.short_of(&error), &error));
+        }
         Ok(Ok(socket)) => socket,
         Ok(Err(error)) if limits::is_shortage(&error) => {
             return Err(log_failure(thread.short_of(&error), &error));

@@ -98,6 +98,9 @@ impl AppDialer {
             Type::STREAM.nonblocking().cloexec(),
             Some(Protocol::TCP),
         )?;
+        if crate::limits::is_reserved(&socket) {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
         if source.is_ipv4() {
             socket.set_ip_transparent_v4(true)?;
         } else {

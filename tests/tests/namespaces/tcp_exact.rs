@@ -19,6 +19,7 @@ def hear(c):
     if c.recv(1) == b"": return
     try:
         while c.recv(65536): pass
+        c.close()
         say("9000 end")
     except ConnectionResetError: say("9000 reset")
 def ignore(c):
