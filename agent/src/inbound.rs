@@ -141,7 +141,8 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         basis: RefCell::default(),
         logged: Cell::new(0),
     });
-    let (mux, mut incoming, driver) = mux::connection(tls.stream, Side::Server, thread.mux_settings());
+    let (mux, mut incoming, driver) =
+        mux::connection(tls.stream, Side::Server, thread.mux_settings());
     let driver = spawn_local(driver);
     thread.metrics.mesh_connections.inc();
     let mut draining = thread.draining.subscribe();
