@@ -168,6 +168,10 @@ impl Sources {
             let problem = owners.problems.get(account);
             shown.problem = problem.or_else(|| owners.absent.get(account)).cloned();
             for (service, shown_service) in workload.services.iter().zip(&mut shown.services) {
+                if service.is_fronted() {
+                    fronted(&view, account, service, shown_service);
+                    continue;
+                }
                 if shown.problem.is_none() {
                     shown_service.problems =
                         self.port_problems(&view, account, service, &mut ports);
@@ -222,6 +226,19 @@ impl Sources {
     fn listeners(&self, port: u16) -> io::Result<Vec<Listener>> {
         let mut diag = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
         diag.listeners(port)
+    }
+}
+
+/// What there is to say of a service that servers without an agent serve: no port of this host matters.
+fn fronted(view: &View, account: &Account, service: &LocalService, shown: &mut ServiceStatus) {
+    let served = (account.clone(), service.name.clone());
+    for server in &service.endpoints {
+        shown.plaintext.push(server.to_string());
+        if view.unfit.contains(&(served.clone(), *server)) {
+            shown.problems.push(format!(
+                "plaintext endpoint {server} fails the check and is left out; see why there, or take it out of the file"
+            ));
+        }
     }
 }
 
@@ -336,13 +353,17 @@ fn workload_status(
                 None => NOT_CHECKED,
             }
             .to_owned(),
+            plaintext: Vec::new(),
             problems: Vec::new(),
             refused: refused(Some(&service.name.name)),
         }
     });
     WorkloadStatus {
         account: workload.account.to_string(),
-        owner: workload.owner.to_string(),
+        owner: workload
+            .owner
+            .as_ref()
+            .map_or_else(|| "none, fronted".to_owned(), ToString::to_string),
         services: services.collect(),
         refused: refused(None),
         ..WorkloadStatus::default()

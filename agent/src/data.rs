@@ -30,6 +30,7 @@ use crate::capture::sockdiag::SockDiag;
 use crate::http::Heads;
 use crate::inbound::app::{AppPool, KEPT_MAX};
 use crate::inbound::certificates;
+use crate::inbound::front::Fronts;
 use crate::limits::{self, Limit, ShedLog};
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
@@ -205,6 +206,7 @@ pub(crate) struct Thread {
     pub(crate) apps: AppPool,
     /// Bytes of HTTP heads that are not whole yet.
     pub(crate) heads: Heads,
+    pub(crate) fronts: Fronts,
     pub(crate) mesh_tls: Arc<rustls::ServerConfig>,
     /// Calls that wait for their endpoints.
     pub(crate) held: Cell<usize>,
@@ -421,6 +423,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         diag: RefCell::new(SockDiag::open()?),
         apps: AppPool::new(kept),
         heads: Heads::of_thread(),
+        fronts: Fronts::default(),
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
         callers: Cell::new(0),
@@ -474,6 +477,7 @@ async fn sweep(thread: Rc<Thread>) {
         tokio::time::sleep(EVERY).await;
         thread.peers.sweep();
         thread.apps.sweep();
+        thread.fronts.sweep(&thread.view().workloads);
         thread
             .balancers
             .borrow_mut()

@@ -1,9 +1,10 @@
 //! Checks the services of this host and publishes which of them are healthy.
 //!
-//! One task for each service with a check; `mesh_core::health` decides when to check and what results mean,
-//! the tasks here only ask. A service without a check counts as healthy.
+//! One task for each service with a check, or one for each of its servers where those have no agent;
+//! `mesh_core::health` decides when to check and what results mean, the tasks here only ask. A service without a check
+//! counts as healthy; one of several servers is as healthy as the best of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -29,15 +30,24 @@ const STATUS_LINE_MAX: usize = 64;
 pub(crate) type Served = (Account, ServiceName);
 /// What is known of each service of the host.
 pub(crate) type Verdicts = BTreeMap<Served, Verdict>;
+/// Servers without an agent that fail the check.
+pub(crate) type Unfit = BTreeSet<(Served, SocketAddr)>;
 /// Where programs of this host listen on a TCP port: addresses as the kernel lists them, with `0.0.0.0` and
 /// `::` for all.
 pub(crate) type Listening = Arc<dyn Fn(u16) -> io::Result<Vec<IpAddr>> + Send + Sync>;
+
+/// Where verdicts go.
+pub(crate) struct Publish {
+    pub(crate) verdicts: watch::Sender<Arc<Verdicts>>,
+    /// Called with each change.
+    pub(crate) unfit: Box<dyn Fn(Arc<Unfit>) + Send>,
+}
 
 /// Keeps the checks of `sets` running and publishes their verdicts until `stop`.
 pub(crate) async fn run(
     mut sets: watch::Receiver<Arc<WorkloadSet>>,
     listening: Listening,
-    publish: watch::Sender<Arc<Verdicts>>,
+    publish: Publish,
     stop: CancellationToken,
 ) -> io::Result<()> {
     let (report, mut reports) = mpsc::channel(VERDICTS_QUEUE);
@@ -47,7 +57,8 @@ pub(crate) async fn run(
         tasks: JoinSet::new(),
         running: BTreeMap::new(),
         generation: 0,
-        verdicts: Verdicts::new(),
+        verdicts: BTreeMap::new(),
+        unfit: Unfit::new(),
     };
     loop {
         let set = Arc::clone(&sets.borrow_and_update());
@@ -80,9 +91,28 @@ struct Checks {
     listening: Listening,
     report: mpsc::Sender<Found>,
     tasks: JoinSet<()>,
-    running: BTreeMap<Served, Running>,
+    running: BTreeMap<Asked, Running>,
     generation: u64,
-    verdicts: Verdicts,
+    verdicts: BTreeMap<Asked, Verdict>,
+    /// As published.
+    unfit: Unfit,
+}
+
+/// Who is asked: the program of this host that serves, or one of the servers beyond it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Asked {
+    served: Served,
+    beyond: Option<SocketAddr>,
+}
+
+impl std::fmt::Display for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (account, service) = &self.served;
+        match self.beyond {
+            None => write!(f, "service {service} of {account}"),
+            Some(server) => write!(f, "plaintext endpoint {server} of service {service}"),
+        }
+    }
 }
 
 struct Running {
@@ -93,7 +123,7 @@ struct Running {
 
 /// What a task found.
 struct Found {
-    served: Served,
+    asked: Asked,
     /// Of the task: a word of one that was replaced counts no more.
     generation: u64,
     verdict: Verdict,
@@ -102,42 +132,47 @@ struct Found {
 impl Checks {
     /// Stops, starts and leaves alone, so that the running checks are those of `set`.
     fn converge(&mut self, set: &WorkloadSet) {
-        let wanted: BTreeMap<Served, Option<&Check>> = set
-            .workloads
-            .iter()
-            .flat_map(|workload| {
-                workload.services.iter().map(|service| {
-                    let served = (workload.account.clone(), service.name.clone());
-                    (served, service.check.as_ref())
-                })
-            })
-            .collect();
-        self.verdicts
-            .retain(|served, _| wanted.contains_key(served));
-        self.running.retain(|served, running| {
-            let stays = wanted.get(served).copied().flatten() == Some(&running.check);
+        let mut wanted: BTreeMap<Asked, Option<&Check>> = BTreeMap::new();
+        for workload in &set.workloads {
+            for service in &workload.services {
+                let served = (workload.account.clone(), service.name.clone());
+                let asked = |beyond| Asked {
+                    served: served.clone(),
+                    beyond,
+                };
+                let check = service.check.as_ref();
+                if !service.is_fronted() {
+                    wanted.insert(asked(None), check);
+                }
+                let servers = service.endpoints.iter().copied();
+                wanted.extend(servers.map(|server| (asked(Some(server)), check)));
+            }
+        }
+        self.verdicts.retain(|asked, _| wanted.contains_key(asked));
+        self.running.retain(|asked, running| {
+            let stays = wanted.get(asked).copied().flatten() == Some(&running.check);
             if !stays {
                 running.task.abort();
             }
             stays
         });
-        for (served, check) in wanted {
+        for (asked, check) in wanted {
             match check {
-                None => drop(self.verdicts.insert(served, Verdict::Healthy)),
-                Some(check) if !self.running.contains_key(&served) => self.start(served, check),
+                None => drop(self.verdicts.insert(asked, Verdict::Healthy)),
+                Some(check) if !self.running.contains_key(&asked) => self.start(asked, check),
                 Some(_) => (),
             }
         }
     }
 
-    fn start(&mut self, served: Served, check: &Check) {
+    fn start(&mut self, asked: Asked, check: &Check) {
         self.generation += 1;
         // One whose check was edited keeps its verdict until the first result of the new check.
         self.verdicts
-            .entry(served.clone())
+            .entry(asked.clone())
             .or_insert(Verdict::Unknown);
         let task = self.tasks.spawn(check_forever(
-            served.clone(),
+            asked.clone(),
             check.clone(),
             self.generation,
             Arc::clone(&self.listening),
@@ -148,29 +183,62 @@ impl Checks {
             generation: self.generation,
             task,
         };
-        self.running.insert(served, running);
+        self.running.insert(asked, running);
     }
 
     fn found(&mut self, found: Found) {
-        let current = self.running.get(&found.served).map(|r| r.generation);
+        let current = self.running.get(&found.asked).map(|r| r.generation);
         if current == Some(found.generation) {
-            self.verdicts.insert(found.served, found.verdict);
+            self.verdicts.insert(found.asked, found.verdict);
         }
     }
 
-    fn publish(&self, publish: &watch::Sender<Arc<Verdicts>>) {
-        publish.send_if_modified(|current| {
-            let changed = **current != self.verdicts;
+    fn publish(&mut self, publish: &Publish) {
+        let verdicts = services(&self.verdicts);
+        publish.verdicts.send_if_modified(|current| {
+            let changed = **current != verdicts;
             if changed {
-                *current = Arc::new(self.verdicts.clone());
+                *current = Arc::new(verdicts);
             }
             changed
         });
+        let unfit = unfit(&self.verdicts);
+        if unfit != self.unfit {
+            self.unfit = unfit;
+            (publish.unfit)(Arc::new(self.unfit.clone()));
+        }
     }
 }
 
+/// Of each service the verdict on the best who serves it.
+fn services(all: &BTreeMap<Asked, Verdict>) -> Verdicts {
+    let rank = |verdict: Verdict| match verdict {
+        Verdict::Healthy => 3,
+        Verdict::Unknown => 2,
+        Verdict::Draining => 1,
+        Verdict::Unhealthy => 0,
+    };
+    let mut best = Verdicts::new();
+    for (asked, verdict) in all {
+        best.entry(asked.served.clone())
+            .and_modify(|known| {
+                if rank(*known) < rank(*verdict) {
+                    *known = *verdict;
+                }
+            })
+            .or_insert(*verdict);
+    }
+    best
+}
+
+fn unfit(all: &BTreeMap<Asked, Verdict>) -> Unfit {
+    let unhealthy = all.iter().filter(|(_, v)| **v == Verdict::Unhealthy);
+    let servers = unhealthy.filter_map(|(asked, _)| Some((asked.served.clone(), asked.beyond?)));
+    servers.collect()
+}
+
 async fn check_forever(
-    served: Served,
+    asked: Asked,
     check: Check,
     generation: u64,
     listening: Listening,
@@ -182,25 +250,28 @@ async fn check_forever(
         rise: check.rise,
         fall: check.fall,
     };
+    let place = match asked.beyond {
+        None => Place::Here(&listening),
+        Some(server) => Place::Beyond(server),
+    };
     let mut machine = HealthMachine::new(thresholds, Instant::now());
     let mut told = Verdict::Unknown;
     while let Some(at) = machine.poll_timeout() {
         tokio::time::sleep_until(at.into()).await;
         if let Some(number) = machine.handle_timeout(Instant::now()) {
-            let asked = tokio::time::timeout(thresholds.timeout, ask(&check, &listening)).await;
-            let result = asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+            let answer = tokio::time::timeout(thresholds.timeout, ask(&check, place)).await;
+            let result = answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
             if let Err(error) = &result {
-                log::debug!("the health check of {} failed: {error}", served.1);
+                log::debug!("the health check of {asked} failed: {error}");
             }
             machine.handle_result(number, result.is_ok());
         }
         let verdict = machine.verdict();
         if verdict != told {
-            let (service, account) = (&served.1, &served.0);
-            log::info!("service {service} of {account} is {}", verdict.as_str());
+            log::info!("{asked} is {}", verdict.as_str());
             told = verdict;
             let found = Found {
-                served: served.clone(),
+                asked: asked.clone(),
                 generation,
                 verdict,
             };
@@ -211,9 +282,19 @@ async fn check_forever(
     }
 }
 
+/// Where a check goes.
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Here(&'a Listening),
+    Beyond(SocketAddr),
+}
+
 /// One check: good, or why not.
-async fn ask(check: &Check, listening: &Listening) -> io::Result<()> {
-    let mut stream = connect(check.port, listening).await?;
+async fn ask(check: &Check, place: Place<'_>) -> io::Result<()> {
+    let mut stream = match place {
+        Place::Here(listening) => connect(check.port, listening).await?,
+        Place::Beyond(server) => TcpStream::connect(server).await?,
+    };
     match &check.kind {
         CheckKind::Tcp => Ok(()),
         CheckKind::Http(path) => {
@@ -341,6 +422,40 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_fronted_service_is_as_healthy_as_its_best_server() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let up = listener.local_addr().unwrap();
+        let down = {
+            let gone = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+            gone.local_addr().unwrap()
+        };
+        let (server, _answer) = serve(listener);
+        let text = "[[service]]\nports = [{ port = 80 }]\nendpoints = [\"10.9.0.5:80\"]\n\
+             check = { http = \"/\", interval_s = 1, fall = 1 }\n";
+        // Files do not name loopback; the tests have nothing else.
+        let with = |servers: Vec<SocketAddr>| {
+            let mut set = WorkloadSet::clone(&set(text));
+            let mut workload = Workload::clone(&set.workloads[0]);
+            workload.services[0].endpoints = servers;
+            set.workloads = vec![Arc::new(workload)];
+            Arc::new(set)
+        };
+        let mut checks = Started::new(with(vec![up, down]));
+        checks.until("web", Some(Verdict::Healthy)).await;
+        checks.until_unfit(&[down]).await;
+        server.abort();
+        drop(server.await);
+        checks.until_unfit(&[up, down]).await;
+        checks.until("web", Some(Verdict::Unhealthy)).await;
+        checks.sets.send_replace(with(vec![down]));
+        checks.until_unfit(&[down]).await;
+        checks.sets.send_replace(set(""));
+        checks.until_unfit(&[]).await;
+        checks.until("web", None).await;
+        checks.stop().await;
+    }
+
+    #[tokio::test]
     async fn an_open_port_is_enough_for_a_tcp_check() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -376,7 +491,7 @@ mod tests {
             };
             let (server, sender) = serve(listener);
             sender.send_replace(answer);
-            let result = tokio::time::timeout(WAIT, ask(&check, &on_loopback())).await;
+            let result = tokio::time::timeout(WAIT, ask(&check, Place::Here(&on_loopback()))).await;
             assert_eq!(result.unwrap().is_ok(), good, "{answer:?}");
             server.abort();
         }
@@ -401,6 +516,7 @@ mod tests {
     struct Started {
         sets: watch::Sender<Arc<WorkloadSet>>,
         verdicts: watch::Receiver<Arc<Verdicts>>,
+        unfit: watch::Receiver<Arc<Unfit>>,
         stop: CancellationToken,
         task: tokio::task::JoinHandle<io::Result<()>>,
     }
@@ -408,12 +524,18 @@ mod tests {
     impl Started {
         fn new(first: Arc<WorkloadSet>) -> Self {
             let (sets, receiver) = watch::channel(first);
-            let (publish, verdicts) = watch::channel(Arc::default());
+            let (verdicts_by, verdicts) = watch::channel(Arc::default());
+            let (unfit_by, unfit) = watch::channel(Arc::default());
+            let publish = Publish {
+                verdicts: verdicts_by,
+                unfit: Box::new(move |unfit| drop(unfit_by.send_replace(unfit))),
+            };
             let stop = CancellationToken::new();
             let task = tokio::spawn(run(receiver, on_loopback(), publish, stop.clone()));
             Self {
                 sets,
                 verdicts,
+                unfit,
                 stop,
                 task,
             }
@@ -426,6 +548,15 @@ mod tests {
             let reached = self
                 .verdicts
                 .wait_for(|verdicts| verdicts.get(&served).copied() == verdict);
+            tokio::time::timeout(WAIT, reached).await.unwrap().unwrap();
+        }
+
+        async fn until_unfit(&mut self, servers: &[SocketAddr]) {
+            let wanted: BTreeSet<SocketAddr> = servers.iter().copied().collect();
+            let reached = self.unfit.wait_for(|unfit| {
+                let found: BTreeSet<SocketAddr> = unfit.iter().map(|(_, server)| *server).collect();
+                found == wanted
+            });
             tokio::time::timeout(WAIT, reached).await.unwrap().unwrap();
         }
 

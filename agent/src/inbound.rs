@@ -36,6 +36,7 @@ use crate::workloads::WorkloadSet;
 
 pub(crate) mod app;
 mod auto;
+pub(crate) mod front;
 mod http;
 
 /// Refusals that one connection may log; the rest is only counted, so that a peer can not fill the log.
@@ -76,6 +77,8 @@ struct Decided {
 pub(crate) struct Admitted {
     pub(crate) permit: Permit,
     pub(crate) server: Account,
+    /// Servers without an agent that serve it; none where an app of this host does.
+    beyond: Rc<[SocketAddr]>,
     pub(crate) flow: Arc<Flow>,
     allowed: prometheus_client::metrics::counter::Counter,
     /// Completes when policy changed its mind.
@@ -335,13 +338,22 @@ impl Peer {
             }
         }
         *self.basis.borrow_mut() = (view.policies.clone(), Arc::clone(&view.workloads));
-        self.decided.borrow_mut().retain(|known| {
-            let allowed = self.decide(&known.header).is_ok();
-            if !allowed {
-                known.admitted.revoked.cancel();
-            }
-            allowed
-        });
+        self.decided
+            .borrow_mut()
+            .retain_mut(|known| match self.decide(&known.header) {
+                Ok(now) => {
+                    // It is served elsewhere now. What is open stays as it began, and is cut with the rest if need be.
+                    if now.beyond != known.admitted.beyond {
+                        let revoked = known.admitted.revoked.clone();
+                        known.admitted = Rc::new(Admitted { revoked, ..now });
+                    }
+                    true
+                }
+                Err(_) => {
+                    known.admitted.revoked.cancel();
+                    false
+                }
+            });
     }
 
     /// Judges by the policies of now; with a refusal comes which policy decided.
@@ -406,6 +418,7 @@ impl Peer {
         Ok(Admitted {
             permit,
             server: self.server.clone(),
+            beyond: service.endpoints.as_slice().into(),
             flow,
             allowed,
             revoked,

@@ -600,6 +600,7 @@ mod tests {
             policies: None,
             endpoints: Arc::default(),
             workloads: Arc::default(),
+            unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::new(Leaves::default()),
             live: false,

@@ -1,17 +1,26 @@
 //! What the data path counts. A connection or stream looks its counters up once; counting is an atomic add.
 
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mesh_core::names::ServiceName;
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::Budget;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric as _,
+};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+
+use crate::workloads::WorkloadSet;
 
 use crate::limits::Limits;
 
@@ -71,6 +80,36 @@ struct DecisionLabels {
     decision: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PlaintextLabels {
+    dst: String,
+    endpoint: String,
+    status: &'static str,
+}
+
+/// Says at each scrape which services go on in plaintext beyond this host: the files decide, so nothing can be stale.
+#[derive(Debug)]
+pub(crate) struct FrontedServices(pub(crate) watch::Receiver<Arc<WorkloadSet>>);
+
+impl Collector for FrontedServices {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let mut family = encoder.encode_descriptor(
+            "plaintext_endpoints",
+            "Servers without an agent that this host goes on to in plaintext",
+            None,
+            MetricType::Gauge,
+        )?;
+        let set = Arc::clone(&self.0.borrow());
+        let services = set.workloads.iter().flat_map(|w| &w.services);
+        for service in services.filter(|service| service.is_fronted()) {
+            let labels = [("dst", service.name.to_string())];
+            let count = ConstGauge::new(i64::try_from(service.endpoints.len()).unwrap_or(i64::MAX));
+            count.encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
 /// The counters of one flow.
 #[derive(Debug)]
 pub(crate) struct Flow {
@@ -127,6 +166,7 @@ pub(crate) struct Metrics {
     pub(crate) app_connections: Counter,
     pub(crate) app_reused: Counter,
     pub(crate) limits: Limits,
+    plaintext_connections: Family<PlaintextLabels, Counter>,
 }
 
 impl Metrics {
@@ -149,6 +189,7 @@ impl Metrics {
             mesh_connections: Gauge::default(),
             app_connections: Counter::default(),
             app_reused: Counter::default(),
+            plaintext_connections: Family::default(),
         };
         metrics.register(|registry| {
             registry.register(
@@ -200,6 +241,11 @@ impl Metrics {
                 "app_reused",
                 "Requests on a kept connection to a local app",
                 metrics.app_reused.clone(),
+            );
+            registry.register(
+                "plaintext_connections",
+                "Attempts to connect to servers without an agent",
+                metrics.plaintext_connections.clone(),
             );
         });
         Arc::new(metrics)
@@ -265,6 +311,16 @@ impl Metrics {
         self.refused.get_or_create(&labels).inc();
     }
 
+    /// Counts an attempt to connect to a server without an agent. As many labels as the workload files have endpoints.
+    pub(crate) fn plaintext(&self, dst: &ServiceName, endpoint: SocketAddr, connected: bool) {
+        let labels = PlaintextLabels {
+            dst: dst.to_string(),
+            endpoint: endpoint.to_string(),
+            status: if connected { "ok" } else { "failed" },
+        };
+        self.plaintext_connections.get_or_create(&labels).inc();
+    }
+
     /// The counter of a decision of policy. `src` may be any identity, so its number is bounded by [`FLOWS_MAX`].
     pub(crate) fn decision(
         &self,
@@ -314,6 +370,31 @@ fn overflow(labels: &FlowLabels) -> FlowLabels {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plaintext_is_counted_and_listed_as_the_files_say() {
+        use mesh_api::workload_file::Workload;
+        let text = "namespace = \"shop\"\n[[service]]\nports = [{ port = 5432 }]\n\
+             endpoints = [\"10.9.0.5:5432\", \"[fd00::5]:5432\"]\n";
+        let set = WorkloadSet {
+            workloads: vec![Arc::new(Workload::parse("db", text).unwrap())],
+            ..WorkloadSet::default()
+        };
+        let (sets, receiver) = watch::channel(Arc::new(set));
+        let metrics = Metrics::new(Budget::new(1));
+        metrics.register(|r| r.register_collector(Box::new(FrontedServices(receiver))));
+        let service = ServiceName::parse("shop/db").unwrap();
+        metrics.plaintext(&service, "10.9.0.5:5432".parse().unwrap(), false);
+        let page = metrics.encode();
+        for line in [
+            "mesh_plaintext_endpoints{dst=\"shop/db\"} 2\n",
+            "mesh_plaintext_connections_total{dst=\"shop/db\",endpoint=\"10.9.0.5:5432\",status=\"failed\"} 1\n",
+        ] {
+            assert!(page.contains(line), "{line} is missing:\n{page}");
+        }
+        sets.send_replace(Arc::default());
+        assert!(!metrics.encode().contains("mesh_plaintext_endpoints{"));
+    }
 
     #[test]
     fn flows_are_shared_and_bounded() {

@@ -116,7 +116,7 @@ impl Owners {
         self.set = Arc::clone(&self.links.sets.borrow_and_update());
         let mut paths = Vec::new();
         for workload in &self.set.workloads {
-            if let Ok(Some(path)) = path(&workload.owner) {
+            if let Some(Ok(Some(path))) = workload.owner.as_ref().map(path) {
                 paths.extend(path.socket_unit());
                 paths.push(path);
             }
@@ -186,13 +186,17 @@ impl Owners {
             let Some(number) = self.set.number(account) else {
                 continue;
             };
-            let resolved = self.resolve_one(&workload.owner)?;
+            // Without processes here there is nothing that the kernel could tell apart.
+            let Some(owner) = &workload.owner else {
+                continue;
+            };
+            let resolved = self.resolve_one(owner)?;
             if let Some(problem) = resolved.problem.or_else(|| seen.claim(&resolved.owner)) {
                 problems.insert(account.clone(), problem);
                 continue;
             }
             let found = resolved.owner;
-            if let Some(missing) = missing(&workload.owner, &found) {
+            if let Some(missing) = missing(owner, &found) {
                 absent.insert(account.clone(), missing);
             }
             desired.push(DesiredWorkload {

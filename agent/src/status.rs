@@ -112,7 +112,10 @@ pub(crate) struct ServiceStatus {
     pub(crate) ports: Vec<u16>,
     /// healthy, unhealthy, unknown, draining, not checked or not served
     pub(crate) health: String,
-    /// What is wrong with its ports on this host.
+    /// Servers without an agent to which this host goes on in plaintext.
+    #[serde(default)]
+    pub(crate) plaintext: Vec<String>,
+    /// What is wrong with its ports on this host, or with servers beyond it.
     pub(crate) problems: Vec<String>,
     /// Why control does not list it.
     pub(crate) refused: Option<RefusalStatus>,
@@ -161,6 +164,13 @@ impl Status {
             && !self.is_removed()
         {
             writeln!(page, "autonomy     {} without control", span(left))?;
+        }
+        for service in self.workloads.iter().flat_map(|w| &w.services) {
+            if !service.plaintext.is_empty() {
+                let servers = service.plaintext.join(", ");
+                let name = &service.name;
+                writeln!(page, "plaintext    {name} beyond this host: {servers}")?;
+            }
         }
         for problem in &self.file_problems {
             writeln!(page, "file         {problem}")?;
@@ -435,6 +445,7 @@ mod tests {
                     name: "shop/web".to_owned(),
                     ports: vec![80],
                     health: "healthy".to_owned(),
+                    plaintext: vec!["10.9.0.5:5432".to_owned(), "[fd00::5]:5432".to_owned()],
                     problems: vec!["nothing listens on port 80".to_owned()],
                     refused: Some(RefusalStatus {
                         reason: "out_of_scope".to_owned(),
@@ -455,6 +466,7 @@ mod tests {
             "live at 10.0.0.9:7440",
             "autonomy     1 d 23 h",
             "shop/web:80",
+            "plaintext    shop/web beyond this host: 10.9.0.5:5432, [fd00::5]:5432\n",
             "healthy, out_of_scope",
             "not in the token; ask",
             "in use       callers 12 of 100, buffers 1.5 of 256 MiB\n",

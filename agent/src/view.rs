@@ -13,6 +13,7 @@ use rustls::ClientConfig;
 use rustls::sign::CertifiedKey;
 use tokio::sync::watch;
 
+use crate::health::Unfit;
 use crate::whose::OwnerTable;
 use crate::workloads::WorkloadSet;
 
@@ -27,6 +28,8 @@ pub(crate) struct View {
     /// Only services that were asked for.
     pub(crate) endpoints: Arc<BTreeMap<ServiceName, Arc<Vec<Endpoint>>>>,
     pub(crate) workloads: Arc<WorkloadSet>,
+    /// Servers without an agent that fail their service's check.
+    pub(crate) unfit: Arc<Unfit>,
     /// Whose a socket is, by what the kernel says of it.
     pub(crate) owners: Arc<OwnerTable>,
     pub(crate) leaves: Arc<Leaves>,

@@ -30,7 +30,7 @@ use crate::health::{self, Listening, Verdicts};
 use crate::holder::client::{HolderLink, HolderSender};
 use crate::holder::protocol::{FromHolder, Sockets};
 use crate::leaves::{self, Standings};
-use crate::metrics::Metrics;
+use crate::metrics::{FrontedServices, Metrics};
 use crate::owners::{self, OwnerStatus, Owners};
 use crate::state::{Kept, Membership, State};
 use crate::view::{Leaves, View, ViewReader, ViewWriter};
@@ -165,7 +165,7 @@ impl Parts {
             "the roots that the join gave this host are missing; `mesh-agent leave`, then join again",
         )?;
         let trust = TrustStore::from_bundle(&bundle)?.shared();
-        let (files, sets) = Watch::new(config.services_dir.clone())
+        let (files, sets) = Watch::new(config.services_dir.clone(), membership.host.vips)
             .with_context(|| format!("cannot follow {}", config.services_dir.display()))?;
         let view = ViewWriter::new(View {
             host: Arc::new(membership.host.clone()),
@@ -173,6 +173,7 @@ impl Parts {
             policies: None,
             endpoints: Arc::default(),
             workloads: Arc::clone(&sets.borrow()),
+            unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::new(Leaves::default()),
             live: false,
@@ -238,6 +239,9 @@ impl Parts {
         )?;
 
         let metrics = Metrics::new(Budget::new(config.buffer_max()));
+        metrics.register(|registry| {
+            registry.register_collector(Box::new(FrontedServices(self.sets.clone())));
+        });
         let shared = DataShared {
             view: self.view.reader(),
             wants: wants_by,
@@ -267,7 +271,7 @@ impl Parts {
         tasks.spawn("leaves", keeper.run(stop.clone()));
         tasks.spawn("owners", owners.run(stop.clone()));
         tasks.spawn("workload files", self.files.run(stop));
-        start_health(&self.sets, verdicts_by, &mut tasks)?;
+        start_health(&self.sets, self.view.clone(), verdicts_by, &mut tasks)?;
         start_admin(
             admin::Sources {
                 config: config.clone(),
@@ -388,10 +392,15 @@ fn own_address(sockets: &dns::Sockets) -> Option<IpAddr> {
 
 fn start_health(
     sets: &watch::Receiver<Arc<WorkloadSet>>,
+    view: ViewWriter,
     verdicts: watch::Sender<Arc<Verdicts>>,
     tasks: &mut Tasks,
 ) -> anyhow::Result<()> {
-    let checks = health::run(sets.clone(), listening()?, verdicts, tasks.stop.clone());
+    let publish = health::Publish {
+        verdicts,
+        unfit: Box::new(move |unfit| view.change(|view| view.unfit = unfit)),
+    };
+    let checks = health::run(sets.clone(), listening()?, publish, tasks.stop.clone());
     tasks.spawn("health", checks);
     Ok(())
 }

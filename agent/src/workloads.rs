@@ -11,11 +11,14 @@ mod watch;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mesh_api::workload_file::{FILE_MAX, FileError, Workload};
+use mesh_api::workload_file::{FILE_MAX, FileError, HostAddresses, Workload};
 use mesh_core::names::Account;
+use mesh_core::vip::VipRanges;
+use nix::ifaddrs::getifaddrs;
 
 pub(crate) use numbers::Number;
 use numbers::Numbers;
@@ -71,6 +74,7 @@ impl std::fmt::Display for FileProblem {
 #[derive(Debug)]
 pub(crate) struct Loader {
     directory: PathBuf,
+    vips: VipRanges,
     good: BTreeMap<PathBuf, Arc<Workload>>,
     numbers: Numbers,
 }
@@ -82,9 +86,10 @@ struct Candidate {
 }
 
 impl Loader {
-    pub(crate) fn new(directory: PathBuf) -> Self {
+    pub(crate) fn new(directory: PathBuf, vips: VipRanges) -> Self {
         Self {
             directory,
+            vips,
             good: BTreeMap::new(),
             numbers: Numbers::default(),
         }
@@ -135,8 +140,12 @@ impl Loader {
             }
         }
         files.sort();
+        let host = HostAddresses {
+            own: own_addresses()?,
+            vips: Some(self.vips),
+        };
         let read = |file: PathBuf| {
-            let now = read_file(&file).map(Arc::new);
+            let now = read_file(&host, &file).map(Arc::new);
             Candidate { file, now }
         };
         Ok(files.into_iter().map(read).collect())
@@ -208,8 +217,12 @@ fn conflict(taken: &[(PathBuf, Arc<Workload>)], workload: &Workload) -> Option<F
             let remedy = "give one of the two files another account";
             return Some(whole_file(message, remedy));
         }
-        if other.owner == workload.owner {
-            let message = format!("owner {} is that of {file} already", other.owner);
+        if let Some(owner) = other
+            .owner
+            .as_ref()
+            .filter(|o| workload.owner.as_ref() == Some(o))
+        {
+            let message = format!("owner {owner} is that of {file} already");
             let remedy = "one owner is one workload: put the services into one file";
             return Some(whole_file(message, remedy));
         }
@@ -221,10 +234,20 @@ fn conflict(taken: &[(PathBuf, Arc<Workload>)], workload: &Workload) -> Option<F
     })
 }
 
-fn read_file(file: &Path) -> Result<Workload, FileError> {
+/// The addresses of this host's interfaces.
+fn own_addresses() -> io::Result<Vec<IpAddr>> {
+    let all = getifaddrs()?.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|a| a.ip().into());
+        v4.or_else(|| address.as_sockaddr_in6().map(|a| a.ip().into()))
+    });
+    Ok(all.collect())
+}
+
+fn read_file(host: &HostAddresses, file: &Path) -> Result<Workload, FileError> {
     let text = read_text(file).map_err(|error| unreadable(&error))?;
     let stem = file.file_stem().unwrap_or_default().to_string_lossy();
-    Workload::parse(&stem, &text)
+    Workload::parse_on(host, &stem, &text)
 }
 
 fn read_text(file: &Path) -> io::Result<String> {
@@ -310,6 +333,28 @@ mod tests {
             assert_eq!(set.problems[0].file, directory.path.join("b.toml"));
             assert!(set.problems[0].message.contains("a.toml"));
         }
+    }
+
+    #[test]
+    fn fronts_have_no_owner_and_go_beyond_the_host_only() {
+        let front = |endpoint: &str| {
+            format!(
+                "namespace = \"shop\"\n[[service]]\nports = [{{ port = 5432 }}]\nendpoints = [\"{endpoint}\"]\n"
+            )
+        };
+        let directory = Directory::new();
+        directory.write("a.toml", &front("192.0.2.5:5432"));
+        directory.write("b.toml", &front("192.0.2.5:5432"));
+        directory.write("c.toml", &front("252.64.0.2:5432"));
+        let set = directory.loader().load();
+        assert_eq!(accounts(&set), ["shop/a", "shop/b"]);
+        let [problem] = &set.problems[..] else {
+            panic!("{:?}", set.problems);
+        };
+        assert!(problem.to_string().contains("c.toml:4: "), "{problem}");
+        assert!(problem.message.contains("virtual address"), "{problem}");
+        let own = own_addresses().unwrap();
+        assert!(own.iter().any(IpAddr::is_loopback), "{own:?}");
     }
 
     #[test]

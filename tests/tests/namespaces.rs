@@ -51,3 +51,5 @@ mod tcp;
 mod tcp_exact;
 #[path = "namespaces/tokens.rs"]
 mod tokens;
+#[path = "namespaces/unjoined.rs"]
+mod unjoined;

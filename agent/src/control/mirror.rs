@@ -341,6 +341,7 @@ mod tests {
             policies: None,
             endpoints: Arc::default(),
             workloads: Arc::default(),
+            unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::default(),
             live: false,

@@ -19,6 +19,7 @@ pub(super) fn workloads(set: &WorkloadSet, verdicts: &Verdicts) -> Vec<proto::Re
                     .get(&served)
                     .copied()
                     .is_some_and(Verdict::is_healthy),
+                plaintext_endpoints: service.endpoints.iter().map(ToString::to_string).collect(),
             }
         });
         proto::ReportedWorkload {
@@ -35,6 +36,22 @@ mod tests {
     use super::*;
     use mesh_api::workload_file::Workload;
     use std::sync::Arc;
+
+    #[test]
+    fn where_it_goes_on_in_plaintext_is_said() {
+        let text = "namespace = \"shop\"\n[[service]]\nports = [{ port = 5432 }]\n\
+             endpoints = [\"10.9.0.5:5432\", \"[fd00::5]:5432\"]\n";
+        let set = WorkloadSet {
+            workloads: vec![Arc::new(Workload::parse("db", text).unwrap())],
+            ..WorkloadSet::default()
+        };
+        let reported = workloads(&set, &Verdicts::new());
+        let service = &reported[0].services[0];
+        assert_eq!(
+            service.plaintext_endpoints,
+            ["10.9.0.5:5432", "[fd00::5]:5432"]
+        );
+    }
 
     #[test]
     fn a_service_is_healthy_only_when_it_is_known_to_be() {

@@ -12,7 +12,7 @@ use mesh_core::names::Account;
 use mesh_core::reason::Reason;
 use tokio::net::TcpStream;
 
-use super::{Admitted, Peer};
+use super::{Admitted, Peer, front};
 use crate::capture::sockdiag::Listener;
 use crate::data::Thread;
 use crate::limits::{self, Limit};
@@ -31,6 +31,8 @@ struct Key {
     server: Account,
     port: u16,
     shown: IpAddr,
+    /// The server without an agent at the other end; `None`: an app of this host.
+    beyond: Option<SocketAddr>,
 }
 
 /// The kept connections of one thread.
@@ -97,13 +99,16 @@ fn key(peer: &Peer, admitted: &Admitted) -> Key {
         server: admitted.server.clone(),
         port: admitted.permit.target().port,
         shown: peer.address,
+        beyond: front::turn(peer.thread(), admitted),
     }
 }
 
 /// A kept connection for another request, if there is one.
 pub(super) fn reuse(peer: &Peer, admitted: &Admitted) -> Option<TcpStream> {
     let thread = peer.thread();
-    let socket = thread.apps.take(&key(peer, admitted))?;
+    let key = key(peer, admitted);
+    let socket = thread.apps.take(&key)?;
+    front::took(thread, admitted, key.beyond);
     relay::guard(&socket);
     thread.metrics.app_reused.inc();
     Some(socket)
@@ -113,12 +118,17 @@ pub(super) fn reuse(peer: &Peer, admitted: &Admitted) -> Option<TcpStream> {
 pub(super) fn keep(peer: &Peer, admitted: &Admitted, socket: TcpStream) {
     relay::settle(&socket);
     let thread = peer.thread();
-    if !thread.apps.give(key(peer, admitted), socket) {
+    let key = Key {
+        beyond: front::server_of(admitted, &socket),
+        ..key(peer, admitted)
+    };
+    if !thread.apps.give(key, socket) {
         thread.metrics.limits.reached(Limit::KeptApps);
     }
 }
 
-/// Connects to the app of a permitted target as if from `shown`.
+/// Connects to the app of a permitted target as if from `shown`; where servers without an agent serve it, to one of
+/// them, which sees this host.
 ///
 /// # Errors
 /// Why the app can not be had.
@@ -127,6 +137,9 @@ pub(super) async fn connect(
     admitted: &Admitted,
     shown: IpAddr,
 ) -> Result<TcpStream, Reason> {
+    if !admitted.beyond.is_empty() {
+        return front::connect(thread, admitted).await;
+    }
     let port = admitted.permit.target().port;
     let target = listener(thread, &admitted.server, port, shown)?;
     let connect = thread.dialer.connect(target, shown);

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use futures_util::stream::ReadyChunks;
 use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, WatchMask};
+use mesh_core::vip::VipRanges;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -47,10 +48,13 @@ struct Wanted {
 
 impl Watch {
     /// Reads the directory once and begins to watch it. Needs a tokio runtime.
-    pub(crate) fn new(directory: PathBuf) -> io::Result<(Self, watch::Receiver<Arc<WorkloadSet>>)> {
+    pub(crate) fn new(
+        directory: PathBuf,
+        vips: VipRanges,
+    ) -> io::Result<(Self, watch::Receiver<Arc<WorkloadSet>>)> {
         let (publish, receiver) = watch::channel(Arc::default());
         let mut watch = Self {
-            loader: Loader::new(directory),
+            loader: Loader::new(directory, vips),
             events: Inotify::init()?
                 .into_event_stream(vec![0; EVENTS_BUFFER])?
                 .ready_chunks(BATCH_MAX),
@@ -300,7 +304,7 @@ pub(super) mod tests {
 
     impl Running {
         fn start(directory: PathBuf) -> Self {
-            let (watch, receiver) = Watch::new(directory).unwrap();
+            let (watch, receiver) = Watch::new(directory, VipRanges::default()).unwrap();
             let stop = CancellationToken::new();
             Self {
                 receiver,
@@ -358,7 +362,7 @@ pub(super) mod tests {
         }
 
         pub(in crate::workloads) fn loader(&self) -> Loader {
-            Loader::new(self.path.clone())
+            Loader::new(self.path.clone(), VipRanges::default())
         }
 
         pub(in crate::workloads) fn write(&self, name: &str, text: &str) {

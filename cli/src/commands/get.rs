@@ -115,6 +115,7 @@ fn services(list: &Value) -> String {
         "TRANSPORT",
         "ENDPOINTS",
         "SOURCE",
+        "NOTE",
     ]);
     for service in items(list) {
         let ports = service.pointer("/spec/ports").and_then(Value::as_array);
@@ -129,6 +130,7 @@ fn services(list: &Value) -> String {
             transport.map_or_else(|| "permissive".to_owned(), |t| enforced(service, t)),
             endpoints(service),
             text(service, "/status/source"),
+            unencrypted(service),
         ]);
     }
     table.render()
@@ -152,6 +154,19 @@ fn enforced(service: &Value, transport: &Value) -> String {
         return format!("{transport} (not enforced)");
     }
     transport
+}
+
+/// Where calls go on without encryption: `plaintext beyond host-1: 10.9.0.5:5432`.
+fn unencrypted(service: &Value) -> String {
+    let conditions = service
+        .pointer("/status/conditions")
+        .and_then(Value::as_array);
+    let is = |c: &&Value| text(c, "/type") == "Encrypted" && text(c, "/status") == "False";
+    let found = conditions.into_iter().flatten().filter(is);
+    found
+        .map(|c| text(c, "/message"))
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 /// How many endpoints answer, of how many.
@@ -283,7 +298,8 @@ mod tests {
                 "annotations": {"meshwork.io/transport": "strict"}},
             "spec": {"ports": [{"port": 80, "appProtocol": "http"}, {"port": 81}]},
             "status": {"vip4": "252.64.0.2", "vip6": "fd6d::2", "source": "host/vm-1",
-                "conditions": [{"type": "TransportEnforced", "status": "False"}],
+                "conditions": [{"type": "TransportEnforced", "status": "False"},
+                    {"type": "Encrypted", "status": "False", "message": "plaintext beyond vm-1: 10.9.0.5:80"}],
                 "endpoints": [{"state": "healthy"}, {"state": "stale"}]}
         }]);
         let text = table(Kind::Services, &list);
@@ -299,6 +315,10 @@ mod tests {
             "enforced)",
             "1/2",
             "host/vm-1",
+            "plaintext",
+            "beyond",
+            "vm-1:",
+            "10.9.0.5:80",
         ];
         assert_eq!(line, expected);
     }

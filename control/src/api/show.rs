@@ -1,6 +1,7 @@
 //! What operators see: the objects of the catalogue in the shape of Kubernetes.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mesh_api::resource::{OUR_API, TRANSPORT_ANNOTATION};
@@ -205,11 +206,24 @@ fn service(now: &Catalogue, service: &Service) -> Value {
     )
 }
 
+/// The servers without an agent that a host goes on to in plaintext for a service, as this workload of it says.
+fn plaintext<'a>(
+    host: &'a Host,
+    account: Option<&Account>,
+    name: &ServiceName,
+) -> &'a [SocketAddr] {
+    let mut offers = host.offers();
+    let own = offers.find(|(a, o)| o.service == *name && account.is_none_or(|own| own == *a));
+    own.map_or(&[], |(_, offer)| &offer.plaintext)
+}
+
 fn endpoints(now: &Catalogue, name: &ServiceName) -> Vec<Value> {
     let list = now.endpoints_of(name).map_or(&[][..], |e| &e.list);
     let show = |e: &mesh_core::service::Endpoint| {
-        json!({
-            "host": now.hosts.get(&e.host).map(|h| h.name.to_string()),
+        let host = now.hosts.get(&e.host);
+        let beyond = host.map_or(&[][..], |h| plaintext(h, Some(&e.account), name));
+        let mut shown = json!({
+            "host": host.map(|h| h.name.to_string()),
             "network": e.network.as_str(),
             "address": e.address,
             "account": e.account.to_string(),
@@ -217,7 +231,11 @@ fn endpoints(now: &Catalogue, name: &ServiceName) -> Vec<Value> {
                 Health::Healthy => "healthy",
                 Health::Stale => "stale",
             },
-        })
+        });
+        if !beyond.is_empty() {
+            shown["plaintextBeyond"] = json!(beyond);
+        }
+        shown
     };
     list.iter().map(show).collect()
 }
@@ -235,6 +253,19 @@ fn conditions(now: &Catalogue, service: &Service) -> Vec<Value> {
         }));
     }
     for host in now.servers_of(name) {
+        let beyond: Vec<String> = plaintext(host, None, name)
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        if !beyond.is_empty() {
+            conditions.push(json!({
+                "type": "Encrypted",
+                "status": "False",
+                "reason": "PlaintextEndpoints",
+                "host": host.name.as_str(),
+                "message": format!("plaintext beyond {}: {}", host.name, beyond.join(", ")),
+            }));
+        }
         let problems = now.problems_of(host).into_iter();
         let ours = problems.filter(|p| p.service.as_ref().is_none_or(|s| s == name));
         conditions.extend(ours.map(|problem| {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use mesh_api::resource::{Object, PolicySpec};
@@ -233,6 +233,9 @@ pub(crate) struct Offer {
     #[serde(with = "text::transport")]
     pub transport: Transport,
     pub healthy: bool,
+    /// Servers without an agent, to which the host goes on in plaintext; none where a program of the host serves.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub plaintext: Vec<SocketAddr>,
 }
 
 /// A host that was removed: its uid never comes back.

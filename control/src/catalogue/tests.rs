@@ -180,6 +180,7 @@ fn offer(service: &str, port: u16) -> Offer {
         }],
         transport: Transport::Permissive,
         healthy: true,
+        plaintext: Vec::new(),
     }
 }
 

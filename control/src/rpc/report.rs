@@ -18,6 +18,8 @@ const SERVICES_MAX: usize = 64;
 const OFFERS_MAX: usize = 1024;
 /// Most ports of a service.
 const PORTS_MAX: usize = 64;
+/// Most servers without an agent that one host goes on to for a service.
+const PLAINTEXT_MAX: usize = 16;
 
 /// A report, read: what can be read, and what is wrong with the rest.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -109,6 +111,18 @@ fn offer(account: &Account, reported: &proto::ReportedService) -> Result<Offer, 
         "" => Transport::default(),
         text => Transport::parse(text).ok_or("transport is not permissive or strict")?,
     };
+    let plaintext = &reported.plaintext_endpoints;
+    if PLAINTEXT_MAX < plaintext.len() {
+        let count = plaintext.len();
+        return Err(format!(
+            "it has {count} plaintext endpoints; at most {PLAINTEXT_MAX} may be"
+        ));
+    }
+    let plaintext = plaintext.iter().map(|text| {
+        let short = || text.chars().take(64).collect::<String>();
+        text.parse()
+            .map_err(|_| format!("plaintext endpoint `{}` is no address with a port", short()))
+    });
     Ok(Offer {
         service: ServiceName {
             namespace: account.namespace.clone(),
@@ -117,6 +131,7 @@ fn offer(account: &Account, reported: &proto::ReportedService) -> Result<Offer, 
         ports,
         transport,
         healthy: reported.healthy,
+        plaintext: plaintext.collect::<Result<_, String>>()?,
     })
 }
 
@@ -147,7 +162,34 @@ mod tests {
                 }],
                 transport: String::new(),
                 healthy: true,
+                plaintext_endpoints: Vec::new(),
             }],
+        }
+    }
+
+    #[test]
+    fn plaintext_endpoints_are_kept_or_the_service_is_a_problem() {
+        let with = |endpoints: &[&str]| {
+            let mut workload = workload("shop", "db", 5432);
+            workload.services[0].plaintext_endpoints =
+                endpoints.iter().map(|e| (*e).to_owned()).collect();
+            let report = proto::Report {
+                generation: 1,
+                workloads: vec![workload],
+            };
+            read(&report).unwrap()
+        };
+        let good = with(&["10.9.0.5:5432", "[fd00::5]:5432"]);
+        assert_eq!(good.problems, []);
+        let expected: Vec<std::net::SocketAddr> = vec![
+            "10.9.0.5:5432".parse().unwrap(),
+            "[fd00::5]:5432".parse().unwrap(),
+        ];
+        assert_eq!(good.workloads[0].offers[0].plaintext, expected);
+        for bad in [&["db:5432"][..], &["10.9.0.5:5432"; PLAINTEXT_MAX + 1]] {
+            let read = with(bad);
+            assert_eq!(read.problems.len(), 1, "{bad:?}");
+            assert_eq!(read.workloads[0].offers, [], "it would pass for encrypted");
         }
     }
 

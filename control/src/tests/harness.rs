@@ -370,6 +370,7 @@ impl Session {
             }],
             transport: String::new(),
             healthy: true,
+            plaintext_endpoints: Vec::new(),
         };
         let workload = proto::ReportedWorkload {
             namespace: namespace.to_owned(),

@@ -3,19 +3,22 @@
 //! ```toml
 //! account = "web"             # default: the file's name
 //! namespace = "shop"
-//! [owner]                     # exactly one
+//! [owner]                     # exactly one; none where every service has endpoints
 //! unit = "nginx.service"      # or user = "www-data", or cgroup = "system.slice/nginx.service"
 //! [[service]]
 //! name = "web"                # default: the account
 //! ports = [{ port = 80, protocol = "http" }]
 //! transport = "permissive"    # value at creation only
 //! check = { http = "/healthz", port = 80, interval_s = 5 }   # or { tcp = true }
+//! endpoints = ["10.9.0.5:5432"]   # servers without an agent, which this host goes on to in plaintext
 //! ```
 
+use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
 use mesh_core::names::{Account, Label, NameError, ServiceName};
 use mesh_core::service::{Port, Protocol, Transport};
+use mesh_core::vip::VipRanges;
 use serde::Deserialize;
 
 use crate::resource::check_ports;
@@ -24,6 +27,8 @@ use crate::resource::check_ports;
 pub const FILE_MAX: u64 = 64 * 1024;
 /// Most services of one workload.
 pub const SERVICES_MAX: usize = 64;
+/// Most plaintext endpoints of one service: the primary and replicas of a database, not a fleet, which would join.
+pub const ENDPOINTS_MAX: usize = 16;
 
 /// Which processes are the workload.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,7 +55,8 @@ impl std::fmt::Display for Owner {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
     pub account: Account,
-    pub owner: Owner,
+    /// `None`: it has no processes here, since all its services are served beyond this host.
+    pub owner: Option<Owner>,
     pub services: Vec<LocalService>,
 }
 
@@ -62,6 +68,18 @@ pub struct LocalService {
     /// What the service gets when this host is the first to register it.
     pub transport: Transport,
     pub check: Option<Check>,
+    /// Where it is served without an agent: this host authorizes, and goes on to one of these in plaintext. Each once;
+    /// none where a program of this host serves it.
+    pub endpoints: Vec<SocketAddr>,
+}
+
+/// What a plaintext endpoint must not be: a file is judged by the host that it stands on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostAddresses {
+    /// Of the host itself.
+    pub own: Vec<IpAddr>,
+    /// Of the mesh.
+    pub vips: Option<VipRanges>,
 }
 
 /// How a service's health is asked.
@@ -100,7 +118,7 @@ pub struct FileError {
 struct FileForm {
     account: Option<String>,
     namespace: String,
-    owner: toml::Spanned<OwnerForm>,
+    owner: Option<toml::Spanned<OwnerForm>>,
     #[serde(default, rename = "service")]
     services: Vec<toml::Spanned<ServiceForm>>,
 }
@@ -120,6 +138,7 @@ struct ServiceForm {
     ports: Vec<PortForm>,
     transport: Option<String>,
     check: Option<CheckForm>,
+    endpoints: Option<toml::Spanned<Vec<String>>>,
 }
 
 #[derive(Deserialize)]
@@ -142,8 +161,13 @@ struct CheckForm {
 }
 
 impl Workload {
-    /// Reads a file named `<stem>.toml`.
+    /// Reads a file named `<stem>.toml`, of no host in particular.
     pub fn parse(stem: &str, text: &str) -> Result<Self, FileError> {
+        Self::parse_on(&HostAddresses::default(), stem, text)
+    }
+
+    /// Reads a file named `<stem>.toml` of this host.
+    pub fn parse_on(host: &HostAddresses, stem: &str, text: &str) -> Result<Self, FileError> {
         let form: FileForm = toml::from_str(text).map_err(|error| FileError {
             line: error.span().map_or(0, |span| line_of(text, &span)),
             message: error.message().trim().replace('\n', " "),
@@ -153,7 +177,10 @@ impl Workload {
         let namespace: Label = form.namespace.parse().map_err(|e| name_error(0, &e))?;
         let account = form.account.as_deref().unwrap_or(stem);
         let account: Label = account.parse().map_err(|e| name_error(0, &e))?;
-        let owner = owner(at(form.owner.span()), form.owner.into_inner())?;
+        let owner = form
+            .owner
+            .map(|form| owner(at(form.span()), form.into_inner()));
+        let owner = owner.transpose()?;
         if form.services.len() > SERVICES_MAX {
             return Err(FileError {
                 line: 0,
@@ -167,7 +194,32 @@ impl Workload {
         let mut services: Vec<LocalService> = Vec::new();
         for spanned in form.services {
             let line = at(spanned.span());
-            let service = service(line, spanned.into_inner(), &namespace, &account)?;
+            let mut form = spanned.into_inner();
+            let endpoints = match form.endpoints.take() {
+                None => Vec::new(),
+                Some(list) => endpoints(at(list.span()), list.into_inner(), host)?,
+            };
+            let checked_port = form.check.as_ref().and_then(|check| check.port);
+            if let Some(port) = checked_port.filter(|_| !endpoints.is_empty()) {
+                return Err(FileError {
+                    line,
+                    message: format!("the check names port {port}, and there are endpoints"),
+                    remedy: "leave `port` out of the check: each endpoint is asked at its own port",
+                });
+            }
+            let mut service = service(line, form, &namespace, &account)?;
+            if !endpoints.is_empty() && service.ports.len() != 1 {
+                return Err(FileError {
+                    line,
+                    message: format!(
+                        "service {} has endpoints and {} ports",
+                        service.name,
+                        service.ports.len()
+                    ),
+                    remedy: "a service with endpoints has one port; write a service for each port",
+                });
+            }
+            service.endpoints = endpoints;
             let clash = services.iter().any(|s| {
                 s.name == service.name || s.ports.iter().any(|p| service.port(p.number).is_some())
             });
@@ -183,6 +235,16 @@ impl Workload {
             }
             services.push(service);
         }
+        let fronted = !services.is_empty() && services.iter().all(LocalService::is_fronted);
+        if owner.is_none() && !fronted {
+            return Err(FileError {
+                line: 0,
+                message: "there is no owner, so nothing says which programs are the workload"
+                    .to_owned(),
+                remedy: "write [owner] with unit, user or cgroup; only a workload whose services all have endpoints \
+                         has none",
+            });
+        }
         Ok(Self {
             account: Account {
                 namespace,
@@ -197,6 +259,11 @@ impl Workload {
 impl LocalService {
     pub fn port(&self, number: u16) -> Option<&Port> {
         self.ports.iter().find(|port| port.number == number)
+    }
+
+    /// Whether it is served beyond this host, by servers without an agent.
+    pub fn is_fronted(&self) -> bool {
+        !self.endpoints.is_empty()
     }
 }
 
@@ -243,6 +310,81 @@ fn is_relative(path: &str) -> bool {
     path.len() <= 4096
         && !path.starts_with('/')
         && path.split('/').all(|part| !matches!(part, "" | "." | ".."))
+}
+
+/// Reads the servers that a service is fronted for.
+fn endpoints(
+    line: usize,
+    list: Vec<String>,
+    host: &HostAddresses,
+) -> Result<Vec<SocketAddr>, FileError> {
+    let fault = |message: String, remedy| FileError {
+        line,
+        message,
+        remedy,
+    };
+    if list.is_empty() || ENDPOINTS_MAX < list.len() {
+        return Err(fault(
+            format!(
+                "{} endpoints; a service has 1 to {ENDPOINTS_MAX}",
+                list.len()
+            ),
+            "leave `endpoints` out where a program of this host serves",
+        ));
+    }
+    let mut found: Vec<SocketAddr> = Vec::with_capacity(list.len());
+    for text in list {
+        let endpoint: SocketAddr = text.parse().map_err(|_| {
+            fault(
+                format!("endpoint `{text}` is not an address with a port"),
+                "write e.g. \"10.9.0.5:5432\" or \"[fd00::5]:5432\"; names are not resolved",
+            )
+        })?;
+        if let Some((why, remedy)) = unfit(endpoint, host) {
+            return Err(fault(format!("endpoint {endpoint} {why}"), remedy));
+        }
+        if found.contains(&endpoint) {
+            return Err(fault(
+                format!("endpoint {endpoint} is listed twice"),
+                "list each endpoint once",
+            ));
+        }
+        found.push(endpoint);
+    }
+    Ok(found)
+}
+
+/// Why a host must not go on to `endpoint` in plaintext, and what to do.
+fn unfit(endpoint: SocketAddr, host: &HostAddresses) -> Option<(&'static str, &'static str)> {
+    const ANOTHER: &str = "write the server's address as this host reaches it";
+    const JOINED: &str =
+        "leave `endpoints` out and name the program's owner: it is served by this host itself";
+    let ip = endpoint.ip();
+    let (link_local, special) = match endpoint {
+        SocketAddr::V4(v4) => (v4.ip().is_link_local(), v4.ip().is_broadcast()),
+        SocketAddr::V6(v6) => (v6.ip().is_unicast_link_local(), v6.scope_id() != 0),
+    };
+    if endpoint.port() == 0 {
+        Some(("has port 0", "write the port that the server listens on"))
+    } else if ip.to_canonical() != ip {
+        Some(("is IPv4 written as IPv6", "write it as IPv4"))
+    } else if ip.is_loopback() || ip.is_unspecified() {
+        Some(("is this host itself", JOINED))
+    } else if link_local {
+        // Cloud machines keep their credentials there, behind no password: 169.254.169.254.
+        Some(("is link-local", ANOTHER))
+    } else if ip.is_multicast() || special {
+        Some(("is no address of one server", ANOTHER))
+    } else if host.vips.is_some_and(|vips| vips.contains(ip)) {
+        Some((
+            "is a virtual address of the mesh",
+            "call that service by its mesh name instead; a front for it would hide who calls",
+        ))
+    } else if host.own.contains(&ip) {
+        Some(("is this host's own", JOINED))
+    } else {
+        None
+    }
 }
 
 fn service(
@@ -299,6 +441,7 @@ fn service(
         ports,
         transport,
         check,
+        endpoints: Vec::new(),
     })
 }
 
@@ -375,9 +518,94 @@ check = { http = "/healthz" }
             ("port = 5432", "port = 70000", 6),
             ("\"/healthz\"", "\"healthz\"", 5),
         ] {
-            let error = Workload::parse("web", &FILE.replace(change, with)).unwrap_err();
+            let error = read(&FILE.replace(change, with)).unwrap_err();
             assert_eq!(error.line, line, "{with}: {error:?}");
             assert!(!error.remedy.is_empty());
         }
+    }
+
+    const FRONT: &str = r#"
+namespace = "shop"
+[[service]]
+ports = [{ port = 5432, protocol = "tcp" }]
+endpoints = ["10.9.0.5:5432", "[fd00::5]:6432"]
+"#;
+
+    fn read(text: &str) -> Result<Workload, FileError> {
+        let host = HostAddresses {
+            own: vec!["10.0.0.7".parse().unwrap(), "fd00::7".parse().unwrap()],
+            vips: Some(VipRanges::default()),
+        };
+        Workload::parse_on(&host, "db", text)
+    }
+
+    #[test]
+    fn a_workload_that_only_fronts_needs_no_owner() {
+        let workload = read(FRONT).unwrap();
+        assert_eq!(workload.owner, None);
+        let endpoints: Vec<String> = workload.services[0]
+            .endpoints
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(endpoints, ["10.9.0.5:5432", "[fd00::5]:6432"]);
+        let owned = FRONT.replace("[[service]]", "owner = { user = \"1\" }\n[[service]]");
+        assert!(read(&owned).unwrap().owner.is_some(), "it may call, too");
+        let mixed = format!("{FRONT}[[service]]\nname = \"own\"\nports = [{{ port = 80 }}]\n");
+        assert!(read(&mixed).unwrap_err().message.contains("no owner"));
+        let none = read("namespace = \"shop\"\n").unwrap_err();
+        assert!(none.message.contains("no owner"), "{none:?}");
+    }
+
+    #[test]
+    fn a_front_goes_to_servers_beyond_the_host_only() {
+        for (endpoint, word) in [
+            ("127.0.0.1:5432", "this host itself"),
+            ("127.8.0.1:5432", "this host itself"),
+            ("0.0.0.0:5432", "this host itself"),
+            ("[::1]:5432", "this host itself"),
+            ("[::]:5432", "this host itself"),
+            ("169.254.169.254:80", "link-local"),
+            ("[fe80::1]:5432", "link-local"),
+            ("[fe80::1%2]:5432", "link-local"),
+            ("[fd00::1%2]:5432", "no address of one server"),
+            ("[::ffff:10.9.0.5]:5432", "IPv4 written as IPv6"),
+            ("[::ffff:127.0.0.1]:5432", "IPv4 written as IPv6"),
+            ("224.0.0.1:5432", "no address of one server"),
+            ("255.255.255.255:5432", "no address of one server"),
+            ("[ff02::1]:5432", "no address of one server"),
+            ("252.64.0.9:5432", "virtual address"),
+            ("[fd6d:6573:6800::9]:5432", "virtual address"),
+            ("10.0.0.7:7441", "this host's own"),
+            ("[fd00::7]:5432", "this host's own"),
+            ("10.9.0.5:0", "port 0"),
+            ("10.9.0.5", "not an address with a port"),
+            ("db.example.com:5432", "not an address with a port"),
+            ("[fd00::5]:6432", "twice"),
+        ] {
+            let error = read(&FRONT.replace("10.9.0.5:5432", endpoint)).unwrap_err();
+            assert!(error.message.contains(word), "{endpoint}: {error:?}");
+            assert_eq!(error.line, 5, "{endpoint}");
+            assert!(!error.remedy.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_front_is_bounded_and_has_one_port() {
+        let many: Vec<String> = (0..=ENDPOINTS_MAX)
+            .map(|n| format!("\"10.9.1.{n}:5432\""))
+            .collect();
+        let list = "\"10.9.0.5:5432\", \"[fd00::5]:6432\"";
+        assert!(read(&FRONT.replace(list, &many[1..].join(", "))).is_ok());
+        for bad in [many.join(", "), String::new()] {
+            let error = read(&FRONT.replace(list, &bad)).unwrap_err();
+            assert!(error.message.contains("1 to 16"), "{error:?}");
+        }
+        let two = FRONT.replace("}]", "}, { port = 80 }]");
+        assert!(read(&two).unwrap_err().remedy.contains("one port"));
+        let checked = |check: &str| read(&format!("{FRONT}check = {{ {check} }}\n"));
+        assert!(checked("tcp = true").is_ok());
+        let error = checked("tcp = true, port = 5432").unwrap_err();
+        assert!(error.remedy.contains("its own port"), "{error:?}");
     }
 }

@@ -12,6 +12,7 @@ pub mod policy;
 pub mod reason;
 pub mod renewal;
 pub mod rng;
+pub mod rotation;
 pub mod service;
 pub mod session;
 pub mod stream;

@@ -92,7 +92,7 @@ reasons! {
     NoSuchPort = 42, "no_such_port", Upstream, 503, "the called workload declares no such service and port";
     NotAllowed = 43, "not_allowed", Policy, 403, "no rule allows this caller; see `meshctl get policies`";
     PolicyUnknown = 44, "policy_unknown", Local, 503, "the called agent never received its policies; is control reached?";
-    AppUnreachable = 45, "app_unreachable", Upstream, 503, "the service does not listen on its declared port";
+    AppUnreachable = 45, "app_unreachable", Upstream, 503, "the service does not listen on its declared port, or no plaintext endpoint of it answers";
     AppNotOwner = 46, "app_not_owner", Upstream, 503, "another program than the workload's owner listens on the declared port";
     AppReset = 47, "app_reset", Upstream, 502, "the service closed the connection before its answer was whole";
     AppFamily = 48, "app_family", Upstream, 503, "the service listens only in an address family that the caller's address has not";
