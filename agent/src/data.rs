@@ -34,6 +34,7 @@ use crate::inbound::front::Fronts;
 use crate::limits::{self, Limit, ShedLog};
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
+use crate::quiet::Quiet;
 use crate::view::{View, ViewReader};
 
 /// Commands to a thread that wait: listeners at the start, one a workload.
@@ -207,6 +208,8 @@ pub(crate) struct Thread {
     /// Bytes of HTTP heads that are not whole yet.
     pub(crate) heads: Heads,
     pub(crate) fronts: Fronts,
+    /// Watches for calls on which nothing moves.
+    pub(crate) quiet: Quiet,
     pub(crate) mesh_tls: Arc<rustls::ServerConfig>,
     /// Calls that wait for their endpoints.
     pub(crate) held: Cell<usize>,
@@ -424,6 +427,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         apps: AppPool::new(kept),
         heads: Heads::of_thread(),
         fronts: Fronts::default(),
+        quiet: Quiet::default(),
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
         callers: Cell::new(0),
@@ -437,6 +441,8 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         draining: watch::Sender::new(false),
     });
     spawn_local(sweep(Rc::clone(&thread)));
+    let clock = Rc::clone(&thread);
+    spawn_local(async move { clock.quiet.run().await });
     let mut accepting: Vec<(Account, AbortHandle)> = Vec::new();
     while let Some(command) = inbox.recv().await {
         match command {

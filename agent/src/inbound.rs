@@ -4,8 +4,10 @@
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use mesh_api::header::{Header, StreamKind};
@@ -15,7 +17,7 @@ use mesh_core::policy::{Permit, PolicySet, Target, authorize};
 use mesh_core::reason::Reason;
 use mesh_core::service::Protocol;
 use mesh_core::stream::Side;
-use mesh_runtime::mux::{self, MuxStream, StreamError};
+use mesh_runtime::mux::{self, Mux, MuxStream, StreamError};
 use mesh_runtime::tls::handshake::{self, Handshaken};
 use mesh_runtime::tls::leaf::read_leaf;
 use mesh_runtime::tls::verify::handshake_reason;
@@ -23,7 +25,6 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
-use tokio_util::sync::CancellationToken;
 
 use crate::data::Thread;
 use crate::http::Heads;
@@ -61,28 +62,27 @@ pub(crate) struct Peer {
     /// The end of the peer's leaf, Unix seconds: it closes no connection, but opens no stream.
     not_after_s: i64,
     /// What was asked and admitted. As many as there are declared ports, at most.
-    decided: RefCell<Vec<Decided>>,
+    decided: RefCell<Vec<Rc<Admitted>>>,
     /// What the decisions rest on.
     basis: RefCell<(Option<Arc<PolicySet>>, Arc<WorkloadSet>)>,
     logged: Cell<u32>,
+    /// Streams were opened since the last look.
+    used: Cell<bool>,
 }
 
-/// A decision, good while policies and workloads are the same.
-struct Decided {
-    header: Header,
-    admitted: Rc<Admitted>,
-}
-
-/// A stream that may go on to its app.
+/// What a stream asked for and may have, good while policies and workloads are the same.
 pub(crate) struct Admitted {
+    /// The bytes of [`Self::header`]: another stream that asks with the same is not read again.
+    asked: Vec<u8>,
+    header: Header,
     pub(crate) permit: Permit,
     pub(crate) server: Account,
     /// Servers without an agent that serve it; none where an app of this host does.
     beyond: Rc<[SocketAddr]>,
     pub(crate) flow: Arc<Flow>,
     allowed: prometheus_client::metrics::counter::Counter,
-    /// Completes when policy changed its mind.
-    revoked: CancellationToken,
+    /// Policy changed its mind.
+    revoked: Rc<Cell<bool>>,
 }
 
 /// Picks the certificate of the workload that the SNI names.
@@ -143,44 +143,31 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         decided: RefCell::default(),
         basis: RefCell::default(),
         logged: Cell::new(0),
+        used: Cell::new(true),
     });
     let (mux, mut incoming, driver) =
         mux::connection(tls.stream, Side::Server, thread.mux_settings());
     let driver = spawn_local(driver);
     thread.metrics.mesh_connections.inc();
-    let mut draining = thread.draining.subscribe();
-    let mut view = thread.view.clone();
-    let mut retired = false;
-    let mut used = true;
-    let mut idle = tokio::time::interval(IDLE);
     let live = Rc::new(Cell::new(0));
+    let mut watched = pin!(peer.watch(&mux));
     loop {
-        tokio::select! {
-            stream = incoming.next() => {
-                let Some((stream, header)) = stream else { break };
-                used = true;
-                let Some(serving) = Serving::begin(&peer, &live) else {
-                    peer.refuse(stream, Reason::Overloaded, "a stream");
-                    continue;
-                };
-                let peer = Rc::clone(&peer);
-                spawn_local(async move {
-                    peer.serve_stream(stream, &header).await;
-                    drop(serving);
-                });
-            }
-            Ok(()) = view.changed() => peer.decide_again(),
-            _ = draining.wait_for(|draining| *draining), if !retired => {
-                retired = true;
-                mux.retire(Reason::Draining);
-            }
-            _ = idle.tick(), if !retired => {
-                if mux.open_streams() == 0 && !std::mem::take(&mut used) {
-                    retired = true;
-                    mux.retire(Reason::Draining);
-                }
-            }
-        }
+        let next = tokio::select! {
+            biased;
+            next = incoming.next() => next,
+            () = &mut watched => None,
+        };
+        let Some((stream, header)) = next else { break };
+        peer.used.set(true);
+        let Some(serving) = Serving::begin(&peer, &live) else {
+            peer.refuse(stream, Reason::Overloaded, "a stream");
+            continue;
+        };
+        let peer = Rc::clone(&peer);
+        spawn_local(async move {
+            peer.serve_stream(stream, &header).await;
+            drop(serving);
+        });
     }
     thread.metrics.mesh_connections.dec();
     if let Ok(reason) = driver.await {
@@ -260,60 +247,98 @@ impl Drop for Serving {
 }
 
 impl Peer {
+    /// Heeds what else bears on the connection: changes of policy, draining, silence. Never completes.
+    async fn watch(&self, mux: &Mux) {
+        let mut draining = self.thread.draining.subscribe();
+        let mut view = self.thread.view.clone();
+        let mut idle = tokio::time::interval(IDLE);
+        let mut retired = false;
+        loop {
+            tokio::select! {
+                Ok(()) = view.changed() => self.decide_again(),
+                _ = draining.wait_for(|draining| *draining), if !retired => {
+                    retired = true;
+                    mux.retire(Reason::Draining);
+                }
+                _ = idle.tick(), if !retired => {
+                    if mux.open_streams() == 0 && !self.used.replace(false) {
+                        retired = true;
+                        mux.retire(Reason::Draining);
+                    }
+                }
+            }
+        }
+    }
+
     async fn serve_stream(self: Rc<Self>, stream: MuxStream, header: &[u8]) {
-        let (header, admitted) = match self.admit(header) {
+        let admitted = match self.admit(header) {
             Ok(admitted) => admitted,
             Err((reason, what)) => return self.refuse(stream, reason, &what),
         };
+        let kind = admitted.header.kind;
         let activity = Activity::new(&self.thread);
-        let way = async {
-            match header.kind {
+        let mut way = Box::pin(async {
+            match kind {
                 StreamKind::Tcp => self.serve_tcp(&stream, &admitted, &activity).await,
                 StreamKind::Http1 => {
                     http::serve(&self, &admitted, &stream, http::Begun::default(), &activity).await
                 }
                 StreamKind::Auto => auto::serve(&self, &admitted, &stream, &activity).await,
             }
-        };
-        let outcome = tokio::select! {
+        });
+        let outcome = poll_fn(|cx| {
             // What came before a reset is delivered before the reset is heard.
-            biased;
-            outcome = Box::pin(way) => outcome,
+            if let Poll::Ready(outcome) = way.as_mut().poll(cx) {
+                return Poll::Ready(outcome);
+            }
             // The caller is gone: what its call holds here is given up at once.
-            _ = poll_fn(|cx| stream.poll_reset(cx)), if header.kind != StreamKind::Tcp => Ok(()),
-            () = admitted.revoked.cancelled() => Err(Reason::NotAllowed),
-            () = activity.ceased(self.thread.settings.idle) => Err(Reason::Timeout),
-        };
+            if kind != StreamKind::Tcp && stream.poll_reset(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            if admitted.revoked.get() {
+                return Poll::Ready(Err(Reason::NotAllowed));
+            }
+            let ceased = activity.poll_ceased(cx, self.thread.settings.idle);
+            ceased.map(|()| Err(Reason::Timeout))
+        })
+        .await;
+        drop(way);
         if let Err(reason) = outcome {
-            let what = header.service.to_string();
+            let what = admitted.header.service.to_string();
             self.refuse(stream, reason, &what);
         }
     }
 
     /// What is asked, and may the peer have it?
-    fn admit(&self, header: &[u8]) -> Result<(Header, Rc<Admitted>), (Reason, String)> {
-        let header = Header::decode(header).map_err(|reason| (reason, "a header".to_owned()))?;
-        if self.not_after_s <= unix_now_s() {
+    fn admit(&self, asked: &[u8]) -> Result<Rc<Admitted>, (Reason, String)> {
+        let valid = self.not_after_s > unix_now_s();
+        self.decide_again();
+        let known = |is: &dyn Fn(&Admitted) -> bool| {
+            let decided = self.decided.borrow();
+            let known = decided.iter().find(|known| is(known))?;
+            known.allowed.inc();
+            Some(Rc::clone(known))
+        };
+        if valid && let Some(known) = known(&|known| known.asked == asked) {
+            return Ok(known);
+        }
+        let header = Header::decode(asked).map_err(|reason| (reason, "a header".to_owned()))?;
+        if !valid {
             return Err((Reason::CertificateExpired, self.what(&header)));
         }
-        self.decide_again();
-        if let Some(known) = self.decided.borrow().iter().find(|d| d.header == header) {
-            known.admitted.allowed.inc();
-            return Ok((header, Rc::clone(&known.admitted)));
+        // The same question may be asked in many forms.
+        if let Some(known) = known(&|known| known.header == header) {
+            return Ok(known);
         }
-        let admitted = Rc::new(self.decide(&header).map_err(|(reason, by)| {
+        let admitted = Rc::new(self.decide(&header, asked).map_err(|(reason, by)| {
             let what = self.what(&header);
             (
                 reason,
                 by.map_or_else(|| what.clone(), |by| format!("{what} (decided by {by})")),
             )
         })?);
-        let decided = Decided {
-            header: header.clone(),
-            admitted: Rc::clone(&admitted),
-        };
-        self.decided.borrow_mut().push(decided);
-        Ok((header, admitted))
+        self.decided.borrow_mut().push(Rc::clone(&admitted));
+        Ok(admitted)
     }
 
     fn what(&self, header: &Header) -> String {
@@ -338,26 +363,27 @@ impl Peer {
             }
         }
         *self.basis.borrow_mut() = (view.policies.clone(), Arc::clone(&view.workloads));
-        self.decided
-            .borrow_mut()
-            .retain_mut(|known| match self.decide(&known.header) {
+        self.decided.borrow_mut().retain_mut(|known| {
+            match self.decide(&known.header, &known.asked) {
                 Ok(now) => {
                     // It is served elsewhere now. What is open stays as it began, and is cut with the rest if need be.
-                    if now.beyond != known.admitted.beyond {
-                        let revoked = known.admitted.revoked.clone();
-                        known.admitted = Rc::new(Admitted { revoked, ..now });
+                    if now.beyond != known.beyond {
+                        let revoked = Rc::clone(&known.revoked);
+                        *known = Rc::new(Admitted { revoked, ..now });
                     }
                     true
                 }
                 Err(_) => {
-                    known.admitted.revoked.cancel();
+                    known.revoked.set(true);
                     false
                 }
-            });
+            }
+        });
+        self.thread.quiet.wake_all();
     }
 
     /// Judges by the policies of now; with a refusal comes which policy decided.
-    fn decide(&self, header: &Header) -> Result<Admitted, (Reason, Option<String>)> {
+    fn decide(&self, header: &Header, asked: &[u8]) -> Result<Admitted, (Reason, Option<String>)> {
         let view = self.thread.view();
         let policies = view
             .policies
@@ -414,14 +440,15 @@ impl Peer {
             tls: self.server_id.clone(),
             protocol: port.protocol.as_str(),
         });
-        let revoked = CancellationToken::new();
         Ok(Admitted {
+            asked: asked.to_vec(),
+            header: header.clone(),
             permit,
             server: self.server.clone(),
             beyond: service.endpoints.as_slice().into(),
             flow,
             allowed,
-            revoked,
+            revoked: Rc::default(),
         })
     }
 

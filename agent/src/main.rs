@@ -33,6 +33,7 @@ mod limits;
 mod metrics;
 mod outbound;
 mod peers;
+mod quiet;
 mod relay;
 mod view;
 mod whose;

@@ -1,7 +1,7 @@
 //! Bytes between a local connection and a stream, both ways, until both ends are through.
 
 use std::cell::Cell;
-use std::future::{Future as _, pending, poll_fn};
+use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::Shutdown;
 use std::pin::pin;
@@ -19,6 +19,7 @@ use tokio::net::tcp::ReadHalf;
 use crate::data::Thread;
 use crate::limits::Limit;
 use crate::metrics::Flow;
+use crate::quiet::Watched;
 
 /// Turns of a direction before the other and other tasks have theirs.
 const TURNS: usize = 16;
@@ -30,11 +31,11 @@ pub(crate) enum Local {
     Service,
 }
 
-/// Notes that something moved, so that one coarse timer a connection sees when nothing does.
+/// Notes that something moved in a call, so that it is seen when nothing does.
 #[derive(Debug)]
 pub(crate) struct Activity {
     thread: Rc<Thread>,
-    moved: Cell<bool>,
+    watched: Watched,
     /// The connection is bytes now, whose silence has a bound of its own.
     bytes: Cell<bool>,
 }
@@ -43,13 +44,13 @@ impl Activity {
     pub(crate) fn new(thread: &Rc<Thread>) -> Self {
         Self {
             thread: Rc::clone(thread),
-            moved: Cell::new(false),
+            watched: thread.quiet.watch(),
             bytes: Cell::new(false),
         }
     }
 
     pub(crate) fn note(&self) {
-        self.moved.set(true);
+        self.watched.note();
     }
 
     /// How long a head may take from its first byte to its last.
@@ -62,25 +63,26 @@ impl Activity {
         self.thread.metrics.limits.reached(limit);
     }
 
-    /// Completes when nothing was noted for `idle`, at the latest after twice as long; of what is bytes by then, when
-    /// nothing was for `tcp_idle`, which may be never. One only may wait for it.
+    fn become_bytes(&self) {
+        self.bytes.set(true);
+        self.watched.restart();
+    }
+
+    /// Ready when nothing was noted for `idle`; of what is bytes by then, when nothing was for `tcp_idle`, which may
+    /// be never. One task only may wait for it.
+    pub(crate) fn poll_ceased(&self, cx: &Context<'_>, idle: Duration) -> Poll<()> {
+        let (bound, limit) = if self.bytes.get() {
+            (self.thread.settings.tcp_idle, Limit::TcpIdle)
+        } else {
+            (Some(idle), Limit::Idle)
+        };
+        ready!(self.watched.poll_over(cx, bound));
+        self.ran_out(limit);
+        Poll::Ready(())
+    }
+
     pub(crate) async fn ceased(&self, idle: Duration) {
-        loop {
-            let bytes = self.bytes.get();
-            let bound = if bytes {
-                self.thread.settings.tcp_idle
-            } else {
-                Some(idle)
-            };
-            let Some(bound) = bound else {
-                return pending().await;
-            };
-            tokio::time::sleep(bound).await;
-            if !self.moved.replace(false) && self.bytes.get() == bytes {
-                self.ran_out(if bytes { Limit::TcpIdle } else { Limit::Idle });
-                return;
-            }
-        }
+        poll_fn(|cx| self.poll_ceased(cx, idle)).await;
     }
 }
 
@@ -109,7 +111,7 @@ pub(crate) async fn relay(
     flow: &Flow,
     activity: &Activity,
 ) -> Result<(), StreamError> {
-    activity.bytes.set(true);
+    activity.become_bytes();
     let (to_stream, to_socket) = match local {
         Local::Caller => (&flow.sent, &flow.received),
         Local::Service => (&flow.received, &flow.sent),

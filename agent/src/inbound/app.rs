@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ pub(crate) const KEPT_MAX: usize = 1024;
 /// Below the shortest keep-alive timeout that servers have by default (5 s with Apache httpd and Node).
 const KEPT_FOR: Duration = Duration::from_secs(4);
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Key {
     /// Some apps take a connection for a login (NTLM, Negotiate): it stays with its caller.
     caller: SpiffeId,
@@ -35,10 +36,39 @@ struct Key {
     beyond: Option<SocketAddr>,
 }
 
+impl Hash for Key {
+    /// Of what is short and tells most keys apart: this is done twice a request.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.port, self.shown).hash(state);
+    }
+}
+
+/// A connection that waits for a request. Whoever closes it closes it properly; one that is cut off by the end of
+/// this process had nothing to say.
+#[derive(Debug)]
+struct Kept {
+    socket: Option<TcpStream>,
+    since: Instant,
+}
+
+impl Kept {
+    /// Anything to read, be it an end, says that the app is not just waiting for a request.
+    fn is_clean(&self) -> bool {
+        let would_block = |socket: &TcpStream| matches!(socket.try_read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock);
+        self.since.elapsed() < KEPT_FOR && self.socket.as_ref().is_some_and(would_block)
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.socket.as_ref().inspect(|socket| relay::settle(socket));
+    }
+}
+
 /// The kept connections of one thread.
 #[derive(Debug)]
 pub(crate) struct AppPool {
-    kept: RefCell<HashMap<Key, Vec<(TcpStream, Instant)>>>,
+    kept: RefCell<HashMap<Key, Vec<Kept>>>,
     max: usize,
 }
 
@@ -60,7 +90,7 @@ impl AppPool {
     /// Closes what waited too long.
     pub(crate) fn sweep(&self) {
         self.kept.borrow_mut().retain(|_, kept| {
-            kept.retain(|(_, since)| since.elapsed() < KEPT_FOR);
+            kept.retain(|kept| kept.since.elapsed() < KEPT_FOR);
             !kept.is_empty()
         });
     }
@@ -68,11 +98,9 @@ impl AppPool {
     fn take(&self, key: &Key) -> Option<TcpStream> {
         let mut pool = self.kept.borrow_mut();
         let kept = pool.get_mut(key)?;
-        while let Some((socket, since)) = kept.pop() {
-            // Anything to read, be it an end, says that the app is not just waiting for a request.
-            let clean = matches!(socket.try_read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock);
-            if clean && since.elapsed() < KEPT_FOR {
-                return Some(socket);
+        while let Some(mut last) = kept.pop() {
+            if last.is_clean() {
+                return last.socket.take();
             }
         }
         None
@@ -80,6 +108,10 @@ impl AppPool {
 
     /// Whether it is kept.
     fn give(&self, key: Key, socket: TcpStream) -> bool {
+        let fresh = Kept {
+            socket: Some(socket),
+            since: Instant::now(),
+        };
         let mut pool = self.kept.borrow_mut();
         if pool.values().map(Vec::len).sum::<usize>() >= self.max {
             return false;
@@ -88,7 +120,7 @@ impl AppPool {
         if kept.len() >= KEPT_PER_KEY_MAX {
             return false;
         }
-        kept.push((socket, Instant::now()));
+        kept.push(fresh);
         true
     }
 }
@@ -109,14 +141,12 @@ pub(super) fn reuse(peer: &Peer, admitted: &Admitted) -> Option<TcpStream> {
     let key = key(peer, admitted);
     let socket = thread.apps.take(&key)?;
     front::took(thread, admitted, key.beyond);
-    relay::guard(&socket);
     thread.metrics.app_reused.inc();
     Some(socket)
 }
 
 /// Keeps a connection on which an exchange ended cleanly.
 pub(super) fn keep(peer: &Peer, admitted: &Admitted, socket: TcpStream) {
-    relay::settle(&socket);
     let thread = peer.thread();
     let key = Key {
         beyond: front::server_of(admitted, &socket),

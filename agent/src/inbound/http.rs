@@ -147,7 +147,9 @@ impl Served<'_> {
                 None => (self.connect().await?, 0),
             },
         };
-        relay::guard(&socket);
+        if self.bound {
+            relay::guard(&socket);
+        }
         let sent = sent.min(exchange.head.len());
         let mut outcome = self.run(&mut exchange, &mut socket, sent, kept).await;
         if matches!(outcome, Err(Failed::NotTaken)) {

@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::future::poll_fn;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -102,6 +103,8 @@ pub(super) async fn continue_with(
     };
     let mut draining = thread.draining.subscribe();
     let heads = [&thread.heads];
+    let mut drained = pin!(draining.wait_for(|draining| *draining));
+    let mut ceased = pin!(activity.ceased(thread.settings.idle));
     loop {
         let (mut reader, mut writer) = client.split();
         let max = thread.settings.head_max;
@@ -110,8 +113,8 @@ pub(super) async fn continue_with(
             head = read_head(&mut reader, &mut exchange.input, activity, &heads, parse) => head,
             // The app ended what was this caller's.
             () = ended(exchange.bound.as_ref()), if exchange.input.is_empty() => Ok(None),
-            () = activity.ceased(thread.settings.idle) => Ok(None),
-            _ = draining.wait_for(|draining| *draining), if exchange.input.is_empty() => Ok(None),
+            () = &mut ceased => Ok(None),
+            _ = &mut drained, if exchange.input.is_empty() => Ok(None),
         };
         let request = match head {
             Ok(Some(request)) => request,
@@ -135,7 +138,7 @@ pub(super) async fn continue_with(
         };
         let next = tokio::select! {
             next = exchange.begin(request, &mut reader, &mut writer) => next,
-            () = activity.ceased(thread.settings.idle) => {
+            () = &mut ceased => {
                 super::note_refusal(thread, caller, Reason::Timeout);
                 Next::Abort
             }

@@ -1,0 +1,171 @@
+//! When nothing moves. One clock a thread looks at all calls once a tick: a timer for each call, set and cleared
+//! with it, costs more than the rest of an HTTP request's bookkeeping.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+/// A silence is noticed so much late, at the most.
+const TICK: Duration = Duration::from_millis(500);
+
+/// All that a thread watches.
+#[derive(Debug, Default)]
+pub(crate) struct Quiet(RefCell<Vec<Rc<Entry>>>);
+
+/// One thing that may fall silent.
+#[derive(Debug, Default)]
+struct Entry {
+    moved: Cell<bool>,
+    /// Whole ticks without a movement.
+    ticks: Cell<u32>,
+    /// Ticks after which it is over.
+    bound: Cell<Option<u32>>,
+    over: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Entry {
+    fn wake(&self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn tick(&self) {
+        if self.moved.replace(false) {
+            self.ticks.set(0);
+            return;
+        }
+        self.ticks.set(self.ticks.get().saturating_add(1));
+        // The first tick was a part of one.
+        if self
+            .bound
+            .get()
+            .is_some_and(|bound| self.ticks.get() > bound)
+        {
+            self.over.set(true);
+            self.wake();
+        }
+    }
+}
+
+impl Quiet {
+    pub(crate) fn watch(&self) -> Watched {
+        let entry = Rc::new(Entry::default());
+        self.0.borrow_mut().push(Rc::clone(&entry));
+        Watched(entry)
+    }
+
+    /// Lets all that is watched look at what it depends on.
+    pub(crate) fn wake_all(&self) {
+        for entry in self.0.borrow().iter() {
+            entry.wake();
+        }
+    }
+
+    /// Runs the clock.
+    pub(crate) async fn run(&self) {
+        let mut clock = tokio::time::interval(TICK);
+        clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            clock.tick().await;
+            self.tick();
+        }
+    }
+
+    fn tick(&self) {
+        self.0.borrow_mut().retain(|entry| {
+            let watched = Rc::strong_count(entry) > 1;
+            if watched {
+                entry.tick();
+            }
+            watched
+        });
+    }
+}
+
+/// Something that is watched while it lives.
+#[derive(Debug)]
+pub(crate) struct Watched(Rc<Entry>);
+
+impl Watched {
+    pub(crate) fn note(&self) {
+        self.0.moved.set(true);
+    }
+
+    /// Begins to count anew.
+    pub(crate) fn restart(&self) {
+        self.0.ticks.set(0);
+        self.0.over.set(false);
+    }
+
+    /// Ready when nothing was noted for `bound`; without one, never. One task only may wait for it.
+    pub(crate) fn poll_over(&self, cx: &Context<'_>, bound: Option<Duration>) -> Poll<()> {
+        let entry = &self.0;
+        let ticks = bound.map(|bound| bound.as_millis().div_ceil(TICK.as_millis()));
+        entry
+            .bound
+            .set(ticks.map(|ticks| u32::try_from(ticks).unwrap_or(u32::MAX)));
+        if entry.over.get() && bound.is_some() {
+            return Poll::Ready(());
+        }
+        let mut waker = entry.waker.borrow_mut();
+        if !waker
+            .as_ref()
+            .is_some_and(|waker| waker.will_wake(cx.waker()))
+        {
+            *waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn poll(watched: &Watched, bound: Option<Duration>) -> bool {
+        watched
+            .poll_over(&Context::from_waker(Waker::noop()), bound)
+            .is_ready()
+    }
+
+    #[test]
+    fn what_is_silent_for_its_bound_is_over() {
+        let quiet = Quiet::default();
+        let watched = quiet.watch();
+        let bound = Some(TICK * 3);
+        assert!(!poll(&watched, bound));
+        for _ in 0..3 {
+            quiet.tick();
+            assert!(!poll(&watched, bound));
+        }
+        quiet.tick();
+        assert!(poll(&watched, bound));
+        watched.restart();
+        assert!(!poll(&watched, bound));
+    }
+
+    #[test]
+    fn what_moves_or_has_no_bound_goes_on() {
+        let quiet = Quiet::default();
+        let (moving, unbounded) = (quiet.watch(), quiet.watch());
+        for _ in 0..100 {
+            moving.note();
+            assert!(!poll(&moving, Some(TICK)));
+            assert!(!poll(&unbounded, None));
+            quiet.tick();
+        }
+        assert!(!poll(&moving, Some(TICK)) && !poll(&unbounded, None));
+    }
+
+    #[test]
+    fn what_is_gone_is_not_watched() {
+        let quiet = Quiet::default();
+        drop(quiet.watch());
+        let _kept = quiet.watch();
+        quiet.tick();
+        assert_eq!(quiet.0.borrow().len(), 1);
+    }
+}
