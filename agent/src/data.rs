@@ -31,6 +31,7 @@ use crate::http::Heads;
 use crate::inbound::app::{AppPool, KEPT_MAX};
 use crate::inbound::certificates;
 use crate::inbound::front::Fronts;
+use crate::inbound::http2::app::Connections;
 use crate::limits::{self, Limit, ShedLog};
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
@@ -210,6 +211,7 @@ pub(crate) struct Thread {
     pub(crate) fronts: Fronts,
     /// Watches for calls on which nothing moves.
     pub(crate) quiet: Quiet,
+    pub(crate) http2_apps: Connections,
     pub(crate) mesh_tls: Arc<rustls::ServerConfig>,
     /// Calls that wait for their endpoints.
     pub(crate) held: Cell<usize>,
@@ -428,6 +430,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         heads: Heads::of_thread(),
         fronts: Fronts::default(),
         quiet: Quiet::default(),
+        http2_apps: Connections::default(),
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
         callers: Cell::new(0),
@@ -484,6 +487,7 @@ async fn sweep(thread: Rc<Thread>) {
         thread.peers.sweep();
         thread.apps.sweep();
         thread.fronts.sweep(&thread.view().workloads);
+        thread.http2_apps.sweep();
         thread
             .balancers
             .borrow_mut()

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use ::http::HeaderValue;
 use mesh_api::header::{Header, StreamKind};
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::Account;
@@ -39,6 +40,7 @@ pub(crate) mod app;
 mod auto;
 pub(crate) mod front;
 mod http;
+pub(crate) mod http2;
 
 /// Refusals that one connection may log; the rest is only counted, so that a peer can not fill the log.
 const LOGGED_MAX: u32 = 20;
@@ -50,6 +52,7 @@ const IDLE: Duration = Duration::from_secs(120);
 pub(crate) struct Peer {
     thread: Rc<Thread>,
     pub(crate) id: SpiffeId,
+    client_id: HeaderValue,
     /// The address of the connection: what the app sees.
     pub(crate) address: IpAddr,
     /// The workload of this host that the peer's SNI asked for.
@@ -131,10 +134,15 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         trust_domain: id_domain(thread),
         identity: Identity::Workload(server.clone()),
     };
+    // An id is an URI.
+    let Ok(client_id) = HeaderValue::try_from(id.to_string()) else {
+        return not_authenticated(thread, from, Reason::CertificateMalformed, &"its id");
+    };
     let peer = Rc::new(Peer {
         thread: Rc::clone(thread),
         client_line: format!("{}: {id}", http::CLIENT_ID),
         heads: Heads::of_peer(),
+        client_id,
         id,
         address,
         server,
@@ -284,15 +292,18 @@ impl Peer {
                     http::serve(&self, &admitted, &stream, http::Begun::default(), &activity).await
                 }
                 StreamKind::Auto => auto::serve(&self, &admitted, &stream, &activity).await,
+                StreamKind::Http2 => http2::serve(&self, &admitted, &stream, &activity).await,
             }
         });
+        // The others tell the app how the caller ended.
+        let gives_up = matches!(kind, StreamKind::Http1 | StreamKind::Auto);
         let outcome = poll_fn(|cx| {
             // What came before a reset is delivered before the reset is heard.
             if let Poll::Ready(outcome) = way.as_mut().poll(cx) {
                 return Poll::Ready(outcome);
             }
             // The caller is gone: what its call holds here is given up at once.
-            if kind != StreamKind::Tcp && stream.poll_reset(cx).is_ready() {
+            if gives_up && stream.poll_reset(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
             if admitted.revoked.get() {
@@ -400,10 +411,8 @@ impl Peer {
         let (service, port) = port.ok_or((Reason::NoSuchPort, None))?;
         // How the bytes are read is the declaration's to say: a peer that could choose would pass HTTP as bytes.
         let fits = match header.kind {
-            StreamKind::Tcp => matches!(
-                port.protocol,
-                Protocol::Tcp | Protocol::Http2 | Protocol::Grpc
-            ),
+            StreamKind::Tcp => port.protocol == Protocol::Tcp,
+            StreamKind::Http2 => matches!(port.protocol, Protocol::Http2 | Protocol::Grpc),
             StreamKind::Http1 => matches!(port.protocol, Protocol::Http | Protocol::Auto),
             StreamKind::Auto => port.protocol == Protocol::Auto,
         };
@@ -476,6 +485,11 @@ impl Peer {
                 "refused a call: {}", reason.text()
             );
         }
+    }
+
+    /// What the app learns of the caller.
+    pub(crate) fn client_id(&self) -> &HeaderValue {
+        &self.client_id
     }
 
     pub(crate) fn thread(&self) -> &Rc<Thread> {

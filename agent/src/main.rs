@@ -28,6 +28,7 @@ mod accept;
 mod call;
 mod data;
 mod http;
+mod http2;
 mod inbound;
 mod limits;
 mod metrics;

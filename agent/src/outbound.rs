@@ -19,6 +19,7 @@ use crate::view::View;
 
 mod auto;
 mod http;
+mod http2;
 mod tcp;
 
 /// Serves one captured connection to its end. `whose` is what the kernel said at the SYN.
@@ -58,8 +59,9 @@ pub(crate) async fn serve(
     };
     let activity = Activity::new(thread);
     match port.protocol {
-        Protocol::Tcp | Protocol::Http2 | Protocol::Grpc => {
-            Box::pin(tcp::serve(thread, &caller, client, &activity)).await;
+        Protocol::Tcp => Box::pin(tcp::serve(thread, &caller, client, &activity)).await,
+        Protocol::Http2 | Protocol::Grpc => {
+            Box::pin(http2::serve(thread, caller, port.protocol, client)).await;
         }
         Protocol::Http => Box::pin(http::serve(thread, &caller, client, &activity)).await,
         Protocol::Auto => Box::pin(auto::serve(thread, &caller, client, &activity)).await,

@@ -17,6 +17,8 @@ mod control_down;
 mod denial;
 #[path = "namespaces/failures.rs"]
 mod failures;
+#[path = "namespaces/grpc.rs"]
+mod grpc;
 #[path = "namespaces/half_close.rs"]
 mod half_close;
 #[path = "namespaces/harness.rs"]
@@ -31,6 +33,8 @@ mod http1;
 mod http1_login;
 #[path = "namespaces/http1_smuggling.rs"]
 mod http1_smuggling;
+#[path = "namespaces/http2.rs"]
+mod http2;
 #[path = "namespaces/identity.rs"]
 mod identity;
 #[path = "namespaces/join.rs"]

@@ -49,6 +49,7 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("wrk", "wrk"),
     ("haproxy", "haproxy"),
     ("/usr/lib/python3/dist-packages/grpc", "python3-grpcio"),
+    ("/usr/lib/python3/dist-packages/h2", "python3-h2"),
     ("tcpdump", "tcpdump"),
     ("openssl", "openssl"),
     ("python3", "python3"),

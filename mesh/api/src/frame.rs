@@ -13,7 +13,7 @@
 //! | 9 | go-away | last u32, reason u16 |
 //!
 //! Other types are an error: both sides agree on the version in their hellos. What an HTTP/2 message is made of lies
-//! inside the stream's data.
+//! inside the stream's data ([`crate::message`]).
 
 use mesh_core::reason::Reason;
 use mesh_core::stream::{Frame, Limits};

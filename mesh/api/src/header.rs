@@ -25,6 +25,8 @@ pub enum StreamKind {
     /// Not known before the first bytes: HTTP/1.1 if they are a request and the app did not speak first, else
     /// bytes. Both agents look at the same bytes in the same way ([`mesh_core::http1::sniff`]).
     Auto,
+    /// One HTTP/2 request and its response, as messages ([`crate::message`]).
+    Http2,
 }
 
 /// What the caller wants. There is no address in it: a target is always a declared port.
@@ -45,6 +47,7 @@ impl Header {
             StreamKind::Tcp => 0,
             StreamKind::Http1 => 1,
             StreamKind::Auto => 2,
+            StreamKind::Http2 => 3,
         });
         out.extend_from_slice(&self.port.to_be_bytes());
         // A label has at most 63 bytes.
@@ -67,6 +70,7 @@ impl Header {
             0 => StreamKind::Tcp,
             1 => StreamKind::Http1,
             2 => StreamKind::Auto,
+            3 => StreamKind::Http2,
             _ => return Err(Reason::HeaderMalformed),
         };
         let (name, mut rest) = rest

@@ -3,6 +3,7 @@
 
 pub mod frame;
 pub mod header;
+pub mod message;
 pub mod resource;
 pub mod stored;
 pub mod sync;

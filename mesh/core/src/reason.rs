@@ -76,6 +76,8 @@ reasons! {
     HttpMalformed = 20, "http_malformed", Peer, 400, "the HTTP message could be read in two ways or breaks RFC 9112";
     HttpHeadTooLarge = 21, "http_head_too_large", Peer, 431, "the HTTP head is larger than the limit";
     HttpResponseMalformed = 22, "http_response_malformed", Upstream, 502, "the service's HTTP response breaks RFC 9112";
+    HttpFlood = 25, "http_flood", Peer, 429, "the HTTP/2 connection asked for work without end (resets, pings, settings, empty frames) and was ended";
+    HttpUnsupported = 26, "http_unsupported", Upstream, 501, "the service does not take extended CONNECT (RFC 8441)";
     HttpHeadTimeout = 27, "http_head_timeout", Peer, 408, "the head of the HTTP request did not come whole in time";
     // The called agent: certificate.
     NotTls = 30, "not_tls", Peer, 503, "what came to the mesh port is not TLS 1.3";

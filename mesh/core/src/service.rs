@@ -17,9 +17,9 @@ pub enum Protocol {
     Tcp,
     /// HTTP/1.1, one stream a request.
     Http,
-    /// HTTP/2 by prior knowledge; passes as bytes for now.
+    /// HTTP/2 by prior knowledge, one stream a request.
     Http2,
-    /// gRPC over HTTP/2; passes as bytes for now.
+    /// gRPC over HTTP/2: refusals are gRPC statuses.
     Grpc,
 }
 
