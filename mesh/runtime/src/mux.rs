@@ -81,10 +81,13 @@ struct Shared {
     /// A stream waits because the output is full.
     was_full: bool,
     slots: HashMap<u32, Slot>,
-    /// Who waits for a new round, for room in the output or for credit of the connection, in the order in which
-    /// they began to: who was served last comes last.
-    waiting: BTreeMap<u64, Waiter>,
+    /// Who waits for a new round, for room in the output or for credit of the connection.
+    waiting: BTreeMap<Place, Waiter>,
     tickets: u64,
+    /// What a stream has had, in bytes, that was served whenever it was its turn.
+    fair: u64,
+    /// How many waited when writers were last woken.
+    contenders: u64,
     incoming: VecDeque<(u32, Vec<u8>)>,
     accepting: Option<Waker>,
     opening: Vec<Waker>,
@@ -99,6 +102,14 @@ struct Shared {
     /// Received by all streams and not read yet.
     unread: usize,
     share: budget::Share,
+}
+
+/// A place among those who wait: first comes who has had least of late, then who waits longest. So a small call
+/// does not stand behind all bulk transfers, however many there are, and they do not stand behind all small calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    had: u64,
+    ticket: u64,
 }
 
 #[derive(Debug)]
@@ -120,7 +131,9 @@ struct Slot {
     round: u64,
     sent_in_round: usize,
     /// Its place among those who wait to write.
-    ticket: Option<u64>,
+    place: Option<Place>,
+    /// What it has had on the scale of [`Shared::fair`].
+    had: u64,
     reader: Option<Waker>,
     writer: Option<Waker>,
     /// Who only wants to know of a reset.
@@ -149,6 +162,8 @@ pub fn connection<C>(
         slots: HashMap::new(),
         waiting: BTreeMap::new(),
         tickets: 0,
+        fair: 0,
+        contenders: 1,
         incoming: VecDeque::new(),
         accepting: None,
         opening: Vec::new(),
@@ -174,15 +189,15 @@ impl Mux {
     /// # Errors
     /// Why the connection takes no new stream.
     pub async fn open(&self, header: &[u8]) -> Result<MuxStream, Reason> {
-        let mut ticket = None;
-        poll_fn(|cx| self.poll_open(cx, header, &mut ticket)).await
+        let mut place = None;
+        poll_fn(|cx| self.poll_open(cx, header, &mut place)).await
     }
 
     fn poll_open(
         &self,
         cx: &Context<'_>,
         header: &[u8],
-        ticket: &mut Option<u64>,
+        place: &mut Option<Place>,
     ) -> Poll<Result<MuxStream, Reason>> {
         let mut shared = self.0.borrow_mut();
         if let Some(reason) = shared.closed {
@@ -190,9 +205,9 @@ impl Mux {
         }
         if shared.output.len() - shared.written >= OUTPUT_MAX {
             shared.was_full = true;
-            let ticket = *ticket.get_or_insert_with(|| shared.next_ticket());
+            let place = *place.get_or_insert_with(|| shared.next_place(0));
             let waiter = Waiter::Open(cx.waker().clone());
-            shared.waiting.insert(ticket, waiter);
+            shared.waiting.insert(place, waiter);
             return Poll::Pending;
         }
         match shared.machine.open() {
@@ -327,7 +342,11 @@ impl Shared {
         self.machine.sent(stream, bytes, end);
         if let Some(slot) = self.slots.get_mut(&stream) {
             slot.sent_in_round += bytes;
-            slot.ticket = None;
+            slot.place = None;
+            // What was sent while nobody waited is held against a stream up to one share only.
+            let had = slot.had.max(self.fair) + bytes as u64;
+            self.fair += bytes as u64 / self.contenders;
+            slot.had = had.min(self.fair + QUANTUM as u64);
         }
         self.wake_driver();
     }
@@ -359,6 +378,7 @@ impl Shared {
 
     fn wake_writers(&mut self) {
         self.was_full = false;
+        self.contenders = self.waiting.len().max(1) as u64;
         for waiter in std::mem::take(&mut self.waiting).into_values() {
             match waiter {
                 Waiter::Open(waker) => waker.wake(),
@@ -371,18 +391,23 @@ impl Shared {
         }
     }
 
-    fn next_ticket(&mut self) -> u64 {
+    /// The place of one who begins to wait now and has had so much.
+    fn next_place(&mut self, had: u64) -> Place {
         self.tickets += 1;
-        self.tickets
+        Place {
+            had: had.max(self.fair),
+            ticket: self.tickets,
+        }
     }
 
     /// The writer of `stream` waits until [`Self::wake_writers`] or until credit of its own comes.
     fn wait_to_write(&mut self, stream: u32, waker: &Waker) {
-        let next = self.next_ticket();
+        let had = self.slots.get(&stream).map_or(0, |slot| slot.had);
+        let next = self.next_place(had);
         if let Some(slot) = self.slots.get_mut(&stream) {
             slot.writer = Some(waker.clone());
-            let ticket = *slot.ticket.get_or_insert(next);
-            self.waiting.insert(ticket, Waiter::Stream(stream));
+            let place = *slot.place.get_or_insert(next);
+            self.waiting.insert(place, Waiter::Stream(stream));
         }
     }
 

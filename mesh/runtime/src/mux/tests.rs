@@ -1,5 +1,8 @@
 //! Two connections over an in-memory carrier.
 
+mod fairness;
+mod simulation;
+
 use super::*;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 use tokio::task::{LocalSet, spawn_local};
