@@ -2,6 +2,7 @@
 //! them under libFuzzer, the wire tier with seeded inputs.
 
 pub mod by_hyper;
+pub mod by_node;
 pub mod grammar;
 pub mod reading;
 
@@ -11,7 +12,7 @@ use mesh_api::token::JoinToken;
 use mesh_core::http1::{Body, Framing, HEAD_MAX, Request, parse_request, parse_response, rewrite};
 use mesh_core::stream::{Limits, Machine, Side};
 
-use reading::{Message, Passed};
+use reading::{Message, Passed, Seen};
 
 /// Frames as a peer may send them: each reads back as what it was, and none breaks the machine behind.
 pub fn frames(mut bytes: &[u8]) {
@@ -37,12 +38,12 @@ pub fn frames(mut bytes: &[u8]) {
     }
 }
 
-/// A stream's header: what is read is written back as the begin of what came.
+/// A stream's header: what is read is written so that it reads as the same.
 pub fn header(bytes: &[u8]) {
     if let Ok(header) = Header::decode(bytes) {
         let mut out = Vec::new();
         header.encode(&mut out);
-        assert!(bytes.starts_with(&out), "{bytes:?} became {out:?}");
+        assert_eq!(Header::decode(&out), Ok(header), "{bytes:?} became {out:?}");
     }
 }
 
@@ -129,23 +130,26 @@ pub fn chunked_body(bytes: &[u8]) {
 /// The requests that agents pass, hyper reads as the same, or refuses. Returns how many it read alike.
 pub fn requests_against_hyper(bytes: &[u8]) -> usize {
     let passed = reading::requests(bytes);
-    let mut alike = 0;
-    for piece in [usize::MAX, 1 + bytes.len() % 7] {
-        let seen = by_hyper::requests(&passed.bytes, piece);
-        alike = compare(&passed, &seen);
-    }
-    alike
+    let whole = compare_requests(&passed, &by_hyper::requests(&passed.bytes, usize::MAX));
+    // In pieces it must not be another reading either.
+    let seen = by_hyper::requests(&passed.bytes, 1 + bytes.len() % 7);
+    assert_eq!(compare_requests(&passed, &seen), whole);
+    whole
 }
 
-fn compare(passed: &Passed, seen: &[by_hyper::Seen]) -> usize {
-    let show = || {
-        format!(
-            "\nsent {:?}\nours {:?}\nand {:?}\nhyper {seen:?}",
-            String::from_utf8_lossy(&passed.bytes),
-            passed.whole,
-            passed.begun
-        )
-    };
+/// The response that agents pass, hyper reads as the same, or refuses. Returns how many it read alike.
+pub fn responses_against_hyper(bytes: &[u8]) -> usize {
+    let read = asked().map(|(method, request)| {
+        let passed = reading::response(bytes, &request);
+        let seen = by_hyper::response(&passed.bytes, 1 + bytes.len() % 7, method);
+        compare_response(&passed, seen.as_ref())
+    });
+    read.sum()
+}
+
+/// Panics where another reader understood requests that agents did not pass so.
+pub fn compare_requests(passed: &Passed, seen: &[Seen]) -> usize {
+    let show = || shown(passed, &seen);
     for (at, theirs) in seen.iter().enumerate() {
         match passed.whole.get(at) {
             Some(ours) if theirs.whole => {
@@ -154,13 +158,9 @@ fn compare(passed: &Passed, seen: &[by_hyper::Seen]) -> usize {
             // It refused the body that we passed: then it reads nothing behind it.
             Some(_) => assert_eq!(at + 1, seen.len(), "read on behind an error: {}", show()),
             None => {
+                let begun = passed.begun.is_some() && at == passed.whole.len();
                 assert!(
-                    !theirs.whole,
-                    "a request that we did not pass as whole: {}",
-                    show()
-                );
-                assert!(
-                    passed.begun.is_some() && at == passed.whole.len(),
+                    begun && !theirs.whole,
                     "a request that we did not pass: {}",
                     show()
                 );
@@ -170,40 +170,35 @@ fn compare(passed: &Passed, seen: &[by_hyper::Seen]) -> usize {
     seen.iter().filter(|seen| seen.whole).count()
 }
 
-/// The response that agents pass, hyper reads as the same, or refuses. Returns how many it read alike.
-pub fn responses_against_hyper(bytes: &[u8]) -> usize {
-    let mut count = 0;
-    for (method, request) in asked() {
-        let passed = reading::response(bytes, &request);
-        let Some(seen) = by_hyper::response(&passed.bytes, 1 + bytes.len() % 7, method) else {
-            continue;
-        };
-        let show = || {
-            format!(
-                "\nto {method}: {:?}\nours {:?}\nand {:?}\nhyper {seen:?}",
-                String::from_utf8_lossy(&passed.bytes),
-                passed.whole,
-                passed.begun
-            )
-        };
-        match passed.whole.first() {
-            Some(ours) if seen.whole => {
-                assert!(alike(ours, &seen.message), "read in two ways: {}", show());
-                count += 1;
-            }
-            Some(_) => (),
-            None => assert!(
-                !seen.whole,
-                "a response that we did not pass as whole: {}",
-                show()
-            ),
-        }
+/// Panics where another reader understood a response that agents did not pass so.
+pub fn compare_response(passed: &Passed, seen: Option<&Seen>) -> usize {
+    let Some(theirs) = seen.filter(|seen| seen.whole) else {
+        return 0;
+    };
+    match passed.whole.first() {
+        Some(ours) => assert!(
+            alike(ours, &theirs.message),
+            "read in two ways: {}",
+            shown(passed, &seen)
+        ),
+        None => panic!(
+            "a response that we did not pass as whole: {}",
+            shown(passed, &seen)
+        ),
     }
-    count
+    1
+}
+
+fn shown(passed: &Passed, seen: &impl std::fmt::Debug) -> String {
+    let sent = passed.bytes.escape_ascii();
+    format!(
+        "\nsent {sent}\nours {:?}\nand {:?}\nseen {seen:?}",
+        passed.whole, passed.begun
+    )
 }
 
 /// Requests whose answers are framed differently.
-fn asked() -> impl Iterator<Item = (&'static str, Request)> {
+pub fn asked() -> impl Iterator<Item = (&'static str, Request)> {
     ["GET", "HEAD", "CONNECT"].into_iter().filter_map(|method| {
         let head = format!("{method} / HTTP/1.1\r\nHost: a\r\n\r\n");
         Some((method, parse_request(head.as_bytes(), HEAD_MAX).ok()??))

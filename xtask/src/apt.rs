@@ -55,6 +55,9 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("python3", "python3"),
 ];
 
+/// A second reader of HTTP/1 beside ours.
+pub(crate) const WIRE: &[Need] = &[("node", "nodejs")];
+
 /// Where Debian keeps programs.
 const PLACES: &[&str] = &["/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/bin"];
 /// Asked by Debian's packages before they start a service: 101 forbids it.

@@ -154,6 +154,9 @@ fn lints() -> Count {
 }
 
 fn prepare(tier: Tier) -> anyhow::Result<()> {
+    if tier == Tier::Wire {
+        return apt::install(apt::WIRE);
+    }
     if tier != Tier::Namespaces {
         return Ok(());
     }

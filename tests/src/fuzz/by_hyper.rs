@@ -12,17 +12,10 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper::service::service_fn;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 
-use super::reading::Message;
+use super::reading::{Message, Seen, latin1};
 
 /// Turns of a reader that gets a few hundred bytes: one that needs more stands still.
 const TURNS_MAX: usize = 100_000;
-
-/// What hyper understood, and whether its body came to a proper end.
-#[derive(Debug)]
-pub struct Seen {
-    pub message: Message,
-    pub whole: bool,
-}
 
 /// Bytes that come in pieces, then the end; what is written is dropped.
 struct Tape<'a> {
@@ -76,7 +69,10 @@ pub fn requests(bytes: &[u8], piece: usize) -> Vec<Seen> {
         async move {
             let (head, body) = request.into_parts();
             let (body, whole) = collect(body).await;
-            let line = vec![head.method.to_string(), head.uri.to_string()];
+            let line = vec![
+                head.method.to_string(),
+                latin1(head.uri.to_string().as_bytes()),
+            ];
             let message = Message {
                 line,
                 headers: headers(&head.headers),

@@ -13,7 +13,7 @@ const CLIENT_ID: &str = "x-meshwork-client-id: spiffe://mesh.test/ns/a/sa/b";
 /// A message as a reader of bytes understands it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Message {
-    /// Method and target, or the status alone.
+    /// Method and target, or the status alone; each byte a character.
     pub line: Vec<String>,
     /// Lower-case names, trimmed values, sorted by name; equal names stay in their order.
     pub headers: Vec<(String, Vec<u8>)>,
@@ -29,6 +29,13 @@ impl fmt::Debug for Message {
             .finish()?;
         write!(f, " {:?}", text(&self.body))
     }
+}
+
+/// What another reader understood, and whether its body came to a proper end.
+#[derive(Debug)]
+pub struct Seen {
+    pub message: Message,
+    pub whole: bool,
 }
 
 /// What passed.
@@ -152,8 +159,7 @@ fn dechunked(mut bytes: &[u8]) -> Vec<u8> {
 
 fn first_line(head: &[u8]) -> impl Iterator<Item = String> {
     let line = head.split(|b| *b == b'\r').next().unwrap_or_default();
-    line.split(|b| *b == b' ')
-        .map(|word| String::from_utf8_lossy(word).into_owned())
+    line.split(|b| *b == b' ').map(latin1)
 }
 
 fn headers(head: &[u8]) -> Vec<(String, Vec<u8>)> {
@@ -161,10 +167,15 @@ fn headers(head: &[u8]) -> Vec<(String, Vec<u8>)> {
     let mut headers: Vec<_> = lines
         .filter_map(|line| {
             let colon = line.iter().position(|b| *b == b':')?;
-            let name = String::from_utf8_lossy(&line[..colon]).to_lowercase();
+            let name = latin1(&line[..colon]).to_ascii_lowercase();
             Some((name, line[colon + 1..].trim_ascii().to_vec()))
         })
         .collect();
     headers.sort_by(|a, b| a.0.cmp(&b.0));
     headers
+}
+
+/// Bytes as text, each a character of its own.
+pub(super) fn latin1(bytes: &[u8]) -> String {
+    bytes.iter().copied().map(char::from).collect()
 }

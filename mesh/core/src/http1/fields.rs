@@ -78,7 +78,7 @@ impl<'a> Facts<'a> {
                     }
                 }
                 16 if is(b"www-authenticate") => facts.challenge |= list(value).any(binds),
-                17 if is(b"transfer-encoding") => facts.transfer_encoding(value)?,
+                17 if is(b"transfer-encoding") => facts.transfer_encoding(&line[colon + 1..])?,
                 18 if is(b"proxy-authenticate") => facts.challenge |= list(value).any(binds),
                 19 if is(b"proxy-authorization") => facts.login |= binds(value),
                 _ => facts.has_ours |= is_ours(name),
@@ -103,8 +103,11 @@ impl<'a> Facts<'a> {
     }
 
     /// Chunked at most once, at the end, and nothing of which it is not known how it is read: empty elements,
-    /// parameters and quotes are split by others in other places.
+    /// parameters and quotes are split by others in other places, and to llhttp `chunked` and a tab is another coding.
     fn transfer_encoding(&mut self, value: &[u8]) -> Result<(), Bad> {
+        if value.contains(&b'\t') {
+            return Err(Bad::Malformed);
+        }
         let mut chunked = false;
         for coding in list(value) {
             if chunked || !is_one_of(coding, CODINGS) {

@@ -62,6 +62,7 @@ const ODD_LINES: &[&str] = &[
     "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
     "Transfer-Encoding: identity",
     "Transfer-Encoding: , chunked",
+    "Transfer-Encoding: chunked\t",
     "Transfer-Encoding: x;a=\"b, chunked",
     "Transfer-Encoding: xchunked",
     "Transfer-Encoding : chunked",
