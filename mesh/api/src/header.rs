@@ -118,6 +118,42 @@ mod tests {
     }
 
     #[test]
+    fn each_kind_has_its_golden_bytes() {
+        for (kind, byte) in [
+            (StreamKind::Tcp, 0),
+            (StreamKind::Http1, 1),
+            (StreamKind::Auto, 2),
+        ] {
+            let golden = [1, byte, 0x14, 0x38, 2, b'd', b'b'];
+            let read = Header::decode(&golden).unwrap();
+            assert_eq!((read.kind, read.port), (kind, 5176));
+            assert_eq!(read.service.as_str(), "db");
+            let mut out = Vec::new();
+            read.encode(&mut out);
+            assert_eq!(out, golden);
+        }
+        let unknown = [1, 0xff, 0x14, 0x38, 2, b'd', b'b'];
+        assert_eq!(Header::decode(&unknown), Err(Reason::HeaderMalformed));
+    }
+
+    /// What a newer peer adds changes nothing for who need not know it, up to the header's bound.
+    #[test]
+    fn extensions_that_may_be_skipped_leave_the_header_as_it_is() {
+        let plain = Header::decode(&bytes()).unwrap();
+        let room = HEADER_MAX - bytes().len() - 2 * 3;
+        let mut long = bytes();
+        long.extend([0x7f, 0, 0, 0x7e]);
+        long.extend((room as u16).to_be_bytes());
+        long.resize(HEADER_MAX, 0xff);
+        assert_eq!(Header::decode(&long), Ok(plain));
+        long.extend([0x7f, 0, 0]);
+        assert_eq!(Header::decode(&long), Err(Reason::HeaderMalformed));
+        // The skipped ones do not hide one that must be understood.
+        let hidden = [bytes().as_slice(), &[0x7f, 0, 1, 0, 0xff, 0, 0]].concat();
+        assert_eq!(Header::decode(&hidden), Err(Reason::HeaderVersion));
+    }
+
+    #[test]
     fn every_cut_and_every_change_is_an_answer_not_a_panic() {
         let bytes = bytes();
         for end in 0..bytes.len() {
