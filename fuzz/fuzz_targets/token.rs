@@ -1,0 +1,7 @@
+//! Join tokens.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    meshwork_fuzz::fuzz::token(bytes);
+});
