@@ -173,6 +173,24 @@ impl Agent {
             .collect()
     }
 
+    /// Resident memory of holder and worker together, in KiB.
+    pub fn rss_kib(&self) -> u64 {
+        let of = |pid: u32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+            let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+            number.unwrap_or(0)
+        };
+        self.pids().into_iter().map(of).sum()
+    }
+
+    /// Open descriptors of the worker.
+    #[track_caller]
+    pub fn descriptors(&self) -> usize {
+        let fds = fs::read_dir(format!("/proc/{}/fd", self.worker()));
+        fds.map_or(0, Iterator::count)
+    }
+
     /// What the agent has logged since it was first started.
     pub fn log(&self) -> String {
         self.process.as_ref().map(Process::log).unwrap_or_default()

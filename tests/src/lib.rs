@@ -5,6 +5,7 @@
 //! with what they saw, since a test can do nothing better.
 
 pub mod agent;
+pub mod app;
 pub mod bench;
 pub mod cgroup;
 pub mod control;

@@ -1,5 +1,8 @@
 //! Real servers from Debian, each configured to need nothing but its own directory and to log to stderr.
 
+pub mod golang;
+pub mod web;
+
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -162,6 +165,38 @@ pub fn nghttpd(host: &Host, name: &str, port: u16) -> Process {
         .cmd(&format!(
             "exec nghttpd --no-tls --echo-upload --trailer='x-sum: 7' -d {} {port}",
             www.display()
+        ))
+        .cgroup(name)
+        .spawn(name);
+    host.wait_listening(port, SOON);
+    process
+}
+
+/// grpc-go on `port`, the interoperability service of the gRPC project, in cgroup `name`.
+#[track_caller]
+pub fn grpc_go(host: &Host, name: &str, port: u16) -> Process {
+    let program = golang::program("grpc").display().to_string();
+    let words = [program, "serve".to_owned(), port.to_string()];
+    let process = host.program(words).cgroup(name).spawn(name);
+    host.wait_listening(port, SOON);
+    process
+}
+
+/// OpenSSH on `port`, in cgroup `name`, with keys of its own. Whoever has `<host>/<name>/client` may log in as root.
+#[track_caller]
+pub fn sshd(host: &Host, name: &str, port: u16) -> Process {
+    let dir = host.subdir(name, None);
+    let dir = dir.display();
+    for key in ["host", "client"] {
+        host.ok(&format!("ssh-keygen -q -t ed25519 -N '' -f {dir}/{key}"));
+    }
+    let process = host
+        .cmd(&format!(
+            // Where it wants its empty directory, also on a machine without the service; only this process sees it.
+            "mount -t tmpfs none /run && mkdir /run/sshd && exec {} -D -e -f /dev/null -p {port} -h {dir}/host \
+             -o AuthorizedKeysFile={dir}/client.pub -o StrictModes=no -o UsePAM=no -o PermitRootLogin=yes \
+             -o PidFile=none -o Subsystem='sftp internal-sftp'",
+            Debian("sshd").path()
         ))
         .cgroup(name)
         .spawn(name);

@@ -43,10 +43,14 @@ mod join;
 mod packet_capture;
 #[path = "namespaces/pair.rs"]
 mod pair;
+#[path = "namespaces/real_servers.rs"]
+mod real_servers;
 #[path = "namespaces/removal.rs"]
 mod removal;
 #[path = "namespaces/services.rs"]
 mod services;
+#[path = "namespaces/soak.rs"]
+mod soak;
 #[path = "namespaces/store.rs"]
 mod store;
 #[path = "namespaces/tcp.rs"]
@@ -55,5 +59,11 @@ mod tcp;
 mod tcp_exact;
 #[path = "namespaces/tokens.rs"]
 mod tokens;
+#[path = "namespaces/torture.rs"]
+mod torture;
+#[path = "namespaces/torture_cuts.rs"]
+mod torture_cuts;
+#[path = "namespaces/torture_many.rs"]
+mod torture_many;
 #[path = "namespaces/unjoined.rs"]
 mod unjoined;

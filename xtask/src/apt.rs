@@ -50,6 +50,16 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("haproxy", "haproxy"),
     ("/usr/lib/python3/dist-packages/grpc", "python3-grpcio"),
     ("/usr/lib/python3/dist-packages/h2", "python3-h2"),
+    ("apache2", "apache2-bin"),
+    ("node", "nodejs"),
+    ("go", "golang-go"),
+    ("h2load", "nghttp2-client"),
+    (
+        "/usr/lib/python3/dist-packages/websockets",
+        "python3-websockets",
+    ),
+    ("sshd", "openssh-server"),
+    ("ssh", "openssh-client"),
     ("tcpdump", "tcpdump"),
     ("openssl", "openssl"),
     ("python3", "python3"),
@@ -58,8 +68,15 @@ pub(crate) const NAMESPACES: &[Need] = &[
 /// A second reader of HTTP/1 beside ours.
 pub(crate) const WIRE: &[Need] = &[("node", "nodejs")];
 
-/// Where Debian keeps programs.
-const PLACES: &[&str] = &["/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/bin"];
+/// Where Debian keeps programs, and where a Go that is not from Debian is.
+const PLACES: &[&str] = &[
+    "/usr/sbin",
+    "/usr/bin",
+    "/sbin",
+    "/bin",
+    "/usr/local/bin",
+    "/usr/local/go/bin",
+];
 /// Asked by Debian's packages before they start a service: 101 forbids it.
 const START_POLICY: &str = "/usr/sbin/policy-rc.d";
 

@@ -7,6 +7,8 @@ use clap::ValueEnum;
 
 use crate::{apt, child};
 
+/// How long the soak works when it is asked for by name; in a run of the whole tier it says itself.
+const SOAK_SECONDS: &str = "300";
 /// Sites wait more than they compute, so more run at once than there are cores.
 const NAMESPACE_THREADS: &str = "--test-threads=3";
 
@@ -176,7 +178,11 @@ fn tests(tier: Tier, filter: Option<&str>) -> Count {
         words.push("--");
         words.extend((tier == Tier::Namespaces).then_some(NAMESPACE_THREADS));
         let mut counted = Count::default();
-        let ended = child::run_lines(&mut child::cargo(&words), |line| {
+        let mut command = child::cargo(&words);
+        if filter.is_some_and(|filter| filter.contains("soak")) {
+            command.env("MESH_SOAK_SECONDS", SOAK_SECONDS);
+        }
+        let ended = child::run_lines(&mut command, |line| {
             drop(writeln!(std::io::stdout().lock(), "{line}"));
             counted.add(result_of(line).unwrap_or_default());
         });

@@ -1,0 +1,98 @@
+//! Many connections: at once, in silence, and one after the other.
+
+use meshwork_tests::agent::Agent;
+use meshwork_tests::control::TokenOptions;
+
+use crate::pair::owner;
+use crate::torture::{HTTP, Rig, TASK_MAX, TCP, app, serve, wait_said};
+
+/// What one idle connection may cost an agent, and what an agent at rest has.
+const IDLE_KIB: u64 = 16;
+const AT_REST_KIB: u64 = 60 * 1024;
+/// Idle connections of one pair; two pairs have them. An agent gives a third of its descriptors to each of callers,
+/// peers and apps, and a process may have 20,000 where it can not raise its limit.
+const IDLE: u64 = 5000;
+
+#[test]
+fn two_thousand_connections_are_served_at_once() {
+    let rig = Rig::new("two_thousand_connections", "http");
+    let text = rig.run("crowd --connections 2000 --requests 6");
+    assert_eq!(text, "answered 12000\n");
+    rig.settled();
+}
+
+#[test]
+fn fifty_thousand_connections_come_and_go() {
+    let rig = Rig::new("fifty_thousand_connections", "http");
+    assert_eq!(rig.run("churn --times 5000 --parallel 64"), "closed 5000\n");
+    let before = rig.memory();
+    assert_eq!(
+        rig.run("churn --times 45000 --parallel 64"),
+        "closed 45000\n"
+    );
+    let grown = rig.grown(before);
+    assert!(
+        grown.iter().all(|kib| *kib < 16 * 1024),
+        "KiB more: {grown:?}"
+    );
+    rig.settled();
+}
+
+#[test]
+fn ten_thousand_idle_connections_live_and_cost_little() {
+    let rig = Rig::new("ten_thousand_idle", "http");
+    let pair = &rig.pair;
+    let everything = TokenOptions::default();
+    let [server, client] =
+        ["server2", "client2"].map(|name| pair.control.join(&pair.site.host(name), &everything));
+    client.serve("client", &owner("client"), &[]);
+    let _app = serve(&server.host);
+    let line = server.owner_line(&owner("app"));
+    // The same account, another service: each pair has its own.
+    server.write_file(
+        "app.toml",
+        &format!(
+            "namespace = \"shop\"\naccount = \"app\"\n[owner]\n{line}\n[[service]]\nname = \"app2\"\n\
+             ports = [{{ port = {HTTP}, protocol = \"http\" }}, {{ port = {TCP}, protocol = \"tcp\" }}]\n"
+        ),
+    );
+    pair.control.wait_endpoints("shop/app2", 1);
+    pair.wait_name("app2");
+    let go = pair.client.host.dir().join("go");
+    let words = format!("idle --connections {IDLE} --until {}", go.display());
+    let [vip, _] = pair.vips("app2");
+    let second = format!("{words} --http {vip}:{HTTP} --tcp {vip}:{TCP}");
+    let second = app(&client.host, &second)
+        .cgroup("client")
+        .deadline(TASK_MAX);
+    let mut tasks = [rig.task(&words).spawn("idle"), second.spawn("idle")];
+    for task in &mut tasks {
+        assert_eq!(wait_said(task, "open "), IDLE.to_string());
+    }
+    let agents = [&pair.client, &pair.server, &client, &server];
+    for agent in agents {
+        let kib = agent.rss_kib();
+        assert!(
+            kib < AT_REST_KIB + IDLE * IDLE_KIB,
+            "{} has {kib} KiB with {IDLE} idle connections",
+            agent.host.name()
+        );
+    }
+    let open: f64 = agents
+        .iter()
+        .map(|agent| agent.metrics().sum("mesh_open_connections", &[]))
+        .sum();
+    assert_eq!(open, (4 * IDLE) as f64);
+    std::fs::write(&go, "").unwrap();
+    for task in &mut tasks {
+        assert_eq!(wait_said(task, "alive "), IDLE.to_string());
+    }
+    let client_open = |agent: &Agent| agent.metrics().sum("mesh_open_connections", &[]);
+    for agent in agents {
+        meshwork_tests::wait::wait_until("all to be closed", meshwork_tests::wait::SOON, || {
+            let open = client_open(agent);
+            meshwork_tests::wait::check(open == 0.0, format!("{open} are open"))
+        });
+    }
+    rig.settled();
+}
