@@ -39,6 +39,16 @@ impl Limits {
         max_frame: 64 * 1024,
     };
 
+    /// What one stream may have under way or unread while `free` is left of the connection's credit. Half of the
+    /// credit is reserved, an equal part for each stream that may be open; of the rest nobody takes more than a
+    /// quarter of what is left (dynamic thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 6(2),
+    /// 1998). So readers that stand still, however many, hold back their own streams only.
+    fn share(&self, free: u64) -> u64 {
+        let reserved = u64::from(self.connection_credit) / 2;
+        let own = (reserved / u64::from(self.max_streams)).max(1);
+        own + free.saturating_sub(reserved) / 4
+    }
+
     /// Whether a peer may say this at all.
     pub const fn are_sane(&self) -> bool {
         self.max_streams >= 1
@@ -214,6 +224,8 @@ pub struct Machine {
     send_credit: u64,
     receive_credit: u64,
     unreturned: u64,
+    /// No stream has more unreturned than this, unless it owes nothing.
+    unreturned_max: u64,
     going_away: bool,
     control: VecDeque<Frame<'static>>,
 }
@@ -237,6 +249,7 @@ impl Machine {
             send_credit: 0,
             receive_credit: u64::from(limits.connection_credit),
             unreturned: 0,
+            unreturned_max: 0,
             going_away: false,
             control: VecDeque::from([hello]),
         }
@@ -247,11 +260,12 @@ impl Machine {
         self.streams.len()
     }
 
-    /// Whether nearly all of the connection's credit is held, in either direction, by what was not read yet.
+    /// Whether readers that stand still hold half of the connection's credit, in either direction: others have small
+    /// shares.
     pub fn is_starved(&self) -> bool {
         let Some(peer) = self.peer else { return false };
-        self.send_credit < u64::from(peer.max_frame)
-            || self.receive_credit < u64::from(self.limits.max_frame)
+        let few = |free: u64, limits: &Limits| free <= u64::from(limits.connection_credit) / 2;
+        few(self.send_credit, &peer) || few(self.receive_credit, &self.limits)
     }
 
     /// Whether another stream can be opened now.
@@ -281,9 +295,12 @@ impl Machine {
     pub fn send_capacity(&self, stream: u32) -> usize {
         match (self.streams.get(&stream), self.peer) {
             (Some(s), Some(peer)) if !s.local_ended => {
+                let held = u64::from(peer.stream_credit) - s.send_credit;
+                let share = peer.share(self.send_credit);
                 s.send_credit
                     .min(self.send_credit)
-                    .min(u64::from(peer.max_frame)) as usize
+                    .min(u64::from(peer.max_frame))
+                    .min(share.saturating_sub(held)) as usize
             }
             _ => 0,
         }
@@ -306,7 +323,28 @@ impl Machine {
     /// Reports that the reader took `bytes`, or that they were thrown away.
     pub fn consumed(&mut self, stream: u32, bytes: usize) {
         self.unreturned += bytes as u64;
-        if self.unreturned * 2 >= u64::from(self.limits.connection_credit) {
+        let share = self.limits.share(self.receive_credit);
+        if let Some(s) = self.streams.get_mut(&stream)
+            && !s.remote_ended
+        {
+            s.unreturned += bytes as u64;
+            let enough = share.min(u64::from(self.limits.stream_credit));
+            if s.unreturned * 2 >= enough {
+                let frame = s.give_back(stream);
+                self.control.extend(frame);
+            }
+            let left = self.streams.get(&stream).map_or(0, |s| s.unreturned);
+            self.unreturned_max = self.unreturned_max.max(left);
+        }
+        self.return_credit();
+    }
+
+    /// Gives back what was consumed: in large steps while the peer has much, at once when it has little. When all is
+    /// read and nothing under way, a stream of the peer's can send: it counts as held what it was not given back,
+    /// which is less than its share.
+    fn return_credit(&mut self) {
+        let enough = self.unreturned * 8 >= u64::from(self.limits.connection_credit);
+        if self.unreturned > 0 && (enough || self.unreturned * 4 >= self.receive_credit) {
             let bytes = std::mem::take(&mut self.unreturned);
             self.receive_credit += bytes;
             self.queue(Frame::Credit {
@@ -314,20 +352,20 @@ impl Machine {
                 bytes: bytes as u32,
             });
         }
-        let Some(s) = self.streams.get_mut(&stream) else {
-            return;
-        };
-        if s.remote_ended {
+        // What was little when it was consumed is much, now that shares are small. They halve until this is done
+        // again, so it is done seldom.
+        let share = self.limits.share(self.receive_credit);
+        if share > self.unreturned_max {
             return;
         }
-        s.unreturned += bytes as u64;
-        if s.unreturned * 2 >= u64::from(self.limits.stream_credit) {
-            let bytes = std::mem::take(&mut s.unreturned);
-            s.receive_credit += bytes;
-            self.queue(Frame::Credit {
-                stream,
-                bytes: bytes as u32,
-            });
+        self.unreturned_max = 0;
+        for (id, s) in &mut self.streams {
+            if !s.remote_ended && s.unreturned * 2 >= share {
+                self.control.extend(s.give_back(*id));
+            }
+            if !s.remote_ended {
+                self.unreturned_max = self.unreturned_max.max(s.unreturned);
+            }
         }
     }
 
@@ -504,6 +542,7 @@ impl Machine {
             s.remote_ended = true;
             self.forget_if_over(stream);
         }
+        self.return_credit();
         Ok(Event::Data { stream, end })
     }
 
@@ -573,6 +612,16 @@ impl Machine {
 }
 
 impl Stream {
+    /// The credit for what was consumed.
+    fn give_back(&mut self, stream: u32) -> Option<Frame<'static>> {
+        let bytes = std::mem::take(&mut self.unreturned);
+        self.receive_credit += bytes;
+        (bytes > 0).then_some(Frame::Credit {
+            stream,
+            bytes: bytes as u32,
+        })
+    }
+
     fn new(limits: &Limits, peer: &Limits) -> Self {
         Self {
             send_credit: u64::from(peer.stream_credit),

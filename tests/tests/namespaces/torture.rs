@@ -172,6 +172,28 @@ fn bodies_pass_unchanged_where_the_protocol_is_not_declared() {
 }
 
 #[test]
+fn readers_that_stand_still_hold_back_nobody_else_and_a_bounded_memory() {
+    let rig = Rig::new("readers_that_stand_still", "http");
+    let go = rig.pair.client.host.dir().join("go");
+    let before = rig.memory();
+    let task = rig.task(&format!(
+        "slow-readers --readers 200 --bytes {} --until {}",
+        GIB / 64,
+        go.display()
+    ));
+    let mut task = task.spawn("slow-readers");
+    assert_eq!(wait_said(&mut task, "answered "), "300");
+    let grown = rig.grown(before);
+    assert!(
+        grown.iter().all(|kib| *kib < BUFFERS_KIB),
+        "200 readers of 16 MiB stand still; KiB more: {grown:?}"
+    );
+    std::fs::write(&go, "").unwrap();
+    assert_eq!(wait_said(&mut task, "whole "), "200");
+    rig.wait_closed();
+}
+
+#[test]
 fn writers_of_single_bytes_are_served() {
     let rig = Rig::new("writers_of_single_bytes", "http");
     assert_eq!(

@@ -140,3 +140,78 @@ fn going_away_refuses_new_streams_and_keeps_old_ones() {
     assert_eq!(client.open_streams(), 1);
     assert!(client.send_capacity(old) > 0);
 }
+
+/// However many readers stand still, a stream that comes gets its bytes through, and nothing is lost for later.
+#[test]
+fn readers_that_stand_still_leave_something_for_each_new_stream() {
+    let limits = Limits {
+        max_streams: 4096,
+        ..Limits::DEFAULT
+    };
+    let mut client = Machine::new(Side::Client, limits);
+    let mut server = Machine::new(Side::Server, limits);
+    let hello = client.poll_control().unwrap();
+    server.handle(&hello).unwrap();
+    let hello = server.poll_control().unwrap();
+    client.handle(&hello).unwrap();
+    let zeros = vec![0; limits.max_frame as usize];
+    let mut standing = Vec::new();
+    for number in 0..1000 {
+        let stream = client.open().unwrap();
+        let header = &[];
+        server.handle(&Frame::Open { stream, header }).unwrap();
+        let first = client.send_capacity(stream);
+        assert!(first >= 1024, "stream {number} may send {first}");
+        let mut unread = 0;
+        loop {
+            let bytes = client.send_capacity(stream);
+            if bytes == 0 {
+                break;
+            }
+            client.sent(stream, bytes, false);
+            server
+                .handle(&data(stream, &zeros[..bytes], false))
+                .unwrap();
+            unread += bytes;
+        }
+        standing.push((stream, unread));
+        // One that is read goes on as if nobody stood beside it.
+        if number % 100 == 0 {
+            small_calls(&mut client, &mut server, &zeros);
+        }
+    }
+    for (stream, unread) in standing {
+        server.consumed(stream, unread);
+    }
+    deliver(&mut server, &mut client);
+    let stream = client.open().unwrap();
+    assert_eq!(client.send_capacity(stream), zeros.len());
+}
+
+/// Streams of 64 KiB, read as it comes.
+fn small_calls(client: &mut Machine, server: &mut Machine, zeros: &[u8]) {
+    for _ in 0..20 {
+        let stream = client.open().unwrap();
+        let header = &[];
+        server.handle(&Frame::Open { stream, header }).unwrap();
+        let mut left = 64 * 1024;
+        while left > 0 {
+            let bytes = client.send_capacity(stream).min(left);
+            assert!(bytes > 0, "{left} bytes wait for nobody");
+            left -= bytes;
+            client.sent(stream, bytes, left == 0);
+            let frame = data(stream, &zeros[..bytes], left == 0);
+            server.handle(&frame).unwrap();
+            server.consumed(stream, bytes);
+            deliver(server, client);
+        }
+        server.reset(stream, Reason::Cancelled);
+        deliver(server, client);
+    }
+}
+
+fn deliver(from: &mut Machine, to: &mut Machine) {
+    while let Some(frame) = from.poll_control() {
+        to.handle(&frame).unwrap();
+    }
+}

@@ -459,7 +459,7 @@ impl<'a> Walk<'a> {
                 let ids: Vec<u32> = self.ends[at].pipes.keys().copied().collect();
                 for stream in ids {
                     self.read(at, stream, usize::MAX);
-                    self.send(at, stream, 700, true);
+                    self.send(at, stream, 16, true);
                 }
                 self.ends[at].take_control();
             }
