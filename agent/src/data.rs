@@ -289,6 +289,7 @@ impl Thread {
     pub(crate) fn give_up_idle(&self) -> bool {
         // These end in a turn of their own.
         self.peers.close_idle();
+        self.http2_apps.close_idle(Duration::ZERO);
         self.apps.clear()
     }
 }

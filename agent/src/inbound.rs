@@ -374,6 +374,7 @@ impl Peer {
             }
         }
         *self.basis.borrow_mut() = (view.policies.clone(), Arc::clone(&view.workloads));
+        let mut revoked_some = false;
         self.decided.borrow_mut().retain_mut(|known| {
             match self.decide(&known.header, &known.asked) {
                 Ok(now) => {
@@ -386,11 +387,14 @@ impl Peer {
                 }
                 Err(_) => {
                     known.revoked.set(true);
+                    revoked_some = true;
                     false
                 }
             }
         });
-        self.thread.quiet.wake_all();
+        if revoked_some {
+            self.thread.quiet.wake_all();
+        }
     }
 
     /// Judges by the policies of now; with a refusal comes which policy decided.

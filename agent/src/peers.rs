@@ -149,12 +149,7 @@ impl Peers {
     /// Closes what carries no stream.
     pub(crate) fn close_idle(&self) {
         for slot in self.slots.borrow().values() {
-            for live in slot
-                .live
-                .borrow()
-                .iter()
-                .filter(|live| live.mux.open_streams() == 0)
-            {
+            for live in slot.live.borrow().iter().filter(|live| live.mux.is_idle()) {
                 live.mux.close();
             }
         }

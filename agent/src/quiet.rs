@@ -100,14 +100,16 @@ impl Watched {
         self.0.over.set(false);
     }
 
-    /// Ready when nothing was noted for `bound`; without one, never. One task only may wait for it.
+    /// Ready when nothing was noted for `bound`, and then counts anew; without a bound, never. One task only may wait
+    /// for it.
     pub(crate) fn poll_over(&self, cx: &Context<'_>, bound: Option<Duration>) -> Poll<()> {
         let entry = &self.0;
         let ticks = bound.map(|bound| bound.as_millis().div_ceil(TICK.as_millis()));
         entry
             .bound
             .set(ticks.map(|ticks| u32::try_from(ticks).unwrap_or(u32::MAX)));
-        if entry.over.get() && bound.is_some() {
+        if bound.is_some() && entry.over.replace(false) {
+            entry.ticks.set(0);
             return Poll::Ready(());
         }
         let mut waker = entry.waker.borrow_mut();
@@ -143,8 +145,7 @@ mod tests {
         }
         quiet.tick();
         assert!(poll(&watched, bound));
-        watched.restart();
-        assert!(!poll(&watched, bound));
+        assert!(!poll(&watched, bound), "it counts anew");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use mesh_api::message::{
     BlockWriter, FIELD_WEIGHT, Field, Fields, Kind, MessageError, RequestLine, read_request,
     read_response,
 };
-use mesh_core::http1::is_ours;
+use mesh_core::http1::{is_ours, is_trailer};
 use mesh_core::reason::Reason;
 
 use super::Failed;
@@ -92,6 +92,7 @@ pub(crate) fn encode_trailers(
     out: &mut Vec<u8>,
 ) -> Result<(), Failed> {
     check_fields(trailers)?;
+    check_trailers(trailers)?;
     let mut block = BlockWriter::trailers(out);
     put_fields(&mut block, trailers, max, |name| {
         !is_ours(name.as_str().as_bytes())
@@ -205,7 +206,20 @@ pub(crate) fn decode_response(
 /// # Errors
 /// Why they must not go on.
 pub(crate) fn decode_trailers(block: &[u8], max: usize) -> Result<HeaderMap, Failed> {
-    read_fields(Fields::new(block, max))
+    let trailers = read_fields(Fields::new(block, max))?;
+    check_trailers(&trailers)?;
+    Ok(trailers)
+}
+
+/// As behind a body of HTTP/1: whoever merges trailers into headers would read another message.
+fn check_trailers(trailers: &HeaderMap) -> Result<(), Failed> {
+    let names = trailers.keys().map(|name| name.as_str().as_bytes());
+    let mut passed = names.filter(|name| !is_ours(name));
+    if passed.all(|name| is_trailer(name).is_ok()) {
+        Ok(())
+    } else {
+        Err(MALFORMED)
+    }
 }
 
 /// Fields without our own names.

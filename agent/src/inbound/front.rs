@@ -18,6 +18,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::Admitted;
 use crate::data::Thread;
 use crate::health::Served;
+use crate::limits;
 use crate::relay;
 use crate::workloads::WorkloadSet;
 
@@ -161,6 +162,9 @@ async fn attempt(
         SocketAddr::V6(_) => TcpSocket::new_v6(),
     };
     let socket = socket.map_err(Failed::Here)?;
+    if limits::is_reserved(&socket) {
+        return Err(Failed::Here(io::Error::from_raw_os_error(libc::EMFILE)));
+    }
     let set = socket.set_nodelay(true);
     set.and_then(|()| SockRef::from(&socket).set_tcp_keepalive(keepalive))
         .map_err(Failed::Here)?;

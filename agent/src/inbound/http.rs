@@ -222,7 +222,9 @@ impl Served<'_> {
         }
         let _open = Open::count(&flow.open);
         let body = &mut exchange.body;
-        let outcome = if body.is_done() {
+        // A body that was judged to its end need not be written to its end.
+        let mut uploaded = body.is_done();
+        let outcome = if uploaded {
             self.respond(&request, &mut reader, begun, repeatable).await
         } else {
             let mut input = std::mem::take(&mut self.input);
@@ -236,7 +238,10 @@ impl Served<'_> {
                     done = &mut download => done,
                     up = &mut upload => match up {
                         Err(reason) => Err(Failed::Because(reason)),
-                        Ok(()) => download.await,
+                        Ok(whole) => {
+                            uploaded = whole;
+                            download.await
+                        }
                     },
                 }
             };
@@ -245,26 +250,25 @@ impl Served<'_> {
         };
         match outcome {
             // Nobody knows where the body ends and the tunnel begins.
-            Ok(Done::Tunnel) if !exchange.body.is_done() => {
-                Err(Failed::Because(Reason::HttpResponseMalformed))
-            }
+            Ok(Done::Tunnel) if !uploaded => Err(Failed::Because(Reason::HttpResponseMalformed)),
             // The app may take the rest of the body, or a body that it did not expect, for a next request.
-            Ok(Done::Clean) if !exchange.body.is_done() || request.has_odd_body() => Ok(Done::Over),
+            Ok(Done::Clean) if !uploaded || request.has_odd_body() => Ok(Done::Over),
             other => other,
         }
     }
 
-    /// Passes the rest of the request's body on.
+    /// Passes the rest of the request's body on. False: the app did not take all of it.
     async fn upload(
         &self,
         writer: &mut WriteHalf<'_>,
         input: &mut Vec<u8>,
         body: &mut Body,
-    ) -> Result<(), Reason> {
+    ) -> Result<bool, Reason> {
         let count = (&self.admitted.flow.sent, self.activity);
         match pump(&mut &*self.stream, writer, input, body, count).await {
+            Ok(()) => Ok(true),
             // The app takes no more of the request: it may have answered why.
-            Ok(()) | Err(Broken::Local) => Ok(()),
+            Err(Broken::Local) => Ok(false),
             Err(Broken::Malformed(reason)) => Err(reason),
             // The caller went away: nobody waits for the answer.
             Err(Broken::Stream(_) | Broken::Cut) => Err(Reason::Cancelled),

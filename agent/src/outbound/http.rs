@@ -12,7 +12,7 @@ use mesh_api::header::StreamKind;
 use mesh_core::http1::{self, Body, Framing, Method, Request, Response};
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::MuxStream;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
@@ -400,8 +400,8 @@ async fn abandoned(reader: &mut ReadHalf<'_>, thread: &Thread) {
             tokio::time::sleep(thread.settings.half_closed).await;
             thread.metrics.limits.reached(Limit::HalfClosed);
         }
-        // Its next request: it is there.
-        Ok(_) => std::future::pending().await,
+        // Its next request: it is there until it resets.
+        Ok(_) => drop(reader.ready(Interest::ERROR).await),
     }
 }
 

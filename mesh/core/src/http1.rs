@@ -9,7 +9,7 @@ use fields::{Bad, Facts, Lines, is_h2c, is_name, is_text, is_token};
 use memchr::{memchr, memchr2_iter};
 
 pub use body::Body;
-pub use fields::is_ours;
+pub use fields::{is_ours, is_trailer};
 
 use crate::reason::Reason;
 
@@ -108,15 +108,14 @@ pub enum Sniff {
 pub fn sniff(bytes: &[u8]) -> Sniff {
     /// A longer first line is a request if it is text and begins like one.
     const LINE_MAX: usize = 8192;
-    // Servers skip empty lines before a request (RFC 9112 §2.2).
-    let blank = bytes
-        .iter()
-        .take_while(|b| matches!(b, b'\r' | b'\n' | b' ' | b'\t'))
-        .count();
+    /// RFC 9113 §3.4.
+    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    // Servers skip empty lines before a request (RFC 9112 §2.2), and some all that their language calls a blank.
+    let blank = bytes.iter().take_while(|b| is_blank(**b)).count();
     let line = &bytes[blank..];
     let Some(first) = line.first() else {
         return if bytes.len() > LINE_MAX {
-            Sniff::Other
+            Sniff::Http1
         } else {
             Sniff::More
         };
@@ -126,17 +125,21 @@ pub fn sniff(bytes: &[u8]) -> Sniff {
     }
     let end = line.iter().position(|b| *b == b'\n');
     let text = &line[..end.unwrap_or(line.len())];
-    if text
-        .iter()
-        .any(|b| *b < 0x20 && !matches!(b, b'\t' | b'\r'))
-    {
+    if text.iter().any(|b| *b < 0x20 && !is_blank(*b)) {
         return Sniff::Other;
     }
     if end.is_some() {
-        // Whatever version it claims, but for HTTP/2's preface.
+        if PREFACE.starts_with(&bytes[..bytes.len().min(PREFACE.len())]) {
+            return if bytes.len() < PREFACE.len() {
+                Sniff::More
+            } else {
+                Sniff::Other
+            };
+        }
+        // Whatever version it claims; without one it is a request of HTTP/0.9, if it gets something.
         let version = |part: &[u8]| part.eq_ignore_ascii_case(b"HTTP/");
-        let preface = bytes.starts_with(b"PRI * HTTP/2.0");
-        return if !preface && text.windows(5).any(version) {
+        let old = text.starts_with(b"GET") && text.get(3).is_some_and(|b| is_blank(*b));
+        return if old || text.windows(5).any(version) {
             Sniff::Http1
         } else {
             Sniff::Other
@@ -146,11 +149,16 @@ pub fn sniff(bytes: &[u8]) -> Sniff {
         return Sniff::More;
     }
     let method = text.iter().take_while(|b| is_token(**b)).count();
-    if matches!(text.get(method), Some(b' ' | b'\t')) {
+    if text.get(method).is_some_and(|b| is_blank(*b)) {
         Sniff::Http1
     } else {
         Sniff::Other
     }
+}
+
+/// What some server takes for a blank: of ASCII, and of Latin-1.
+const fn is_blank(byte: u8) -> bool {
+    matches!(byte, b'\t'..=b'\r' | 0x1c..=0x1f | b' ' | 0x85 | 0xa0)
 }
 
 /// Judges the request head at the start of `bytes`. `None`: it is not whole yet.

@@ -246,6 +246,16 @@ impl Mux {
         self.0.borrow().machine.open_streams()
     }
 
+    /// Whether nobody has, or waits for, a stream on it.
+    pub fn is_idle(&self) -> bool {
+        let shared = self.0.borrow();
+        let fresh = matches!(shared.machine.can_open(), Err(OpenError::NotReady));
+        shared.machine.open_streams() == 0
+            && shared.opening.is_empty()
+            && shared.waiting.is_empty()
+            && !fresh
+    }
+
     /// Takes no new streams, and closes the connection with the last one.
     pub fn retire(&self, reason: Reason) {
         let mut shared = self.0.borrow_mut();
@@ -378,7 +388,9 @@ impl Shared {
 
     fn wake_writers(&mut self) {
         self.was_full = false;
-        self.contenders = self.waiting.len().max(1) as u64;
+        // Woken twice in a turn, most have not come back yet: they are still there.
+        let still = self.contenders.saturating_sub(1).max(1);
+        self.contenders = still.max(self.waiting.len() as u64);
         for waiter in std::mem::take(&mut self.waiting).into_values() {
             match waiter {
                 Waiter::Open(waker) => waker.wake(),

@@ -17,7 +17,7 @@ fn the_benchmark_gives_every_figure() {
     only.push(Part::Idle);
     let figures = bench::run(&Options {
         rounds: Some(1),
-        seconds: Some(1),
+        seconds: Some(2),
         only,
         loads: vec![Load::C32, Load::R2000],
         // Envoy is no package of Debian.

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::{Future as _, poll_fn};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
@@ -41,6 +41,8 @@ struct Key {
     server: Account,
     port: u16,
     shown: IpAddr,
+    /// Servers without an agent that serve it: what was made to them before they changed is not used again.
+    beyond: Rc<[SocketAddr]>,
 }
 
 /// The connections of one thread.
@@ -90,7 +92,7 @@ impl Connections {
         self.close_idle(KEPT_FOR);
     }
 
-    fn close_idle(&self, since: Duration) {
+    pub(crate) fn close_idle(&self, since: Duration) {
         self.0.borrow_mut().retain(|_, slot| {
             // Dropped, a connection without streams says farewell and ends.
             slot.all.borrow_mut().retain(|connection| {
@@ -187,6 +189,7 @@ pub(super) async fn lease(peer: &Peer, admitted: &Admitted) -> Result<Lease, Rea
         server: admitted.server.clone(),
         port: admitted.permit.target().port,
         shown: peer.address,
+        beyond: Rc::clone(&admitted.beyond),
     };
     let slot = {
         let mut slots = thread.http2_apps.0.borrow_mut();

@@ -229,7 +229,7 @@ pub(super) fn is_h2c(value: &[u8]) -> bool {
 
 /// Whether a field may stand behind a body. What frames a message, leads it or says who sent it may not: whoever
 /// merges trailers into headers would read another message (RFC 9110 §6.5.1).
-pub(super) fn is_trailer(name: &[u8]) -> Result<(), Reason> {
+pub fn is_trailer(name: &[u8]) -> Result<(), Reason> {
     const NEVER: &[&[u8]] = &[
         b"authorization",
         b"connection",

@@ -464,6 +464,7 @@ fn a_rewritten_head_keeps_all_but_ours() {
 #[test]
 fn sniffing_takes_for_http_what_a_server_might() {
     let long = format!("GET /{}", "x".repeat(9000));
+    let blanks = "\r\n".repeat(5000);
     for (bytes, expected) in [
         ("", Sniff::More),
         ("GE", Sniff::More),
@@ -480,7 +481,14 @@ fn sniffing_takes_for_http_what_a_server_might() {
         ("GET\t/\tHTTP/1.1\r\n", Sniff::Http1),
         (long.as_str(), Sniff::Http1),
         ("GET / HTTP/2.0\r\n", Sniff::Http1),
-        ("PRI * HTTP/2.0\r\n", Sniff::Other),
+        // What some servers read as a request though it is none.
+        (blanks.as_str(), Sniff::Http1),
+        ("\x0b\x0cGET\x0b/\x0bHTTP/1.1\r\n", Sniff::Http1),
+        ("GET /\r\n", Sniff::Http1),
+        ("PRI * HTTP/2.0\r\n", Sniff::More),
+        ("PRI * HTTP/2.0\r\nHost: a\r\n", Sniff::Http1),
+        ("\r\nPRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Sniff::Http1),
+        ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Sniff::Other),
         ("*1\r\n$4\r\nPING\r\n", Sniff::Other),
         ("\x16\x03\x01", Sniff::Other),
         ("\0\0\0\x08\x04", Sniff::Other),

@@ -13,7 +13,7 @@ use mesh_api::frame::{PREFIX_LEN, Prefix};
 use mesh_core::reason::Reason;
 use mesh_core::stream::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Interval, MissedTickBehavior, Sleep, interval, sleep};
 
 use super::Shared;
 
@@ -22,6 +22,9 @@ use super::Shared;
 const INPUT_LEN: usize = 128 * 1024;
 /// Reads in one turn, so that a connection that never runs dry leaves the thread to others.
 const READS_PER_TURN: usize = 8;
+
+/// How long the peer may take to end a connection that we ended.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 thread_local! {
     /// Lent to one connection of the thread for one turn.
@@ -41,6 +44,7 @@ pub struct Driver<C> {
     keepalive: Option<Interval>,
     asked: bool,
     shutting: bool,
+    farewell: Option<Pin<Box<Sleep>>>,
 }
 
 /// A data frame that comes in pieces.
@@ -63,6 +67,7 @@ impl<C> Driver<C> {
             keepalive: None,
             asked: false,
             shutting: false,
+            farewell: None,
         }
     }
 }
@@ -223,6 +228,34 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
     }
 }
 
+impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
+    /// Says the end and waits for the peer's, but not for long: a socket that is closed while the peer still says
+    /// something is reset by the kernel, and what it has not sent yet is lost.
+    fn poll_farewell(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let timer = self
+            .farewell
+            .get_or_insert_with(|| Box::pin(sleep(FAREWELL)));
+        if timer.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        if let Poll::Ready(Err(_)) = Pin::new(&mut self.carrier).poll_shutdown(cx) {
+            return Poll::Ready(());
+        }
+        INPUT.with_borrow_mut(|input| {
+            for _ in 0..READS_PER_TURN {
+                let mut buffer = ReadBuf::new(input);
+                let read = Pin::new(&mut self.carrier).poll_read(cx, &mut buffer);
+                match std::task::ready!(read) {
+                    Ok(()) if !buffer.filled().is_empty() => (),
+                    _ => return Poll::Ready(()),
+                }
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+    }
+}
+
 fn lost(error: &io::Error) -> Reason {
     log::debug!("a mesh connection broke: {error}");
     // A TLS alert of the peer arrives here: it refused our certificate after its own handshake was through.
@@ -258,10 +291,14 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Future for Driver<C> {
                 }
             }
         }
-        // The peer's close_notify is owed, but not waited for: a peer that does not read holds nothing up.
-        let _ = Pin::new(&mut this.carrier).poll_shutdown(cx);
-        let reason = this.shared.borrow().closed;
-        Poll::Ready(reason.unwrap_or(Reason::PeerLost))
+        let reason = this.shared.borrow().closed.unwrap_or(Reason::PeerLost);
+        // We end it: what has left may still be under way.
+        if reason == Reason::Cancelled {
+            std::task::ready!(this.poll_farewell(cx));
+        } else {
+            let _ = Pin::new(&mut this.carrier).poll_shutdown(cx);
+        }
+        Poll::Ready(reason)
     }
 }
 

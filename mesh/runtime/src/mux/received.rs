@@ -4,8 +4,10 @@ use std::collections::VecDeque;
 
 use crate::buffers;
 
-/// Above this a part comes in a buffer of the thread's, and an emptied one is not kept for the next part.
+/// An emptied part that is larger is not kept for the next.
 const SMALL_MAX: usize = 4096;
+/// From here on a part comes in a buffer of the thread's, so that little never takes much.
+const LARGE_MIN: usize = buffers::LEN / 4;
 
 /// Bytes in the order in which they came. Empty, it holds at most [`SMALL_MAX`].
 #[derive(Debug, Default)]
@@ -33,7 +35,7 @@ impl Received {
                 .back()
                 .map_or(0, |last| buffers::LEN - last.len());
             if room == 0 {
-                self.parts.push_back(if data.len() > SMALL_MAX {
+                self.parts.push_back(if data.len() >= LARGE_MIN {
                     buffers::take()
                 } else {
                     Vec::new()

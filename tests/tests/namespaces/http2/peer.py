@@ -24,7 +24,9 @@ class Conn:
         self.flush()
 
     def flush(self):
-        self.sock.sendall(self.h2.data_to_send())
+        # Who closed already has said why; it is read next.
+        try: self.sock.sendall(self.h2.data_to_send())
+        except (BrokenPipeError, ConnectionResetError): pass
 
     def events(self):
         while True:

@@ -21,7 +21,7 @@ fn a_small_call_waits_behind_two_shares_of_a_bulk_transfer() {
 }
 
 /// Beside many: what the output holds already, and once more as much at most. It does not grow with their number: one
-/// share of each would be twice that.
+/// share of each would be eight times that.
 #[test]
 fn a_small_call_waits_behind_a_full_output_and_no_more() {
     local(async {
@@ -53,7 +53,8 @@ async fn worst_wait(bulk: usize) -> usize {
             while stream.send(&block).await.is_ok() {}
         });
     }
-    while peer.left < 4 * OUTPUT_MAX {
+    // Each has had its first share by then, and is nobody who comes new.
+    while peer.left < 2 * (bulk + 1) * QUANTUM {
         peer.next().await;
     }
     let mut worst = 0;
