@@ -533,7 +533,10 @@ endpoints = ["10.9.0.5:5432", "[fd00::5]:6432"]
 
     fn read(text: &str) -> Result<Workload, FileError> {
         let host = HostAddresses {
-            own: vec!["10.0.0.7".parse().unwrap(), "fd00::7".parse().unwrap()],
+            own: vec![
+                IpAddr::from([10, 0, 0, 7]),
+                IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 7]),
+            ],
             vips: Some(VipRanges::default()),
         };
         Workload::parse_on(&host, "db", text)

@@ -100,6 +100,10 @@ impl<T: Copy + Ord> Rotation<T> {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "an Instant has no other beginning"
+)]
 mod tests {
     use super::*;
 

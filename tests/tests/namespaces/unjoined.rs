@@ -48,7 +48,13 @@ fn a_database_without_an_agent_is_called_by_name_and_guarded() {
     let endpoint = format!("{}:5432", database.v4());
     let check_tcp = "check = { tcp = true, interval_s = 1 }\n";
     let port = "port = 5432, protocol = \"tcp\"";
-    declare(&pair, "db", port, &[endpoint.clone()], check_tcp);
+    declare(
+        &pair,
+        "db",
+        port,
+        std::slice::from_ref(&endpoint),
+        check_tcp,
+    );
     pair.client.serve("other", &owner("other"), &[]);
     pair.control.apply(&policy("db", "client")).ok();
     let psql = format!(
@@ -91,7 +97,13 @@ fn what_is_plaintext_is_said_everywhere() {
     let web = pair.site.host("legacy");
     let _nginx = named(&web);
     let endpoint = format!("{}:80", web.v4());
-    declare(&pair, "web", "port = 80", &[endpoint.clone()], "");
+    declare(
+        &pair,
+        "web",
+        "port = 80",
+        std::slice::from_ref(&endpoint),
+        "",
+    );
     let said = format!("plaintext beyond server: {endpoint}");
     let table = pair.control.meshctl("get services").ok();
     assert!(table.contains(&said), "{table}");
@@ -222,7 +234,7 @@ fn servers_that_are_all_down_are_named_and_nothing_else_is_reached() {
         &pair,
         "web",
         "port = 80, protocol = \"http\"",
-        &[endpoint.clone()],
+        std::slice::from_ref(&endpoint),
         "",
     );
     let before = pair.server.refused("app_unreachable");
@@ -254,7 +266,13 @@ fn addresses_that_are_no_server_beyond_the_host_are_refused() {
         (format!("[{vip6}]:80"), "virtual address"),
         ("db.example.com:5432".to_owned(), "names are not resolved"),
     ] {
-        front(&pair.server, "bad", "port = 81", &[endpoint.clone()], "");
+        front(
+            &pair.server,
+            "bad",
+            "port = 81",
+            std::slice::from_ref(&endpoint),
+            "",
+        );
         wait_until("the refusal of the file", SOON, || {
             let status = pair.server.command("status").ok();
             let told = status.contains(&endpoint) && status.contains(word);
@@ -271,7 +289,7 @@ fn addresses_that_are_no_server_beyond_the_host_are_refused() {
         &pair,
         "late",
         "port = 80, protocol = \"http\"",
-        &[endpoint.clone()],
+        std::slice::from_ref(&endpoint),
         "",
     );
     host.ok(&format!("ip address add {}/32 dev eth0", moved.v4()));
@@ -295,7 +313,13 @@ fn a_front_serves_only_what_its_token_allows() {
     let _nginx = named(&server);
     let endpoint = format!("{}:80", server.v4());
     for account in ["allowed", "other"] {
-        front(&narrow, account, "port = 80", &[endpoint.clone()], "");
+        front(
+            &narrow,
+            account,
+            "port = 80",
+            std::slice::from_ref(&endpoint),
+            "",
+        );
     }
     pair.control.wait_endpoints("shop/allowed", 1);
     wait_until("the refusal", SOON, || {
