@@ -4,7 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::Poll;
@@ -285,16 +285,16 @@ impl Peer {
         };
         let kind = admitted.header.kind;
         let activity = Activity::new(&self.thread);
-        let mut way = Box::pin(async {
-            match kind {
-                StreamKind::Tcp => self.serve_tcp(&stream, &admitted, &activity).await,
-                StreamKind::Http1 => {
-                    http::serve(&self, &admitted, &stream, http::Begun::default(), &activity).await
-                }
-                StreamKind::Auto => auto::serve(&self, &admitted, &stream, &activity).await,
-                StreamKind::Http2 => http2::serve(&self, &admitted, &stream, &activity).await,
+        // Each way in a box of its own: a request need not have room for what another kind of stream keeps.
+        let mut way: Pin<Box<dyn Future<Output = Result<(), Reason>> + '_>> = match kind {
+            StreamKind::Tcp => Box::pin(self.serve_tcp(&stream, &admitted, &activity)),
+            StreamKind::Http1 => {
+                let begun = http::Begun::default();
+                Box::pin(http::serve(&self, &admitted, &stream, begun, &activity))
             }
-        });
+            StreamKind::Auto => Box::pin(auto::serve(&self, &admitted, &stream, &activity)),
+            StreamKind::Http2 => Box::pin(http2::serve(&self, &admitted, &stream, &activity)),
+        };
         // The others tell the app how the caller ended.
         let gives_up = matches!(kind, StreamKind::Http1 | StreamKind::Auto);
         let outcome = poll_fn(|cx| {
