@@ -56,8 +56,8 @@ def talk(to, steps):
         got += ("<%s>" % type(error).__name__).encode()
     s.close()
     return got.decode("latin-1")
-todo = json.load(open("TODO"))
-print(json.dumps([talk(todo["to"], steps) for steps in todo["talks"]]))
+plan = json.load(open("TALKS"))
+print(json.dumps([talk(plan["to"], steps) for steps in plan["talks"]]))
 "#;
 
 /// Talks to `to`, one connection after the other, as a program in `cgroup`; returns all that came on each. How a
@@ -68,10 +68,10 @@ pub fn talk(host: &Host, cgroup: &str, to: (&str, u16), talks: &[Vec<Step<'_>>])
         .iter()
         .map(|steps| steps.iter().map(|step| step.said()).collect())
         .collect();
-    let todo = host.dir().join("talks.json");
+    let plan = host.dir().join("talks.json");
     let text = json!({"to": [to.0, to.1], "talks": talks}).to_string();
-    fs::write(&todo, text).expect("what is to be said");
-    let script = CLIENT.replace("TODO", &todo.display().to_string());
+    fs::write(&plan, text).expect("what is to be said");
+    let script = CLIENT.replace("TALKS", &plan.display().to_string());
     let text = host
         .python("talk", &script)
         .cgroup(cgroup)
