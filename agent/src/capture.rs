@@ -1,12 +1,15 @@
 //! Taking over the traffic of local programs: who calls is decided by the kernel at the SYN, and nothing of it is ever
 //! answered by another program.
 //!
-//! `rules` is the packet filter, `routes` the link, routes and policy rules, `sockdiag` asks whose a socket is,
+//! `rules` is the packet filter, `door` its part for what comes from elsewhere in plaintext, `guard` what is left of that
+//! when the agent is gone, `routes` the link, routes and policy rules, `sockdiag` asks whose a socket is,
 //! `cgroup` follows the owners, `app_socket` is the way to a local app. Only the holder opens [`Capture`]; the worker uses
 //! the last three.
 
 pub(crate) mod app_socket;
 pub(crate) mod cgroup;
+pub(crate) mod door;
+mod guard;
 mod netlink;
 mod nft;
 mod routes;
@@ -19,6 +22,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use mesh_core::policy::Cidr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use door::{Arm, DoorPort, Seen};
+use guard::Guard;
 
 /// The number of listeners that workloads may have; twelve bits of the mark.
 pub(crate) const NUMBER_MAX: u16 = 4095;
@@ -41,7 +47,14 @@ pub(crate) struct CaptureSettings {
     pub(crate) output_priority: i32,
     /// Priority of the chain in the prerouting hook.
     pub(crate) prerouting_priority: i32,
+    /// Priority of the chain in the input hook: after the host's firewall, so that only what that lets in is seen. The
+    /// next number is the guard's.
+    pub(crate) input_priority: i32,
+    /// Ports that the door never looks at, whatever a workload declares.
+    pub(crate) keep_open: Vec<u16>,
 }
+
+const SSH: u16 = 22;
 
 impl Default for CaptureSettings {
     fn default() -> Self {
@@ -53,6 +66,8 @@ impl Default for CaptureSettings {
             link: "mesh0".to_owned(),
             output_priority: -150,
             prerouting_priority: -150,
+            input_priority: 10,
+            keep_open: vec![SSH],
         }
     }
 }
@@ -100,6 +115,9 @@ impl CaptureSettings {
                 "output_priority or prerouting_priority",
                 "-199 to -101: before address translation",
             );
+        }
+        if !(1..=200).contains(&self.input_priority) {
+            return wrong("input_priority", "1 to 200: after the host's firewall");
         }
         Ok(())
     }
@@ -274,12 +292,24 @@ pub(crate) enum CaptureError {
         #[source]
         source: io::Error,
     },
+    #[error("could not {operation} in the nftables tables `inet {table}` and `inet {table}_guard`")]
+    Door {
+        operation: &'static str,
+        table: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("could not delete the nftables table `inet {table}`{}", delete_advice(.source))]
     DeleteTable {
         table: String,
         #[source]
         source: io::Error,
     },
+}
+
+/// The name of the table that nobody owns.
+fn guard_table(settings: &CaptureSettings) -> String {
+    format!("{}_guard", settings.table)
 }
 
 fn advice(error: &io::Error) -> &'static str {
@@ -314,17 +344,20 @@ fn delete_advice(error: &io::Error) -> &'static str {
 #[derive(Debug)]
 pub(crate) struct Capture {
     settings: CaptureSettings,
+    ranges: VipRanges,
     table: rules::Table,
+    guard: Guard,
 }
 
 impl Capture {
-    /// Makes link, routes, policy rules and the table; what stands already is kept.
+    /// Makes link, routes, policy rules and the tables; what stands already is kept. The guard refuses what is `strict`
+    /// of `confirmed` from now on.
     pub(crate) fn open(
         settings: &CaptureSettings,
         ranges: &VipRanges,
+        confirmed: &[DoorPort],
     ) -> Result<Self, CaptureError> {
-        settings.check()?;
-        routes::ensure(settings, ranges)?;
+        let guard = prepare_guard(settings, ranges, confirmed)?;
         let table =
             rules::Table::create(settings, ranges).map_err(|source| CaptureError::MakeTable {
                 table: settings.table.clone(),
@@ -332,14 +365,21 @@ impl Capture {
             })?;
         Ok(Self {
             settings: settings.clone(),
+            ranges: *ranges,
             table,
+            guard,
         })
     }
 
-    /// Makes the kernel know exactly these workloads, all at once.
-    pub(crate) fn apply(&mut self, workloads: &[Workload]) -> Result<(), CaptureError> {
+    /// Makes the kernel know exactly these workloads and doors, all at once.
+    pub(crate) fn apply(
+        &mut self,
+        workloads: &[Workload],
+        doors: &[DoorPort],
+        arm: Arm,
+    ) -> Result<(), CaptureError> {
         self.table
-            .apply(workloads)
+            .apply(workloads, doors, arm)
             .map_err(|source| CaptureError::FillTable {
                 table: self.settings.table.clone(),
                 workloads: workloads.len(),
@@ -347,9 +387,52 @@ impl Capture {
             })
     }
 
-    /// Ends the capture. The link stays where `keep_link` says so: calls by name then fail instead of going elsewhere.
+    /// The door that is applied was confirmed: it refuses for good, and what is `strict` outlives us.
+    pub(crate) fn confirm(&mut self, doors: &[DoorPort]) -> Result<(), CaptureError> {
+        let armed = self.table.arm().and_then(|()| self.guard.write(doors));
+        armed.map_err(|source| self.door_error("make the input door refuse", source))
+    }
+
+    /// Before another door is applied: the guard must not refuse what that lets in.
+    pub(crate) fn loosen_guard(
+        &mut self,
+        confirmed: &[DoorPort],
+        next: &[DoorPort],
+    ) -> Result<(), CaptureError> {
+        let between = guard::meanwhile(confirmed, next);
+        let written = self.guard.write(&between);
+        written.map_err(|source| self.door_error("loosen the guard", source))
+    }
+
+    /// Plaintext callers of late.
+    pub(crate) fn seen(&mut self) -> Result<Seen, CaptureError> {
+        let seen = self.table.seen();
+        seen.map_err(|source| self.door_error("read plaintext callers", source))
+    }
+
+    /// Puts back what other programs took away, and names it.
+    pub(crate) fn repair(&mut self) -> Result<Vec<String>, CaptureError> {
+        let mut missing = routes::repair(&self.settings, &self.ranges)?;
+        let guard = self.guard.repair();
+        if guard.map_err(|source| self.door_error("put back the guard", source))? {
+            missing.push(format!("the table `inet {}`", guard_table(&self.settings)));
+        }
+        Ok(missing)
+    }
+
+    fn door_error(&self, operation: &'static str, source: io::Error) -> CaptureError {
+        CaptureError::Door {
+            operation,
+            table: self.settings.table.clone(),
+            source,
+        }
+    }
+
+    /// Ends the capture. The guard stays, and the link stays where `keep_link` says so: calls by name then fail instead of going elsewhere.
     pub(crate) fn close(self, keep_link: bool) -> Result<(), CaptureError> {
-        let Self { settings, table } = self;
+        let Self {
+            settings, table, ..
+        } = self;
         drop(table);
         routes::remove_rules(&settings)?;
         if !keep_link {
@@ -357,6 +440,33 @@ impl Capture {
         }
         Ok(())
     }
+}
+
+/// What must stand before the network does, with or without an agent: link, routes and guard.
+pub(crate) fn prepare(
+    settings: &CaptureSettings,
+    ranges: &VipRanges,
+    confirmed: &[DoorPort],
+) -> Result<(), CaptureError> {
+    prepare_guard(settings, ranges, confirmed).map(drop)
+}
+
+fn prepare_guard(
+    settings: &CaptureSettings,
+    ranges: &VipRanges,
+    confirmed: &[DoorPort],
+) -> Result<Guard, CaptureError> {
+    settings.check()?;
+    routes::ensure(settings, ranges)?;
+    let make = || {
+        let mut guard = Guard::open(settings)?;
+        guard.write(confirmed)?;
+        Ok(guard)
+    };
+    make().map_err(|source| CaptureError::MakeTable {
+        table: guard_table(settings),
+        source,
+    })
 }
 
 /// Removes every trace, whoever left it. A running holder must have ended before.
@@ -371,6 +481,10 @@ pub(crate) fn remove_all(settings: &CaptureSettings) -> Result<(), CaptureError>
         }
         _ => {}
     }
+    guard::delete(settings).map_err(|source| CaptureError::DeleteTable {
+        table: guard_table(settings),
+        source,
+    })?;
     routes::remove_rules(settings)?;
     routes::remove_link(settings)
 }
@@ -443,5 +557,6 @@ mod tests {
         assert!(with(|s| s.link = "a-name-too-long-for-a-link".to_owned()));
         assert!(with(|s| s.table = "x y".to_owned()));
         assert!(with(|s| s.output_priority = 0));
+        assert!(with(|s| s.input_priority = 0));
     }
 }

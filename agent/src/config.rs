@@ -293,6 +293,13 @@ impl Config {
         addresses.map(|ip| SocketAddr::new(*ip, port)).collect()
     }
 
+    /// Ports without an input door.
+    pub(crate) fn keep_open(&self) -> Vec<u16> {
+        let mut ports = self.capture.keep_open.clone();
+        ports.push(self.mesh.listen_port);
+        ports
+    }
+
     /// How long a worker lets open calls end.
     pub(crate) fn drain(&self) -> Duration {
         Duration::from_secs(self.timeouts.drain_s)

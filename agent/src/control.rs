@@ -19,6 +19,7 @@ use mesh_api::proto::from_agent::Message as Ours;
 use mesh_api::proto::from_control::Message as Theirs;
 use mesh_api::sync::{IndexChange, MeshSettings, Problem, SyncError};
 use mesh_api::{proto, sync};
+use mesh_core::edge::EdgeReport;
 use mesh_core::names::ServiceName;
 use mesh_core::session::{Attempt, Command, Installed, Lost, Outgoing, Phase, Session};
 use mesh_runtime::clock;
@@ -61,6 +62,8 @@ pub(crate) struct Links {
     pub(crate) wants: mpsc::Receiver<ServiceName>,
     pub(crate) sets: watch::Receiver<Arc<WorkloadSet>>,
     pub(crate) verdicts: watch::Receiver<Arc<Verdicts>>,
+    /// Who calls what this host serves; not replaced oftener than control wants to hear it.
+    pub(crate) edges: watch::Receiver<Arc<EdgeReport>>,
     pub(crate) credential: watch::Receiver<Option<Arc<CertifiedKey>>>,
     /// The way to control for renewals, while the session is live.
     pub(crate) channel: watch::Sender<Option<Channel>>,
@@ -216,6 +219,10 @@ impl Shell {
                     changed.context("the owner of the health checks is gone")?;
                     self.report_changed();
                 }
+                changed = self.links.edges.changed() => {
+                    changed.context("the owner of the edges is gone")?;
+                    self.session.handle_edges_changed();
+                }
                 changed = persisted.changed() => {
                     changed.context("the task that keeps control's state is gone")?;
                     self.session.handle_applied();
@@ -325,6 +332,7 @@ impl Shell {
             control = self.status.address.as_str(), epoch = welcome.epoch;
             "the session with control is live"
         );
+        self.session.handle_edges_changed();
         let Some(mesh) = &welcome.mesh else {
             return Ok(());
         };
@@ -496,6 +504,7 @@ impl Shell {
                 bundle_number: persisted.bundle_number,
                 policy_revision: persisted.policy_revision,
             }),
+            Outgoing::Edges => Ours::Edges((&**self.links.edges.borrow_and_update()).into()),
         };
         let Some(connection) = &self.connection else {
             return;

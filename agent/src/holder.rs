@@ -6,6 +6,7 @@
 //! thread's. [`run`] must therefore be called before any other thread is started.
 
 pub(crate) mod client;
+mod confirmed;
 mod desired;
 mod privileges;
 pub(crate) mod protocol;
@@ -17,6 +18,7 @@ use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -27,7 +29,8 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::capture::{Capture, CaptureSettings, VipRanges, Workload};
-use protocol::{Desired, Sockets, ToHolder, Wire, WorkloadListener};
+pub(crate) use confirmed::Confirmed;
+use protocol::{Desired, Looked, Sockets, ToHolder, Wire, WorkloadListener};
 use worker_process::WorkerProcess;
 
 pub(crate) const MESH_PORT: u16 = 7441;
@@ -39,6 +42,8 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_LAST: Duration = Duration::from_secs(5);
 /// Between the end of a worker's link and its own end lies only its exit.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often it is looked whether other programs took away what is ours.
+const REPAIR_EVERY: Duration = Duration::from_secs(5);
 /// Messages read in one turn, so that a babbling worker can not keep signals waiting.
 const MESSAGES_PER_TURN: usize = 16;
 
@@ -54,8 +59,18 @@ pub(crate) struct HolderConfig {
     pub(crate) worker_arguments: Vec<OsString>,
     /// How long a worker may go on serving after SIGTERM.
     pub(crate) drain: Duration,
+    /// Where the input door is kept that was confirmed last.
+    pub(crate) door_file: PathBuf,
     /// Leave the link and the routes to it when we stop, so that calls by name fail instead of leaving the host.
     pub(crate) keep_link: bool,
+}
+
+impl HolderConfig {
+    /// Ports without a door. The mesh's own is one: what comes there is TLS, or is refused there.
+    fn keep_open(&self) -> Vec<u16> {
+        let mesh = self.mesh.iter().map(SocketAddr::port);
+        self.capture.keep_open.iter().copied().chain(mesh).collect()
+    }
 }
 
 /// Sets everything up, keeps a worker running until SIGTERM or SIGINT, and takes everything down; `served` is called when
@@ -63,9 +78,10 @@ pub(crate) struct HolderConfig {
 pub(crate) fn run(config: &HolderConfig, served: impl FnOnce()) -> anyhow::Result<ExitCode> {
     let signals = catch_signals().context("could not catch signals")?;
     privileges::raise_open_files().context("could not raise the limit of open files")?;
-    let mut capture = Capture::open(&config.capture, &config.ranges)?;
+    let confirmed = Confirmed::load(config);
+    let mut capture = Capture::open(&config.capture, &config.ranges, confirmed.doors())?;
     // From here on the table is ours, so whatever fails, it is we who clean up.
-    let outcome = hold(config, signals, &mut capture, served);
+    let outcome = hold(config, signals, &mut capture, confirmed, served);
     capture.close(config.keep_link)?;
     outcome.map(|()| ExitCode::SUCCESS)
 }
@@ -74,6 +90,7 @@ fn hold(
     config: &HolderConfig,
     signals: SignalFd,
     capture: &mut Capture,
+    confirmed: Confirmed,
     served: impl FnOnce(),
 ) -> anyhow::Result<()> {
     let sockets = sockets::bind(&config.mesh, &config.ranges)?;
@@ -88,10 +105,15 @@ fn hold(
         worker: None,
         restart: Restart::default(),
         stop_by: None,
+        confirmed,
+        repair_at: Instant::now() + REPAIR_EVERY,
+        repaired: 0,
+        repair_error: None,
     };
     // Before the first worker is asked: the common listener takes the SYNs meanwhile.
     let common = holder.common_workload();
-    holder.capture.apply(&[common])?;
+    let (doors, arm) = (holder.confirmed.doors(), holder.confirmed.arm());
+    holder.capture.apply(&[common], doors, arm)?;
     let outcome = holder.serve();
     served();
     outcome
@@ -148,6 +170,11 @@ struct Holder<'a> {
     restart: Restart,
     /// Set once we are to stop: when the worker is killed.
     stop_by: Option<Instant>,
+    confirmed: Confirmed,
+    repair_at: Instant,
+    /// Since the start.
+    repaired: u64,
+    repair_error: Option<String>,
 }
 
 impl Holder<'_> {
@@ -163,6 +190,7 @@ impl Holder<'_> {
                 }
             }
             self.kill_if_late(now);
+            self.repair_if_due(now);
             let worker_is_ready = self.wait()?;
             self.read_signals()?;
             if worker_is_ready {
@@ -184,6 +212,8 @@ impl Holder<'_> {
                 .min()
                 .map(|at| at.saturating_duration_since(now)),
         };
+        let repair = self.repair_at.saturating_duration_since(now);
+        let timeout = Some(timeout.map_or(repair, |timeout| timeout.min(repair)));
         let timeout = match timeout {
             // A millisecond more than the rounded-down rest, else the last one would be spun through.
             Some(rest) => {
@@ -290,6 +320,11 @@ impl Holder<'_> {
             };
             let outcome = match worker.receive() {
                 Ok(ToHolder::Desired(desired)) => self.converge(&mut worker, &desired),
+                Ok(ToHolder::Look) => self.look(&mut worker),
+                Ok(ToHolder::Reached { generation }) => {
+                    self.reached(generation);
+                    Ok(())
+                }
                 Err(error) => Err(error),
             };
             let done = outcome.is_err();
@@ -303,6 +338,55 @@ impl Holder<'_> {
                 return;
             }
         }
+    }
+
+    fn look(&mut self, worker: &mut WorkerProcess) -> io::Result<()> {
+        let mut looked = Looked {
+            arming: self.confirmed.arming(),
+            repaired: self.repaired,
+            error: self.repair_error.clone(),
+            ..Looked::default()
+        };
+        match self.capture.seen() {
+            Ok(seen) => looked.seen = seen,
+            Err(error) => looked.error = Some(format!("{:#}", anyhow::Error::new(error))),
+        }
+        worker.send(&Wire::Looked(looked), &[])
+    }
+
+    fn reached(&mut self, generation: u64) {
+        let outcome = self.confirmed.reached(generation, self.capture);
+        if let Err(error) = outcome {
+            log::error!("{error:#}; it is tried again with the next change");
+        }
+    }
+
+    /// Puts back what other programs took away: a reload of a firewall, a network manager that starts anew.
+    fn repair_if_due(&mut self, now: Instant) {
+        if now < self.repair_at {
+            return;
+        }
+        self.repair_at = now + REPAIR_EVERY;
+        let error = match self.capture.repair() {
+            Ok(missing) => {
+                if !missing.is_empty() {
+                    self.repaired += 1;
+                    let missing = missing.join(", ");
+                    log::warn!(missing = missing.as_str(); "another program took away what is the mesh's; it was put back");
+                }
+                None
+            }
+            Err(error) => Some(format!("{:#}", anyhow::Error::new(error))),
+        };
+        if let Some(error) = &error
+            && self.repair_error.as_ref() != Some(error)
+        {
+            log::error!(
+                "{error}; it is tried again every {} s",
+                REPAIR_EVERY.as_secs()
+            );
+        }
+        self.repair_error = error;
     }
 
     fn kill_if_late(&mut self, now: Instant) {
@@ -339,6 +423,10 @@ impl Holder<'_> {
     /// Returns the numbers whose listeners are new.
     fn apply(&mut self, desired: &Desired) -> anyhow::Result<Vec<u16>> {
         desired::check(desired, &self.config.ranges)?;
+        let doors = match &desired.doors {
+            Some(doors) => desired::doors(doors, &self.config.keep_open())?,
+            None => self.confirmed.wanted().to_vec(),
+        };
         let mut made = BTreeMap::new();
         for wanted in &desired.workloads {
             let stands = self
@@ -363,7 +451,12 @@ impl Holder<'_> {
                 port6,
             });
         }
-        self.capture.apply(&workloads)?;
+        self.confirmed.next(desired.generation, doors);
+        let (confirmed, doors) = (self.confirmed.doors(), self.confirmed.wanted());
+        self.capture.loosen_guard(confirmed, doors)?;
+        self.capture
+            .apply(&workloads, doors, self.confirmed.arm())?;
+        self.confirmed.applied();
         let new = made.keys().copied().collect();
         self.listeners.extend(made);
         // Closing our copy of what is no more wanted leaves the worker's, until it closes that too.

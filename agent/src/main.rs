@@ -18,6 +18,7 @@ mod holder;
 mod admin;
 mod control;
 mod dns;
+mod door;
 mod health;
 mod leaves;
 mod owners;
@@ -50,7 +51,7 @@ use mesh_runtime::files;
 use mesh_runtime::log::Target;
 
 use config::Config;
-use holder::HolderConfig;
+use holder::{Confirmed, HolderConfig};
 use join::Joined;
 use leave::Left;
 use state::State;
@@ -101,6 +102,8 @@ enum Command {
     },
     /// Run the agent in the foreground
     Run,
+    /// Make what must stand before the network does, without an agent: the link, its routes and the guard
+    Guard,
     /// Started by `run`
     #[command(hide = true)]
     Worker,
@@ -127,7 +130,7 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     if matches!(
         cli.command,
-        Command::Run | Command::Join { .. } | Command::Leave
+        Command::Run | Command::Guard | Command::Join { .. } | Command::Leave
     ) {
         ensure!(
             nix::unistd::geteuid().is_root(),
@@ -139,6 +142,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Run => {
             log_to(&config.log.level, config.log.to)?;
             run(&config, cli.config)
+        }
+        Command::Guard => {
+            log_to(&config.log.level, config.log.to)?;
+            guard(&config)
         }
         Command::Worker => {
             log_to(&config.log.level, config.log.to)?;
@@ -176,30 +183,51 @@ fn log_to(level: &str, target: Target) -> anyhow::Result<()> {
 
 /// Runs the holder. No thread may be started before it.
 fn run(config: &Config, config_path: Option<PathBuf>) -> anyhow::Result<ExitCode> {
-    let state = State::new(&config.state_dir);
-    state.check_owner()?;
-    let Some(membership) = state.membership()? else {
+    let holder = holder_config(config, config_path)?;
+    let Some(holder) = holder else {
         bail!("this host has not joined a mesh; run `mesh-agent join <token>`");
     };
     files::create_private_dir(&config.runtime_dir)?;
     // Before anything is touched: what a running agent set up is not ours to take down.
     let _alone = alone::alone(config)?;
+    // Also when the worker could not do it.
+    holder::run(&holder, || leave::unwire(config))
+}
+
+/// At boot, before the agent and the network: a host that is in no mesh has nothing to guard.
+fn guard(config: &Config) -> anyhow::Result<ExitCode> {
+    if let Some(holder) = holder_config(config, None)? {
+        let confirmed = Confirmed::load(&holder);
+        capture::prepare(&holder.capture, &holder.ranges, confirmed.doors())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `None` before a join.
+fn holder_config(
+    config: &Config,
+    config_path: Option<PathBuf>,
+) -> anyhow::Result<Option<HolderConfig>> {
+    let state = State::new(&config.state_dir);
+    state.check_owner()?;
+    let Some(membership) = state.membership()? else {
+        return Ok(None);
+    };
     let vips = membership.host.vips;
     let ranges = capture::VipRanges::new(&vips.v4().to_string(), &vips.v6().to_string())?;
     let mut worker_arguments = vec![OsString::from("worker")];
     if let Some(path) = config_path {
         worker_arguments.extend(["--config".into(), path.into_os_string()]);
     }
-    let holder = HolderConfig {
+    Ok(Some(HolderConfig {
         capture: config.capture.clone(),
         ranges,
         mesh: config.mesh_addresses(),
         worker_arguments,
         drain: config.holder_drain(),
+        door_file: state.door_file(),
         keep_link: true,
-    };
-    // Also when the worker could not do it.
-    holder::run(&holder, || leave::unwire(config))
+    }))
 }
 
 fn join(config: &Config, request: &join::Request) -> anyhow::Result<ExitCode> {

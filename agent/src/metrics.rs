@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mesh_core::edge::EdgeVerdict;
 use mesh_core::names::ServiceName;
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::Budget;
@@ -87,6 +88,16 @@ struct PlaintextLabels {
     status: &'static str,
 }
 
+/// Who came straight to a port of this host.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PlaintextCallerLabels {
+    /// Its address, or `overflow`.
+    src: String,
+    dst: String,
+    port: u16,
+    verdict: &'static str,
+}
+
 /// Says at each scrape which services go on in plaintext beyond this host: the files decide, so nothing can be stale.
 #[derive(Debug)]
 pub(crate) struct FrontedServices(pub(crate) watch::Receiver<Arc<WorkloadSet>>);
@@ -167,6 +178,9 @@ pub(crate) struct Metrics {
     pub(crate) app_reused: Counter,
     pub(crate) limits: Limits,
     plaintext_connections: Family<PlaintextLabels, Counter>,
+    plaintext_callers: Family<PlaintextCallerLabels, Counter>,
+    door_disarmed: Gauge,
+    repairs: Gauge,
 }
 
 impl Metrics {
@@ -190,6 +204,9 @@ impl Metrics {
             app_connections: Counter::default(),
             app_reused: Counter::default(),
             plaintext_connections: Family::default(),
+            plaintext_callers: Family::default(),
+            door_disarmed: Gauge::default(),
+            repairs: Gauge::default(),
         };
         metrics.register(|registry| {
             registry.register(
@@ -246,6 +263,21 @@ impl Metrics {
                 "plaintext_connections",
                 "Attempts to connect to servers without an agent",
                 metrics.plaintext_connections.clone(),
+            );
+            registry.register(
+                "plaintext_callers",
+                "Attempts of plaintext callers to connect to a program's own port, by what became of them",
+                metrics.plaintext_callers.clone(),
+            );
+            registry.register(
+                "door_disarmed",
+                "1: control was not reached after the input door was changed, so it refuses nothing new",
+                metrics.door_disarmed.clone(),
+            );
+            registry.register(
+                "capture_repairs",
+                "How often other programs took away links, routes, rules or tables of ours since the holder started",
+                metrics.repairs.clone(),
             );
         });
         Arc::new(metrics)
@@ -309,6 +341,39 @@ impl Metrics {
             reason: reason.code(),
         };
         self.refused.get_or_create(&labels).inc();
+    }
+
+    /// Counts refusals that the kernel made for us.
+    pub(crate) fn refused_many(&self, direction: Direction, reason: Reason, count: u64) {
+        let labels = RefusalLabels {
+            direction,
+            reason: reason.code(),
+        };
+        self.refused.get_or_create(&labels).inc_by(count);
+    }
+
+    /// Counts plaintext callers. `src` is bounded by who calls this.
+    pub(crate) fn plaintext_callers(
+        &self,
+        src: String,
+        dst: &ServiceName,
+        port: u16,
+        verdict: EdgeVerdict,
+        count: u64,
+    ) {
+        let labels = PlaintextCallerLabels {
+            src,
+            dst: dst.to_string(),
+            port,
+            verdict: verdict.as_str(),
+        };
+        self.plaintext_callers.get_or_create(&labels).inc_by(count);
+    }
+
+    /// Shows how the input door stands.
+    pub(crate) fn door(&self, disarmed: bool, repairs: u64) {
+        self.door_disarmed.set(disarmed.into());
+        self.repairs.set(i64::try_from(repairs).unwrap_or(i64::MAX));
     }
 
     /// Counts an attempt to connect to a server without an agent. As many labels as the workload files have endpoints.

@@ -8,19 +8,32 @@ use std::time::Duration;
 use anyhow::Context as _;
 use mesh_api::workload_file::Owner;
 use mesh_core::names::Account;
+use mesh_core::policy::PolicySet;
+use mesh_core::service::Index;
 use mesh_core::vip::VipRanges;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::capture::CgroupRef;
 use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch, Directory, OwnerPath, uid_of};
 use crate::data::DataPlane;
+use crate::door::{Door, DoorStatus};
 use crate::holder::client::{HolderLink, HolderSender};
-use crate::holder::protocol::{Desired, DesiredWorkload, FromHolder, WorkloadListener};
+use crate::holder::protocol::{
+    Desired, DesiredDoor, DesiredWorkload, FromHolder, WorkloadListener,
+};
+use crate::leaves::now_ms;
 use crate::view::ViewWriter;
 use crate::whose::{Owned, OwnerTable};
 use crate::workloads::WorkloadSet;
 
+/// How often plaintext callers are read: far oftener than the kernel forgets them.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How long control's machine may take to take a connection.
+const REACH_MAX: Duration = Duration::from_secs(6);
 /// How often what failed is tried again: a user that is not there yet, rules that the kernel refused.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -35,6 +48,7 @@ pub(crate) struct OwnerStatus {
     pub(crate) problems: BTreeMap<Account, String>,
     /// Workloads whose owner is not there now; it may come at any time.
     pub(crate) absent: BTreeMap<Account, String>,
+    pub(crate) door: DoorStatus,
 }
 
 /// What the owner of the owners works with.
@@ -46,6 +60,9 @@ pub(crate) struct Links {
     pub(crate) sender: HolderSender,
     pub(crate) plane: Arc<DataPlane>,
     pub(crate) status: watch::Sender<Arc<OwnerStatus>>,
+    pub(crate) door: Door,
+    /// Where control answers: `host:port`.
+    pub(crate) control: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -57,7 +74,14 @@ pub(crate) struct Owners {
     set: Arc<WorkloadSet>,
     /// Of the last wish.
     generation: u64,
-    sent: Vec<DesiredWorkload>,
+    sent: (Vec<DesiredWorkload>, Option<Vec<DesiredDoor>>),
+    /// What the door was made of last.
+    index: Option<Arc<Index>>,
+    policies: Option<Arc<PolicySet>>,
+    /// Whether a look at the door was not answered yet.
+    looking: bool,
+    /// The generation with which control is being reached.
+    reaching: Option<AbortOnDropHandle<u64>>,
     status: OwnerStatus,
 }
 
@@ -78,13 +102,20 @@ impl Owners {
             cgroups,
             set: Arc::default(),
             generation: 0,
-            sent: Vec::new(),
+            sent: (Vec::new(), None),
+            index: None,
+            policies: None,
+            looking: false,
+            reaching: None,
             status: OwnerStatus::default(),
         })
     }
 
     /// Follows files and cgroups until `stop`, or until the holder is gone.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+        let mut view = self.links.view.reader();
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.follow_set().await?;
         loop {
             self.publish();
@@ -102,6 +133,25 @@ impl Owners {
                 message = self.links.holder.recv() => {
                     let message = message.context("the holder is gone")?;
                     self.heard(message).await?;
+                }
+                changed = view.changed() => {
+                    changed.context("the owner of the view is gone")?;
+                    let seen = view.borrow_and_update().clone();
+                    if !same(self.index.as_ref(), seen.index.as_ref())
+                        || !same(self.policies.as_ref(), seen.policies.as_ref())
+                    {
+                        self.tell(false).await?;
+                    }
+                }
+                _ = look.tick(), if !self.looking => {
+                    self.looking = true;
+                    let sent = self.links.sender.look().await;
+                    sent.context("the holder takes no messages")?;
+                }
+                reached = finished(self.reaching.as_mut()) => {
+                    self.reaching = None;
+                    let sent = self.links.sender.reached(reached?).await;
+                    sent.context("the holder takes no messages")?;
                 }
                 () = tokio::time::sleep(RETRY), if retry => {
                     let again = self.status.error.is_some();
@@ -142,15 +192,22 @@ impl Owners {
             view.workloads = set;
             view.owners = Arc::new(table);
         });
+        let view = self.links.view.now();
+        self.index.clone_from(&view.index);
+        self.policies.clone_from(&view.policies);
+        let doors = self.links.door.wanted(&view, now_ms());
+        let desired = (desired, doors);
         if self.generation != 0 && !again && desired == self.sent {
             return Ok(());
         }
         self.generation += 1;
         self.status.applied = false;
         self.sent.clone_from(&desired);
+        let (workloads, doors) = desired;
         let desired = Desired {
             generation: self.generation,
-            workloads: desired,
+            workloads,
+            doors,
             vip4: self.vips.v4().to_string(),
             vip6: self.vips.v6().to_string(),
         };
@@ -252,7 +309,8 @@ impl Owners {
                 let known = view.owners.workloads.iter();
                 let accounts = known.map(|owned| owned.account.clone()).collect();
                 self.links.plane.keep(accounts).await;
-                log::info!(workloads = self.sent.len(); "the kernel knows the workloads");
+                log::info!(workloads = self.sent.0.len(); "the kernel knows the workloads");
+                self.reach();
             }
             FromHolder::Failed { generation, error } if generation == self.generation => {
                 if self.status.error.as_ref() != Some(&error) {
@@ -261,8 +319,29 @@ impl Owners {
                 self.status.error = Some(error);
             }
             FromHolder::Applied { .. } | FromHolder::Failed { .. } => (),
+            FromHolder::Looked(looked) => {
+                self.looking = false;
+                self.links.door.looked(looked, now_ms());
+                self.status.door = self.links.door.status.clone();
+            }
         }
         Ok(())
+    }
+
+    /// Begins to reach control by new connections. Only when that was possible the door refuses for good.
+    fn reach(&mut self) {
+        let (addresses, generation) = (self.links.control.clone(), self.generation);
+        self.reaching = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            loop {
+                for address in &addresses {
+                    let connect = TcpStream::connect(address.as_str());
+                    if matches!(timeout(REACH_MAX, connect).await, Ok(Ok(_))) {
+                        return generation;
+                    }
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+        })));
     }
 
     fn publish(&self) {
@@ -363,6 +442,22 @@ fn uid(owner: &Owner) -> Result<u32, String> {
     match owner {
         Owner::User(name) => uid_of(name).map_err(|error| error.to_string()),
         _ => Err("its owner is no user".to_owned()),
+    }
+}
+
+/// Waits for the task that reaches control; for ever where there is none.
+async fn finished(task: Option<&mut AbortOnDropHandle<u64>>) -> anyhow::Result<u64> {
+    match task {
+        Some(task) => task.await.context("the task that reaches control failed"),
+        None => std::future::pending().await,
+    }
+}
+
+fn same<T>(a: Option<&Arc<T>>, b: Option<&Arc<T>>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        (None, None) => true,
+        _ => false,
     }
 }
 

@@ -23,6 +23,7 @@ use crate::view::HostFacts;
 
 /// Largest file that is not of [`stored`], in bytes: a key, a chain, or `agent.json`.
 const SMALL_MAX: u64 = 64 * 1024;
+const DOOR_FILE: &str = "door.json";
 /// The form of `agent.json` that this version reads and writes.
 const FORM: u32 = 1;
 
@@ -117,6 +118,8 @@ pub(crate) enum Kept {
     Index,
     Endpoints,
     Policies,
+    /// Not control's: who called, and since when.
+    Edges,
 }
 
 impl Kept {
@@ -126,6 +129,7 @@ impl Kept {
             Self::Index => "index",
             Self::Endpoints => "endpoints",
             Self::Policies => "policies",
+            Self::Edges => "edges",
         }
     }
 }
@@ -182,6 +186,11 @@ impl State {
         Ok(())
     }
 
+    /// What becomes of plaintext callers, as the holder keeps it.
+    pub(crate) fn door_file(&self) -> PathBuf {
+        self.root.join(DOOR_FILE)
+    }
+
     pub(crate) fn root(&self) -> &Path {
         &self.root
     }
@@ -220,11 +229,17 @@ impl State {
 
     /// Removes what an earlier membership may have left, but for the key: it is not this mesh's.
     pub(crate) fn forget_mesh(&self) -> anyhow::Result<()> {
-        let kept = [Kept::Bundle, Kept::Index, Kept::Endpoints, Kept::Policies];
-        for name in kept
-            .map(Kept::name)
-            .into_iter()
-            .chain(["contact", "leaves", "agent.crt"])
+        let kept = [
+            Kept::Bundle,
+            Kept::Index,
+            Kept::Endpoints,
+            Kept::Policies,
+            Kept::Edges,
+        ];
+        for name in
+            kept.map(Kept::name)
+                .into_iter()
+                .chain(["contact", DOOR_FILE, "leaves", "agent.crt"])
         {
             remove(&self.root.join(name))?;
         }

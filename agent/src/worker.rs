@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::control::{self, SessionStatus};
 use crate::data::{DataPlane, DataShared};
 use crate::dns::{self, Dns, resolv_conf};
+use crate::door::Door;
 use crate::health::{self, Listening, Verdicts};
 use crate::holder::client::{HolderLink, HolderSender};
 use crate::holder::protocol::{FromHolder, Sockets};
@@ -205,6 +206,7 @@ impl Parts {
         let (credential_by, credential) = watch::channel(None);
         let (channel_by, channel) = watch::channel(None);
         let (judged_by, judged) = watch::channel(0);
+        let (edges_by, edges) = watch::channel(Arc::default());
 
         // All that is on disk is in use before the first call is taken.
         let keeper = leaves::Keeper::new(
@@ -229,6 +231,7 @@ impl Parts {
                 wants,
                 sets: self.sets.clone(),
                 verdicts: verdicts.clone(),
+                edges,
                 credential,
                 channel: channel_by,
                 judged: judged_by,
@@ -258,6 +261,13 @@ impl Parts {
                 sender,
                 plane: Arc::clone(&plane),
                 status: owners_by,
+                door: Door::new(
+                    self.state.clone(),
+                    Arc::clone(&metrics),
+                    edges_by,
+                    config.keep_open(),
+                ),
+                control: self.membership.control.clone(),
             },
             self.membership.host.vips,
         )?;

@@ -14,6 +14,7 @@ use crate::audit::{Actor, Audit};
 use crate::ca::{Ca, LeafOrder};
 use crate::catalogue::objects::Settings;
 use crate::config::{Config, Leaves};
+use crate::edges::Edges;
 use crate::lease::{LeaseHandle, LeaseLoop};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
@@ -30,6 +31,7 @@ pub(crate) struct Control {
     pub ca: Ca,
     pub writer: Writer,
     pub leases: LeaseHandle,
+    pub edges: Edges,
     pub limits: Limits,
     pub audit: Arc<Audit>,
     pub metrics: Arc<Metrics>,
@@ -80,6 +82,7 @@ impl Control {
             ca,
             writer,
             leases,
+            edges: Edges::default(),
             limits: Limits::default(),
             audit,
             metrics,

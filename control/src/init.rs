@@ -98,8 +98,8 @@ fn told(plan: &Plan, settings: &Settings, ca: &Ca, admin: &Path) -> String {
          \x20 issuer      until {}\n\
          \x20 addresses   {}\n\
          \x20 names       *.{}, at {} and {}\n\
-         \x20 policy      everyone: all workloads and hosts of this trust domain may call by mesh name; narrow it.\n\
-         \x20             Plaintext to a program's own port is not guarded yet: bind it to loopback or firewall it\n\
+         \x20 policy      everyone: all workloads and hosts of this trust domain may call by mesh name, and anybody\n\
+         \x20             in plaintext at a program's own port; narrow it\n\
          \x20 operator    {} (private: it may do everything)\n\
          {}\
          next: mesh-control run --state-dir {}\n\

@@ -21,6 +21,7 @@ mod catalogue;
 mod clock;
 mod config;
 mod control;
+mod edges;
 mod export;
 mod exporter;
 mod init;

@@ -141,13 +141,19 @@ impl Agent {
     #[track_caller]
     pub fn kill_worker(&mut self) {
         let old = self.worker();
-        let pid = i32::try_from(old).expect("a pid");
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).expect("ours");
+        self.kill_worker_now();
         wait_until("a new worker", SOON, || {
             let new = self.workers();
             check(!new.is_empty() && !new.contains(&old), format!("{new:?}"))
         });
         self.wait_ready();
+    }
+
+    /// Kills the worker; the holder lives. The new one may not be ready yet.
+    #[track_caller]
+    pub fn kill_worker_now(&self) {
+        let pid = i32::try_from(self.worker()).expect("a pid");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).expect("ours");
     }
 
     /// The pid of the worker.

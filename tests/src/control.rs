@@ -64,6 +64,8 @@ impl Control {
             self.state_dir().display().to_string(),
             "--listen".to_owned(),
             self.address(),
+            "--listen".to_owned(),
+            format!("[{}]:7440", self.host.v6()),
         ]);
         let mut process = command.cgroup("control").spawn("control");
         wait_until("control to answer", SOON, || {

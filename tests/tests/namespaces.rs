@@ -15,8 +15,12 @@ mod certificates;
 mod control_down;
 #[path = "namespaces/denial.rs"]
 mod denial;
+#[path = "namespaces/door.rs"]
+mod door;
 #[path = "namespaces/failures.rs"]
 mod failures;
+#[path = "namespaces/firewalls.rs"]
+mod firewalls;
 #[path = "namespaces/grpc.rs"]
 mod grpc;
 #[path = "namespaces/half_close.rs"]
@@ -39,6 +43,8 @@ mod http2;
 mod identity;
 #[path = "namespaces/join.rs"]
 mod join;
+#[path = "namespaces/local_attackers.rs"]
+mod local_attackers;
 #[path = "namespaces/packet_capture.rs"]
 mod packet_capture;
 #[path = "namespaces/pair.rs"]
@@ -49,6 +55,8 @@ mod real_servers;
 mod removal;
 #[path = "namespaces/services.rs"]
 mod services;
+#[path = "namespaces/shapes.rs"]
+mod shapes;
 #[path = "namespaces/soak.rs"]
 mod soak;
 #[path = "namespaces/store.rs"]

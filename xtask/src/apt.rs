@@ -63,6 +63,9 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("tcpdump", "tcpdump"),
     ("openssl", "openssl"),
     ("python3", "python3"),
+    ("ufw", "ufw"),
+    ("firewalld", "firewalld"),
+    ("dbus-daemon", "dbus-daemon"),
 ];
 
 /// A second reader of HTTP/1 beside ours.

@@ -2,7 +2,7 @@
 //!
 //! Numbers are those of `linux/netfilter/nf_tables.h`; `nft --debug=mnl` shows the same bytes.
 
-use super::netlink::{APPEND, Attributes, CREATE, EXCLUSIVE, Message};
+use super::netlink::{APPEND, Attributes, CREATE, DUMP, EXCLUSIVE, Message, attributes};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
@@ -10,19 +10,28 @@ const NFNL_MSG_BATCH_END: u16 = 0x11;
 const NFPROTO_INET: u8 = 1;
 
 const NEW_TABLE: u16 = 0;
+const GET_TABLE: u16 = 1;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
 const DELETE_RULE: u16 = 8;
 const NEW_SET: u16 = 9;
 const NEW_ELEMENTS: u16 = 12;
+const GET_ELEMENTS: u16 = 13;
 const DELETE_ELEMENTS: u16 = 14;
+const GET_GENERATION: u16 = 16;
 
 /// `NFT_TABLE_F_OWNER`: only the socket that made the table changes it, and it goes with that socket.
 const TABLE_OWNED: u32 = 2;
+const SET_INTERVAL: u32 = 0x4;
 const SET_MAP: u32 = 0x8;
 const SET_TIMEOUT: u32 = 0x10;
 const SET_DYNAMIC: u32 = 0x20;
+const SET_CONCATENATION: u32 = 0x80;
+const KEY: u16 = 1;
+const ELEMENT_TIMEOUT: u16 = 4;
+const ELEMENT_EXPRESSION: u16 = 7;
+const KEY_END: u16 = 10;
 /// An attribute's length has 16 bits; an element takes at most 64 bytes.
 const ELEMENTS_PER_MESSAGE: usize = 512;
 
@@ -68,6 +77,7 @@ pub(super) enum Base {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Hook {
     Prerouting = 0,
+    Input = 1,
     Output = 3,
 }
 
@@ -76,6 +86,7 @@ pub(super) enum Hook {
 pub(super) enum Type {
     Ipv4 = 7,
     Ipv6 = 8,
+    Protocol = 12,
     Port = 13,
     Mark = 19,
     Uid = 24,
@@ -88,6 +99,7 @@ impl Type {
             Self::Ipv4 | Self::Mark | Self::Uid => 4,
             Self::Ipv6 => 16,
             Self::Port => 2,
+            Self::Protocol => 1,
             Self::Cgroup => 8,
         }
     }
@@ -96,7 +108,7 @@ impl Type {
     const fn byte_order(self) -> u8 {
         match self {
             Self::Mark | Self::Uid | Self::Cgroup => 1,
-            Self::Ipv4 | Self::Ipv6 | Self::Port => 2,
+            Self::Ipv4 | Self::Ipv6 | Self::Protocol | Self::Port => 2,
         }
     }
 }
@@ -172,6 +184,15 @@ impl Steps {
         self.step("lookup", &data)
     }
 
+    /// The rule ends here if `from` is in the set.
+    pub(super) fn only_if_not_in(self, set: &str, from: Register) -> Self {
+        let data = Attributes::default()
+            .string(1, set)
+            .be32(2, from.0)
+            .be32(5, 1);
+        self.step("lookup", &data)
+    }
+
     /// What the map says to `from`; the rule ends where it says nothing.
     pub(super) fn map(self, map: &str, from: Register, to: Register) -> Self {
         let data = Attributes::default()
@@ -187,6 +208,19 @@ impl Steps {
             .string(1, set)
             .be32(3, 1)
             .be32(4, key.0);
+        self.step("dynset", &data)
+    }
+
+    /// The same, and counts packets by key. The rule ends where the set has no room.
+    pub(super) fn count(self, set: &str, key: Register) -> Self {
+        let counter = Attributes::default()
+            .string(1, "counter")
+            .nest(2, &Attributes::default());
+        let data = Attributes::default()
+            .string(1, set)
+            .be32(3, 1)
+            .be32(4, key.0)
+            .nest(7, &counter);
         self.step("dynset", &data)
     }
 
@@ -248,6 +282,27 @@ pub(super) struct SetShape<'a> {
     pub(super) value: Option<Type>,
     /// For a set that rules fill: lifetime of an element in milliseconds and number of elements.
     pub(super) dynamic: Option<(u64, u32)>,
+    /// Whether elements are ranges of joined fields.
+    pub(super) ranges: bool,
+}
+
+impl<'a> SetShape<'a> {
+    /// A plain set or map that we fill.
+    pub(super) const fn plain(
+        name: &'a str,
+        id: u32,
+        key: &'a [Type],
+        value: Option<Type>,
+    ) -> Self {
+        Self {
+            name,
+            id,
+            key,
+            value,
+            dynamic: None,
+            ranges: false,
+        }
+    }
 }
 
 /// Makes the messages for one table.
@@ -262,6 +317,22 @@ impl Scribe<'_> {
             .string(1, self.table)
             .be32(2, TABLE_OWNED);
         message(NEW_TABLE, CREATE | EXCLUSIVE, &attributes)
+    }
+
+    /// A table that everybody may change and that outlives us; one of this name is kept.
+    pub(super) fn unowned_table(self) -> Message {
+        let attributes = Attributes::default().string(1, self.table);
+        message(NEW_TABLE, CREATE, &attributes)
+    }
+
+    pub(super) fn get_table(self) -> Message {
+        message(GET_TABLE, 0, &Attributes::default().string(1, self.table))
+    }
+
+    /// Asks for all elements of a set; [`elements_of`] reads the answers.
+    pub(super) fn get_elements(self, set: &str) -> Message {
+        let attributes = Attributes::default().string(1, self.table).string(2, set);
+        message(GET_ELEMENTS, DUMP, &attributes)
     }
 
     pub(super) fn delete_table(self) -> Message {
@@ -335,6 +406,13 @@ impl Scribe<'_> {
                 .nest(9, &Attributes::default().be32(1, size))
                 .be64(11, lifetime);
         }
+        if shape.ranges {
+            flags |= SET_INTERVAL | SET_CONCATENATION;
+            let fields = shape.key.iter().fold(Attributes::default(), |list, field| {
+                list.nest(1, &Attributes::default().be32(1, field.bytes()))
+            });
+            attributes = attributes.nest(9, &Attributes::default().nest(2, &fields));
+        }
         attributes = attributes.be32(3, flags);
         if !notes.is_empty() {
             attributes = attributes.bytes(13, &notes);
@@ -349,25 +427,82 @@ impl Scribe<'_> {
 
     /// Adds elements (key, value) to a map, in as many messages as they need.
     pub(super) fn elements(self, map: &str, elements: &[(Vec<u8>, Vec<u8>)]) -> Vec<Message> {
-        elements
-            .chunks(ELEMENTS_PER_MESSAGE)
-            .map(|chunk| {
-                let list = chunk
-                    .iter()
-                    .fold(Attributes::default(), |list, (key, value)| {
-                        let element = Attributes::default()
-                            .nest(1, &value_of(key))
-                            .nest(2, &value_of(value));
-                        list.nest(1, &element)
-                    });
-                let attributes = Attributes::default()
-                    .string(1, self.table)
-                    .string(2, map)
-                    .nest(3, &list);
-                message(NEW_ELEMENTS, CREATE, &attributes)
-            })
-            .collect()
+        let element = |(key, value): &(Vec<u8>, Vec<u8>)| {
+            Attributes::default()
+                .nest(KEY, &value_of(key))
+                .nest(2, &value_of(value))
+        };
+        self.add(map, elements, element)
     }
+
+    /// Adds keys to a set.
+    pub(super) fn members(self, set: &str, keys: &[Vec<u8>]) -> Vec<Message> {
+        self.add(set, keys, |key| {
+            Attributes::default().nest(KEY, &value_of(key))
+        })
+    }
+
+    /// Adds a key that leaves the set by itself after so many milliseconds.
+    pub(super) fn passing_member(self, set: &str, key: &[u8], lifetime: u64) -> Vec<Message> {
+        self.add(set, &[key], |key| {
+            Attributes::default()
+                .nest(KEY, &value_of(key))
+                .be64(ELEMENT_TIMEOUT, lifetime)
+        })
+    }
+
+    /// Adds ranges (first, last) to a set of ranges.
+    pub(super) fn ranges(self, set: &str, ranges: &[(Vec<u8>, Vec<u8>)]) -> Vec<Message> {
+        self.add(set, ranges, |(first, last)| {
+            Attributes::default()
+                .nest(KEY, &value_of(first))
+                .nest(KEY_END, &value_of(last))
+        })
+    }
+
+    fn add<T>(self, set: &str, all: &[T], element: impl Fn(&T) -> Attributes) -> Vec<Message> {
+        let chunks = all.chunks(ELEMENTS_PER_MESSAGE).map(|chunk| {
+            let list = chunk.iter().fold(Attributes::default(), |list, one| {
+                list.nest(1, &element(one))
+            });
+            let attributes = Attributes::default()
+                .string(1, self.table)
+                .string(2, set)
+                .nest(3, &list);
+            message(NEW_ELEMENTS, CREATE, &attributes)
+        });
+        chunks.collect()
+    }
+}
+
+/// Asks for the number that grows with each change of any table.
+pub(super) fn get_generation() -> Message {
+    message(GET_GENERATION, 0, &Attributes::default())
+}
+
+/// Reads the answer to it.
+pub(super) fn generation_of(body: &[u8]) -> Option<u32> {
+    let id = value_at(body.get(4..)?, 1)?;
+    Some(u32::from_be_bytes(id.try_into().ok()?))
+}
+
+/// Reads (key, packets) of each element of one answer.
+pub(super) fn elements_of(body: &[u8]) -> impl Iterator<Item = (&[u8], u64)> {
+    let list = body.get(4..).and_then(|body| value_at(body, 3));
+    attributes(list.unwrap_or_default()).filter_map(|(_, element)| {
+        let key = value_at(value_at(element, KEY)?, 1)?;
+        let packets = value_at(element, ELEMENT_EXPRESSION)
+            .and_then(|counter| value_at(value_at(counter, 2)?, 2))
+            .and_then(|packets| packets.try_into().ok())
+            .map_or(0, u64::from_be_bytes);
+        Some((key, packets))
+    })
+}
+
+fn value_at(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    let mut all = attributes(bytes);
+    all.find(|(kind, _)| *kind == wanted)
+        .map(|(_, value)| value)
 }
 
 /// A type-length-value of libnftnl: byte order of the key (0) or the value (1).
@@ -423,13 +558,12 @@ mod tests {
     #[test]
     fn a_map_declares_its_types_and_their_order() {
         let bytes = Scribe { table: "mw" }
-            .new_set(SetShape {
-                name: "uid_mark",
-                id: 1,
-                key: &[Type::Uid],
-                value: Some(Type::Mark),
-                dynamic: None,
-            })
+            .new_set(SetShape::plain(
+                "uid_mark",
+                1,
+                &[Type::Uid],
+                Some(Type::Mark),
+            ))
             .to_bytes(7);
         assert_eq!(
             bytes,

@@ -92,6 +92,56 @@ pub(super) fn ensure(settings: &CaptureSettings, ranges: &VipRanges) -> Result<(
     }
 }
 
+/// Makes what is missing and names it. Nothing that stands is touched.
+pub(super) fn repair(
+    settings: &CaptureSettings,
+    ranges: &VipRanges,
+) -> Result<Vec<String>, CaptureError> {
+    let mut kernel = Kernel::open()?;
+    let mut missing = Vec::new();
+    if kernel.link_index(&settings.link)?.is_none() {
+        missing.push(format!("the link `{}`", settings.link));
+    }
+    let index = kernel.ensure_link(&settings.link)?;
+    for range in [ranges.v4, ranges.v6] {
+        let own = ranges.own(range);
+        let family = family_of(own);
+        let mut steps = vec![
+            (
+                format!("the address {own}"),
+                address_message(own, index, CREATE | EXCLUSIVE),
+            ),
+            (
+                format!("the route of {range}"),
+                range_route(range, own, index, CREATE | EXCLUSIVE),
+            ),
+            (
+                format!("the local route in table {}", settings.route_table),
+                loopback_route(settings, family, RTM_NEWROUTE, CREATE | EXCLUSIVE),
+            ),
+        ];
+        for rule in rules(settings, family) {
+            let message = rule.message(RTM_NEWRULE, CREATE | EXCLUSIVE);
+            steps.push((format!("the {}", rule.what), message));
+        }
+        for (what, message) in steps {
+            match kernel.0.request(&message) {
+                Ok(()) => missing.push(format!("{what} (IPv{})", if family == V4 { 4 } else { 6 })),
+                Err(error) if errno_of(&error) == Some(libc::EEXIST) => {}
+                Err(source) => {
+                    let operation = format!("put back {what}");
+                    let error = StepError { operation, source };
+                    if !error.is_absent_family() {
+                        return Err(error.into());
+                    }
+                    break;
+                }
+            }
+        }
+    }
+    Ok(missing)
+}
+
 /// Takes away the policy rules and their table.
 pub(super) fn remove_rules(settings: &CaptureSettings) -> Result<(), CaptureError> {
     let mut kernel = Kernel::open()?;
@@ -283,11 +333,11 @@ impl Kernel {
         let family = family_of(own);
         self.ask(
             format!("give the link `{}` the address {own}", settings.link),
-            &address_message(own, index),
+            &address_message(own, index, CREATE | REPLACE),
         )?;
         self.ask(
             format!("route {range} to the link `{}`", settings.link),
-            &range_route(range, own, index),
+            &range_route(range, own, index, CREATE | REPLACE),
         )?;
         self.ask(
             format!("make the local route in table {}", settings.route_table),
@@ -412,7 +462,7 @@ fn loopback_route(settings: &CaptureSettings, family: u8, kind: u16, flags: u16)
     )
 }
 
-fn range_route(range: Cidr, own: IpAddr, index: u32) -> Message {
+fn range_route(range: Cidr, own: IpAddr, index: u32, flags: u16) -> Message {
     let attributes = Attributes::default()
         .bytes(RTA_DST, &octets(range.address))
         .ne32(RTA_OIF, index)
@@ -424,7 +474,7 @@ fn range_route(range: Cidr, own: IpAddr, index: u32) -> Message {
         SCOPE_UNIVERSE
     };
     let header = route_header(family_of(own), range.prefix, scope, RTN_UNICAST);
-    Message::new(RTM_NEWROUTE, CREATE | REPLACE, &header, &attributes)
+    Message::new(RTM_NEWROUTE, flags, &header, &attributes)
 }
 
 fn route_header(family: u8, prefix: u8, scope: u8, kind: u8) -> [u8; 12] {
@@ -446,7 +496,7 @@ fn route_header(family: u8, prefix: u8, scope: u8, kind: u8) -> [u8; 12] {
 }
 
 /// The address without its range, so that no broadcast address comes with it.
-fn address_message(own: IpAddr, index: u32) -> Message {
+fn address_message(own: IpAddr, index: u32, flags: u16) -> Message {
     let bytes = octets(own);
     let prefix = if own.is_ipv4() { 32 } else { 128 };
     let [a, b, c, d] = index.to_ne_bytes();
@@ -463,7 +513,7 @@ fn address_message(own: IpAddr, index: u32) -> Message {
     let attributes = Attributes::default()
         .bytes(IFA_LOCAL, &bytes)
         .bytes(IFA_ADDRESS, &bytes);
-    Message::new(RTM_NEWADDR, CREATE | REPLACE, &header, &attributes)
+    Message::new(RTM_NEWADDR, flags, &header, &attributes)
 }
 
 fn link_message(kind: u16, flags: u16, index: u32, up: u32, attributes: &Attributes) -> Message {

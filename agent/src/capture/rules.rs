@@ -13,6 +13,8 @@
 //! there is none: it must never reach another program that listens on the same port. Later packets find their
 //! socket by themselves.
 //!
+//! What comes in from elsewhere, straight to a program's own port, passes the door (`door.rs`).
+//!
 //! There is no `nat` chain and no `ct` expression: either would turn connection tracking on for the whole host.
 
 use std::io;
@@ -20,6 +22,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use mesh_core::policy::Cidr;
 
+use super::door::{self, Arm, DoorPort, Seen};
 use super::netlink::{Connection, Message};
 use super::nft::{
     Base, Compare, Hook, Meta, R0, Register, Scribe, SetShape, Steps, Type, batch_bounds,
@@ -44,11 +47,11 @@ const PORT_OF_6: &str = "port_of6";
 const FLOWS_4: &str = "flows4";
 const FLOWS_6: &str = "flows6";
 
-const IPV4: u8 = 2;
-const IPV6: u8 = 10;
-const TCP: u8 = 6;
+pub(super) const IPV4: u8 = 2;
+pub(super) const IPV6: u8 = 10;
+pub(super) const TCP: u8 = 6;
 /// `ARPHRD_LOOPBACK`.
-const LOOPBACK: u16 = 772;
+pub(super) const LOOPBACK: u16 = 772;
 const TCP_FLAGS_OFFSET: u32 = 13;
 const SYN: u8 = 0x02;
 const SYN_ACK: u8 = 0x12;
@@ -78,8 +81,13 @@ impl Table {
         Ok(table)
     }
 
-    /// Makes the kernel know exactly these workloads, all at once.
-    pub(super) fn apply(&mut self, workloads: &[Workload]) -> io::Result<()> {
+    /// Makes the kernel know exactly these workloads and doors, all at once.
+    pub(super) fn apply(
+        &mut self,
+        workloads: &[Workload],
+        doors: &[DoorPort],
+        arm: Arm,
+    ) -> io::Result<()> {
         let mut levels: Vec<u8> = workloads
             .iter()
             .flat_map(|w| w.cgroups.iter().map(|c| c.level))
@@ -87,11 +95,24 @@ impl Table {
         levels.sort_unstable();
         levels.dedup();
         let known = self.levels.clone();
-        let messages = contents(&self.name, self.marks, &known, &levels, workloads);
+        let mut messages = contents(&self.name, self.marks, &known, &levels, workloads);
+        let scribe = Scribe { table: &self.name };
+        messages.extend(door::contents(scribe, doors, arm));
         self.commit(&messages)?;
         self.levels
             .extend(levels.iter().filter(|level| !known.contains(level)));
         Ok(())
+    }
+
+    /// Arms what stands for good.
+    pub(super) fn arm(&mut self) -> io::Result<()> {
+        let messages = door::armed(Scribe { table: &self.name }, Arm::ForGood);
+        self.commit(&messages)
+    }
+
+    /// Plaintext callers that came lately.
+    pub(super) fn seen(&mut self) -> io::Result<Seen> {
+        door::seen(Scribe { table: &self.name }, &mut self.connection)
     }
 
     fn commit(&mut self, messages: &[Message]) -> io::Result<()> {
@@ -120,15 +141,7 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
         table: &settings.table,
     };
     let marks = settings.marks();
-    let map = |name, id, key, value| {
-        scribe.new_set(SetShape {
-            name,
-            id,
-            key,
-            value: Some(value),
-            dynamic: None,
-        })
-    };
+    let map = |name, id, key, value| scribe.new_set(SetShape::plain(name, id, key, Some(value)));
     let flows = |name, id, address| {
         scribe.new_set(SetShape {
             name,
@@ -136,6 +149,7 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
             key: &[address, Type::Port, address, Type::Port],
             value: None,
             dynamic: Some((FLOW_LIFETIME_MS, FLOWS_MAX)),
+            ranges: false,
         })
     };
     let mut messages = vec![
@@ -166,6 +180,7 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
     add(VIP, vip_rules(settings, ranges));
     add(PREROUTING, prerouting_rules(marks));
     add(WHOSE, whose_rules(marks, &[]));
+    messages.extend(door::frame(scribe, settings.input_priority));
     messages
 }
 
@@ -180,13 +195,12 @@ fn contents(
     let scribe = Scribe { table };
     let mut messages = Vec::new();
     for level in levels.iter().filter(|level| !known_levels.contains(level)) {
-        messages.push(scribe.new_set(SetShape {
-            name: &map_of_level(*level),
-            id: 100 + u32::from(*level),
-            key: &[Type::Cgroup],
-            value: Some(Type::Mark),
-            dynamic: None,
-        }));
+        messages.push(scribe.new_set(SetShape::plain(
+            &map_of_level(*level),
+            100 + u32::from(*level),
+            &[Type::Cgroup],
+            Some(Type::Mark),
+        )));
     }
     for level in known_levels {
         messages.push(scribe.empty_set(&map_of_level(*level)));
@@ -223,18 +237,18 @@ fn contents(
     messages
 }
 
-fn family(steps: Steps, family: u8) -> Steps {
+pub(super) fn family(steps: Steps, family: u8) -> Steps {
     steps
         .meta(Meta::Family, R0)
         .compare(R0, Compare::Equal, &[family])
 }
 
-fn tcp(steps: Steps, how: Compare) -> Steps {
+pub(super) fn tcp(steps: Steps, how: Compare) -> Steps {
     steps.meta(Meta::Protocol, R0).compare(R0, how, &[TCP])
 }
 
 /// SYN without ACK, of what is known to be TCP.
-fn syn(steps: Steps, how: Compare) -> Steps {
+pub(super) fn syn(steps: Steps, how: Compare) -> Steps {
     steps
         .payload(Base::Transport, TCP_FLAGS_OFFSET, 1, R0)
         .mask(R0, &[SYN_ACK])

@@ -370,6 +370,7 @@ mod tests {
                     protocol: "http".to_owned(),
                 }],
                 transport: "permissive".to_owned(),
+                plaintext_from: vec![],
             });
         proto::IndexUpdate {
             revision: 5,

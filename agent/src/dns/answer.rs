@@ -497,6 +497,7 @@ mod tests {
             vip: vip(),
             ports: vec![],
             transport: Transport::default(),
+            plaintext_from: vec![],
         });
         zone().decide(packet, Some(&index), &Counters::default())
     }

@@ -100,6 +100,7 @@ impl Running {
             },
             ports: vec![],
             transport: Transport::default(),
+            plaintext_from: vec![],
         });
         let index = Arc::new(index);
         let config = Config {

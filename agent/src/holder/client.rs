@@ -70,7 +70,21 @@ impl HolderSender {
     /// Says what the kernel should know, one generation at a time: the next may follow when this one was answered. The
     /// answer, `Applied` or `Failed`, comes by [`HolderLink::recv`]. Not cancel safe: a message that was cut ends the link.
     pub(crate) async fn send(&mut self, desired: Desired) -> io::Result<()> {
-        let bytes = encode(&ToHolder::Desired(desired))?;
+        self.say(&ToHolder::Desired(desired)).await
+    }
+
+    /// Asks for plaintext callers. The answer is `Looked`. Not cancel safe.
+    pub(crate) async fn look(&mut self) -> io::Result<()> {
+        self.say(&ToHolder::Look).await
+    }
+
+    /// Says that control was reached with what was applied. Not cancel safe.
+    pub(crate) async fn reached(&mut self, generation: u64) -> io::Result<()> {
+        self.say(&ToHolder::Reached { generation }).await
+    }
+
+    async fn say(&mut self, message: &ToHolder) -> io::Result<()> {
+        let bytes = encode(message)?;
         let mut sent = 0;
         while let Some(rest) = bytes.get(sent..).filter(|rest| !rest.is_empty()) {
             self.stream.writable().await?;
@@ -111,6 +125,7 @@ mod tests {
         let desired = Desired {
             generation: 1,
             workloads: vec![],
+            doors: None,
             // Larger than the socket's buffer, so that the sender has to wait.
             vip4: "x".repeat(900_000),
             vip6: String::new(),

@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use thiserror::Error;
 
-use super::protocol::{Desired, DesiredWorkload};
+use mesh_core::policy::Cidr;
+
+use super::protocol::{Desired, DesiredDoor, DesiredWorkload};
+use crate::capture::door::DoorPort;
 use crate::capture::{NUMBER_MAX, VipRanges};
 
 /// A unit has one directory, or one a slice; a glob of units later some more.
@@ -14,6 +17,9 @@ const UIDS_MAX: usize = 64;
 /// Elements of all maps together; one batch must hold them (see `capture::rules`).
 const ELEMENTS_MAX: usize = 16_384;
 const LABEL_MAX: usize = 255;
+/// Ports with a door, and address ranges of all of them: one batch must hold them.
+const DOORS_MAX: usize = 4_096;
+const RANGES_MAX: usize = 16_384;
 /// The inode of the cgroup tree's root: every process of the host.
 const ROOT_CGROUP: u64 = 1;
 
@@ -42,6 +48,10 @@ pub(super) enum DesiredError {
     },
     #[error("the workloads have more than 16384 cgroups and users in all, or one has more than 64")]
     TooManyOwners,
+    #[error("the input door of port {port} {rule}")]
+    Door { port: u16, rule: &'static str },
+    #[error("more than 4096 ports, or more than 16384 address ranges, have an input door")]
+    TooManyDoors,
     #[error(
         "the mesh's virtual addresses are {wanted} now and the agent runs with {running}; restart the agent"
     )]
@@ -73,6 +83,45 @@ pub(super) fn check(desired: &Desired, ranges: &VipRanges) -> Result<(), Desired
         return Err(DesiredError::TooManyOwners);
     }
     Ok(())
+}
+
+/// Reads the doors; ports in `keep_open` have none, whatever is wanted.
+pub(super) fn doors(
+    wanted: &[DesiredDoor],
+    keep_open: &[u16],
+) -> Result<Vec<DoorPort>, DesiredError> {
+    let count = |door: &DesiredDoor| {
+        door.open.len() + door.audited.len() + door.strict.as_ref().map_or(0, Vec::len)
+    };
+    if wanted.len() > DOORS_MAX || wanted.iter().map(count).sum::<usize>() > RANGES_MAX {
+        return Err(DesiredError::TooManyDoors);
+    }
+    let mut ports = BTreeSet::new();
+    let mut doors = Vec::with_capacity(wanted.len());
+    for door in wanted {
+        let port = door.port;
+        if port == 0 || !ports.insert(port) {
+            let rule = "comes twice, or is of no port";
+            return Err(DesiredError::Door { port, rule });
+        }
+        let ranges = |texts: &[String]| {
+            let ranges = texts.iter().map(|text| Cidr::parse(text));
+            let rule = "has an address range that is none";
+            ranges
+                .collect::<Option<Vec<_>>>()
+                .ok_or(DesiredError::Door { port, rule })
+        };
+        let door = DoorPort {
+            port,
+            open: ranges(&door.open)?,
+            audited: ranges(&door.audited)?,
+            strict: door.strict.as_deref().map(ranges).transpose()?,
+        };
+        if !keep_open.contains(&port) {
+            doors.push(door);
+        }
+    }
+    Ok(doors)
 }
 
 #[derive(Default)]
@@ -161,6 +210,7 @@ mod tests {
         let desired = Desired {
             generation: 1,
             workloads,
+            doors: None,
             vip4: "252.64.0.0/16".to_owned(),
             vip6: "fd6d::/64".to_owned(),
         };
@@ -175,6 +225,26 @@ mod tests {
         root.uids = vec![0];
         root.root = true;
         assert_eq!(outcome(vec![root]), Ok(()));
+    }
+
+    #[test]
+    fn doors_are_read_and_bounded_and_some_ports_stay_open() {
+        let door = |port, open: &str| DesiredDoor {
+            port,
+            open: vec![open.to_owned()],
+            strict: Some(vec!["fd00::/8".to_owned()]),
+            ..DesiredDoor::default()
+        };
+        let read = doors(&[door(80, "10.0.0.0/8"), door(22, "::/0")], &[22]).unwrap();
+        let [only] = &read[..] else {
+            panic!("{read:?}");
+        };
+        assert_eq!((only.port, only.open.len()), (80, 1));
+        assert!(doors(&[door(80, "10.0.0.0/8"), door(80, "::/0")], &[]).is_err());
+        assert!(doors(&[door(0, "10.0.0.0/8")], &[]).is_err());
+        assert!(doors(&[door(80, "10.0.0.0")], &[]).is_err());
+        let many: Vec<_> = (1..=4_097).map(|port| door(port, "::/0")).collect();
+        assert_eq!(doors(&many, &[]), Err(DesiredError::TooManyDoors));
     }
 
     #[test]
@@ -206,6 +276,7 @@ mod tests {
         let desired = Desired {
             generation: 1,
             workloads: vec![],
+            doors: None,
             vip4: "0.0.0.0/0".to_owned(),
             vip6: "fd6d::/64".to_owned(),
         };

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::capture::CgroupRef;
+use crate::capture::door::Seen;
 
 /// 4,095 workloads with their cgroups take about 600 KB.
 pub(crate) const FRAME_MAX: usize = 1024 * 1024;
@@ -31,6 +32,8 @@ pub(crate) struct Desired {
     /// Grows with each message of one worker; the answer names it.
     pub(crate) generation: u64,
     pub(crate) workloads: Vec<DesiredWorkload>,
+    /// The ports at which plaintext callers are looked for, each once. `None`: it is not known; what stands stays.
+    pub(crate) doors: Option<Vec<DesiredDoor>>,
     /// The ranges that the worker reckons with; they must be those the holder runs with.
     pub(crate) vip4: String,
     pub(crate) vip6: String,
@@ -52,11 +55,28 @@ pub(crate) struct DesiredWorkload {
     pub(crate) root: bool,
 }
 
+/// What becomes of plaintext callers of one port. Ranges are `address/prefix`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DesiredDoor {
+    pub(crate) port: u16,
+    pub(crate) open: Vec<String>,
+    pub(crate) audited: Vec<String>,
+    /// Where transport is `strict`: who is excepted.
+    pub(crate) strict: Option<Vec<String>>,
+}
+
 /// Worker to holder.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum ToHolder {
     Desired(Desired),
+    /// What has become of plaintext callers?
+    Look,
+    /// Control was reached by a connection that was opened after this generation was applied.
+    Reached {
+        generation: u64,
+    },
 }
 
 /// Holder to worker, with descriptors.
@@ -71,6 +91,33 @@ pub(crate) enum FromHolder {
     Applied { generation: u64 },
     /// Nothing of this generation was applied; what was before goes on.
     Failed { generation: u64, error: String },
+    /// Answers [`ToHolder::Look`].
+    Looked(Looked),
+}
+
+/// How the input door stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Looked {
+    pub(crate) seen: Seen,
+    pub(crate) arming: Arming,
+    /// What other programs took away of link, routes, rules and guard, and was put back, since this holder started.
+    pub(crate) repaired: u64,
+    /// Why something of it can not be done now.
+    pub(crate) error: Option<String>,
+}
+
+/// Whether the door refuses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Arming {
+    /// For good.
+    #[default]
+    Armed,
+    /// For a short time, unless control is reached.
+    Trying,
+    /// Control was not reached after a change: nothing is refused but what the guard refuses.
+    Disarmed,
 }
 
 /// Sockets that all workers share. Each is non-blocking.
@@ -109,6 +156,7 @@ pub(super) enum Wire {
         generation: u64,
         error: String,
     },
+    Looked(Looked),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -169,6 +217,7 @@ impl FromHolder {
             }
             Wire::Applied { generation } => Self::Applied { generation },
             Wire::Failed { generation, error } => Self::Failed { generation, error },
+            Wire::Looked(looked) => Self::Looked(looked),
         };
         match descriptors.next() {
             None => Ok(message),
@@ -459,6 +508,7 @@ mod tests {
                 uids: vec![33],
                 root: false,
             }],
+            doors: None,
             vip4: "252.64.0.0/16".to_owned(),
             vip6: "fd6d::/64".to_owned(),
         });

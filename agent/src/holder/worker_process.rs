@@ -19,8 +19,9 @@ use super::protocol::{self, Frame, FrameReader, ToHolder, malformed};
 /// Where a worker finds its end of the socket pair.
 pub(crate) const LINK_DESCRIPTOR: RawFd = 3;
 
-/// Messages that come while we send: a worker asks once and waits for the answer, so more than a few are an attack.
-const INBOX_MAX: usize = 4;
+/// Messages that come while we send: a worker asks once for each of three things and waits for the answer, so more than a
+/// few are an attack.
+const INBOX_MAX: usize = 8;
 
 /// A running worker.
 #[derive(Debug)]

@@ -127,7 +127,7 @@ fn services(list: &Value) -> String {
             text(service, "/status/vip4"),
             text(service, "/status/vip6"),
             ports.join(","),
-            transport.map_or_else(|| "permissive".to_owned(), |t| enforced(service, t)),
+            transport.map_or_else(|| "permissive".to_owned(), super::plain),
             endpoints(service),
             text(service, "/status/source"),
             unencrypted(service),
@@ -141,19 +141,6 @@ fn port(port: &Value) -> String {
         Some(protocol) => format!("{}/{protocol}", text(port, "/port")),
         None => text(port, "/port"),
     }
-}
-
-/// The transport, and whether control says that it does not hold.
-fn enforced(service: &Value, transport: &Value) -> String {
-    let conditions = service
-        .pointer("/status/conditions")
-        .and_then(Value::as_array);
-    let not = |c: &Value| text(c, "/type") == "TransportEnforced" && text(c, "/status") == "False";
-    let transport = super::plain(transport);
-    if conditions.into_iter().flatten().any(not) {
-        return format!("{transport} (not enforced)");
-    }
-    transport
 }
 
 /// Where calls go on without encryption: `plaintext beyond host-1: 10.9.0.5:5432`.
@@ -298,8 +285,7 @@ mod tests {
                 "annotations": {"meshwork.io/transport": "strict"}},
             "spec": {"ports": [{"port": 80, "appProtocol": "http"}, {"port": 81}]},
             "status": {"vip4": "252.64.0.2", "vip6": "fd6d::2", "source": "host/vm-1",
-                "conditions": [{"type": "TransportEnforced", "status": "False"},
-                    {"type": "Encrypted", "status": "False", "message": "plaintext beyond vm-1: 10.9.0.5:80"}],
+                "conditions": [{"type": "Encrypted", "status": "False", "message": "plaintext beyond vm-1: 10.9.0.5:80"}],
                 "endpoints": [{"state": "healthy"}, {"state": "stale"}]}
         }]);
         let text = table(Kind::Services, &list);
@@ -311,8 +297,6 @@ mod tests {
             "fd6d::2",
             "80/http,81",
             "strict",
-            "(not",
-            "enforced)",
             "1/2",
             "host/vm-1",
             "plaintext",

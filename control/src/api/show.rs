@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use mesh_api::resource::{OUR_API, TRANSPORT_ANNOTATION};
+use mesh_api::resource::{OUR_API, PLAINTEXT_FROM_ANNOTATION, TRANSPORT_ANNOTATION};
+use mesh_core::edge::EdgeCaller;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::{Account, Label, Network, ServiceName};
 use mesh_core::service::{Health, Pattern, Transport};
@@ -12,7 +13,6 @@ use serde_json::{Map, Value, json};
 
 use crate::catalogue::Catalogue;
 use crate::catalogue::objects::{Host, Offer, Policy, Scope, Service, Source, Token};
-use crate::catalogue::warnings;
 use crate::clock;
 use crate::control::Control;
 use crate::refusal::Refusal;
@@ -40,12 +40,22 @@ pub(crate) fn status(control: &Control) -> Value {
         "services": now.services.len(),
         "endpoints": now.endpoint_count(),
         "policies": now.policies.len(),
+        "plaintextEdges": plaintext_edges(control),
         "ca": {
             "rootPin": pin.map(|p| p.to_string()).unwrap_or_default(),
             "issuerEnds": clock::rfc3339(control.ca.issuer_ends_s()),
         },
         "autonomyHours": control.leaves.autonomy().as_secs() / 3600,
     })
+}
+
+/// How many callers come in plaintext, straight to a program's own port.
+fn plaintext_edges(control: &Control) -> usize {
+    let all = control.edges.all();
+    let edges = all.values().flat_map(|report| &report.edges);
+    edges
+        .filter(|(key, _)| matches!(key.caller, EdgeCaller::Plaintext(_)))
+        .count()
 }
 
 /// All objects of a kind, of one namespace if one is named.
@@ -172,6 +182,14 @@ fn service(now: &Catalogue, service: &Service) -> Value {
         let transport = service.transport.to_string();
         annotations.insert(TRANSPORT_ANNOTATION.to_owned(), transport);
     }
+    if !service.plaintext_from.is_empty() {
+        let ranges: Vec<String> = service
+            .plaintext_from
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        annotations.insert(PLAINTEXT_FROM_ANNOTATION.to_owned(), ranges.join(","));
+    }
     if !annotations.is_empty() {
         metadata["annotations"] = json!(annotations);
     }
@@ -244,14 +262,6 @@ fn endpoints(now: &Catalogue, name: &ServiceName) -> Vec<Value> {
 fn conditions(now: &Catalogue, service: &Service) -> Vec<Value> {
     let name = &service.name;
     let mut conditions = Vec::new();
-    if warnings::is_unenforced(service) {
-        conditions.push(json!({
-            "type": "TransportEnforced",
-            "status": "False",
-            "reason": "NotSupported",
-            "message": warnings::STRICT,
-        }));
-    }
     for host in now.servers_of(name) {
         let beyond: Vec<String> = plaintext(host, None, name)
             .iter()

@@ -266,11 +266,14 @@ pub(crate) struct Service {
     pub port_names: BTreeMap<u16, String>,
     #[serde(with = "text::transport")]
     pub transport: Transport,
+    /// Whose plaintext `strict` lets in.
+    #[serde(default, with = "text::ranges", skip_serializing_if = "Vec::is_empty")]
+    pub plaintext_from: Vec<Cidr>,
     #[serde(with = "text")]
     pub source: Source,
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// Without that of the transport.
+    /// Without those of the transport.
     #[serde(default)]
     pub annotations: BTreeMap<String, String>,
     pub created_s: u64,

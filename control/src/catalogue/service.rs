@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use mesh_api::resource::{Object, ServiceSpec, TRANSPORT_ANNOTATION};
+use mesh_api::resource::{Object, PLAINTEXT_FROM_ANNOTATION, ServiceSpec, TRANSPORT_ANNOTATION};
 use mesh_core::names::ServiceName;
 use mesh_core::reason::Reason;
 use mesh_core::service::Transport;
@@ -54,6 +54,7 @@ fn make(
         ports: Vec::new(),
         port_names: BTreeMap::new(),
         transport: Transport::default(),
+        plaintext_from: Vec::new(),
         source: Source::Operator,
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
@@ -65,7 +66,8 @@ fn make(
     Ok(())
 }
 
-/// The operator says what a service is. Of one that a host owns only the transport is the operator's.
+/// The operator says what a service is. Of one that a host owns only the transport, and whom `strict` excepts, are
+/// the operator's.
 pub(super) fn apply(
     draft: &mut Draft<'_>,
     object: &Object<ServiceSpec>,
@@ -76,9 +78,11 @@ pub(super) fn apply(
     let label = format!("Service {}", declared.name);
     let mut annotations = object.metadata.annotations.clone();
     let says_transport = annotations.remove(TRANSPORT_ANNOTATION).is_some();
+    let says_from = annotations.remove(PLAINTEXT_FROM_ANNOTATION).is_some();
     let fill = |service: &mut Service| {
         service.ports.clone_from(&declared.ports);
         service.transport = declared.transport;
+        service.plaintext_from.clone_from(&declared.plaintext_from);
         service.source = Source::Operator;
         service.labels.clone_from(&object.metadata.labels);
         service.annotations = annotations;
@@ -100,8 +104,13 @@ pub(super) fn apply(
             if says_transport {
                 next.transport = declared.transport;
             }
+            if says_transport || says_from {
+                next.plaintext_from.clone_from(&declared.plaintext_from);
+            }
             let owner = draft.next.host_label(owner);
-            Some(format!("owned by {owner}; only its transport is set here"))
+            Some(format!(
+                "owned by {owner}; only its transport and whose plaintext is let in are set here"
+            ))
         }
         Source::Host(owner) => {
             let message = format!(

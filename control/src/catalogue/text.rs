@@ -77,6 +77,25 @@ by_function!(transport, mesh_core::service::Transport, |text: &str| {
     mesh_core::service::Transport::parse(text).ok_or_else(|| format!("`{text}` is no transport"))
 });
 
+/// A list of address ranges.
+pub(crate) mod ranges {
+    use mesh_core::policy::Cidr;
+
+    use super::*;
+
+    pub(crate) fn serialize<S: Serializer>(values: &[Cidr], to: S) -> Result<S::Ok, S::Error> {
+        list::serialize(values, to)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Cidr>, D::Error> {
+        let texts = Vec::<String>::deserialize(from)?;
+        let values = texts.iter().map(|text| {
+            Cidr::parse(text).ok_or_else(|| D::Error::custom(format!("`{text}` is no range")))
+        });
+        values.collect()
+    }
+}
+
 /// A list of patterns.
 pub(crate) mod patterns {
     use mesh_core::service::Pattern;

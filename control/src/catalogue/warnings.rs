@@ -5,18 +5,10 @@ use mesh_api::resource::{Object, PolicySpec, Resource};
 use mesh_core::service::Transport;
 
 use super::Catalogue;
-use super::objects::Service;
 
-/// Why `strict` does not hold yet.
-pub(crate) const STRICT: &str = "transport `strict` is not enforced by this version: who reaches the program's own \
-     port gets in without the mesh; bind the program to loopback or firewall its port";
-const CIDR: &str = "callers by `cidr` are not enforced by this version: they name plaintext callers, and those are \
-     neither let in nor kept out; bind the program to loopback or firewall its port";
-
-/// Whether a service says something that this version does not do.
-pub(crate) fn is_unenforced(service: &Service) -> bool {
-    service.transport == Transport::Strict
-}
+/// Why an exception has no effect.
+const NOTHING_EXCEPTED: &str = "`meshwork.io/plaintext-from` excepts callers from transport `strict`, and the service \
+     is permissive: plaintext callers are judged by policy alone";
 
 /// What there is to say of a resource once all of its file are in the catalogue.
 pub(super) fn of(now: &Catalogue, resource: &Resource) -> Vec<String> {
@@ -24,15 +16,15 @@ pub(super) fn of(now: &Catalogue, resource: &Resource) -> Vec<String> {
         Resource::Service(object) => {
             let name = object.to_core().map(|declared| declared.name).ok();
             let service = name.and_then(|name| now.services.get(&name));
-            let strict = service.is_some_and(|s| is_unenforced(s));
-            strict.then(|| STRICT.to_owned()).into_iter().collect()
+            let needless = service.is_some_and(|s| {
+                s.transport == Transport::Permissive && !s.plaintext_from.is_empty()
+            });
+            needless
+                .then(|| NOTHING_EXCEPTED.to_owned())
+                .into_iter()
+                .collect()
         }
-        Resource::Policy(object) => {
-            let mut rules = object.spec.rules.iter();
-            let cidr = rules.any(|rule| rule.from.iter().any(|caller| caller.cidr.is_some()));
-            let cidr = cidr.then(|| CIDR.to_owned());
-            cidr.into_iter().chain(unmatched(now, object)).collect()
-        }
+        Resource::Policy(object) => unmatched(now, object).into_iter().collect(),
     }
 }
 

@@ -219,6 +219,11 @@ fn index_service(service: &Service) -> proto::IndexService {
         vip6: service.vip.v6.to_string(),
         ports: service.ports.iter().map(reported_port).collect(),
         transport: service.transport.to_string(),
+        plaintext_from: service
+            .plaintext_from
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
     }
 }
 

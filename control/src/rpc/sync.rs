@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mesh_api::proto;
 use mesh_api::proto::from_agent::Message;
+use mesh_core::edge::EdgeReport;
 use mesh_core::lease::{LEASE, SessionId};
 use mesh_core::names::{HostUid, ServiceName};
 use mesh_core::reason::Reason;
@@ -100,6 +101,9 @@ async fn serve(
     };
     control.metrics.sessions.dec();
     control.leases.closed(uid, id).await;
+    if !control.writer.now().hosts.contains_key(uid) {
+        control.edges.forget(uid);
+    }
     result
 }
 
@@ -233,9 +237,24 @@ impl Session {
                 Ok(())
             }
             Some(Message::Subscribe(subscribe)) => self.subscribe(&subscribe),
+            Some(Message::Edges(edges)) => self.edges(&edges),
             // What the agent uses is for the rotation of roots; a newer agent may say more.
             Some(Message::Ack(_)) | None => Ok(()),
         }
+    }
+
+    /// Of callers a host tells only what concerns services that it reports itself.
+    fn edges(&mut self, edges: &proto::Edges) -> Result<(), Refusal> {
+        let mut report =
+            EdgeReport::try_from(edges).map_err(|error| Refusal::invalid(error.to_string()))?;
+        let now = self.control.writer.now();
+        let Some(host) = now.hosts.get(&self.uid) else {
+            return Err(Reason::HostRevoked.into());
+        };
+        report.edges.retain(|(key, _)| host.serves(&key.service));
+        report.watched.retain(|port| host.serves(&port.service));
+        self.control.edges.put(&self.uid, report);
+        Ok(())
     }
 
     fn subscribe(&mut self, subscribe: &proto::Subscribe) -> Result<(), Refusal> {

@@ -13,6 +13,10 @@ use serde::{Deserialize, Serialize};
 pub const OUR_API: &str = "meshwork.io/v1alpha1";
 /// The annotation of a `Service` that sets its transport.
 pub const TRANSPORT_ANNOTATION: &str = "meshwork.io/transport";
+/// The annotation of a `Service` that names, divided by commas, the address ranges whose plaintext `strict` lets in.
+pub const PLAINTEXT_FROM_ANNOTATION: &str = "meshwork.io/plaintext-from";
+/// Most such ranges of one service.
+const PLAINTEXT_FROM_MAX: usize = 64;
 /// Most resources in one `apply`.
 pub const APPLY_MAX: usize = 10_000;
 
@@ -237,6 +241,8 @@ pub struct DeclaredService {
     pub name: ServiceName,
     pub ports: Vec<Port>,
     pub transport: Transport,
+    /// Whose plaintext `strict` lets in.
+    pub plaintext_from: Vec<Cidr>,
 }
 
 impl Object<ServiceSpec> {
@@ -286,12 +292,38 @@ impl Object<ServiceSpec> {
                 )
             })?,
         };
+        let ranges = self.metadata.annotations.get(PLAINTEXT_FROM_ANNOTATION);
+        let ranges = ranges
+            .iter()
+            .flat_map(|text| text.split(','))
+            .map(str::trim);
+        let plaintext_from = check_ranges(ranges)
+            .map_err(|message| bad(&object, &format!("{PLAINTEXT_FROM_ANNOTATION}: {message}")))?;
         Ok(DeclaredService {
             name,
             ports,
             transport,
+            plaintext_from,
         })
     }
+}
+
+/// Reads address ranges: sorted, each once, 64 at most.
+pub(crate) fn check_ranges<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Vec<Cidr>, String> {
+    let range = |text: &str| {
+        Cidr::parse(text).ok_or_else(|| {
+            let text: String = text.chars().take(80).collect();
+            format!("`{text}` is not an address range such as 10.0.0.0/8")
+        })
+    };
+    let texts = texts.take(PLAINTEXT_FROM_MAX + 1);
+    let mut ranges = texts.map(range).collect::<Result<Vec<_>, _>>()?;
+    if ranges.len() > PLAINTEXT_FROM_MAX {
+        return Err(format!("more than {PLAINTEXT_FROM_MAX} ranges"));
+    }
+    ranges.sort();
+    ranges.dedup();
+    Ok(ranges)
 }
 
 /// Sorted, none twice, none 0, 1 to 64 of them.
@@ -436,7 +468,7 @@ spec:
 ---
 apiVersion: v1
 kind: Service
-metadata: {name: web, namespace: shop, annotations: {meshwork.io/transport: strict}}
+metadata: {name: web, namespace: shop, annotations: {meshwork.io/transport: strict, meshwork.io/plaintext-from: '10.1.0.0/16, fd00::/8'}}
 spec:
   ports: [{port: 80, appProtocol: http}, {port: 5432}]
 ---
@@ -458,6 +490,7 @@ spec:
         };
         let service = service.to_core().unwrap();
         assert_eq!(service.transport, Transport::Strict);
+        assert_eq!(service.plaintext_from.len(), 2);
         assert_eq!(service.ports[1].protocol, Protocol::Auto);
     }
 
@@ -476,6 +509,7 @@ spec:
             ("appProtocol: http", "appProtocol: ftp", "ftp"),
             ("kind: Policy", "kind: Polcy", "Polcy"),
             ("transport: strict", "transport: strickt", "strickt"),
+            ("10.1.0.0/16,", "10.1.0.0/33,", "10.1.0.0/33"),
         ] {
             let error = parse_all(&POLICY.replace(change, with))
                 .unwrap_err()

@@ -14,7 +14,7 @@ use mesh_core::service::{Endpoint, Health, Index, Port, Protocol, Service, Trans
 use mesh_core::vip::VipRanges;
 
 use crate::proto;
-use crate::resource::{Resource, check_ports};
+use crate::resource::{Resource, check_ports, check_ranges};
 
 /// Largest message of either side, in bytes.
 pub const MESSAGE_MAX: usize = 4 * 1024 * 1024;
@@ -151,6 +151,7 @@ pub fn index_snapshot(index: &Index, revision: u64) -> proto::IndexUpdate {
         vip6: service.vip.v6.to_string(),
         ports: service.ports.iter().map(reported_port).collect(),
         transport: service.transport.to_string(),
+        plaintext_from: service.plaintext_from.iter().map(Cidr::to_string).collect(),
     });
     proto::IndexUpdate {
         revision,
@@ -175,11 +176,14 @@ fn index_service(wire: &proto::IndexService, vips: &VipRanges) -> Result<Service
         .ok_or_else(|| bad(&object, "its transport is not known to this version"))?;
     let ports = wire.ports.iter().map(|p| port(&object, p));
     let ports = ports.collect::<Result<_, _>>()?;
+    let plaintext_from = wire.plaintext_from.iter().map(String::as_str);
+    let plaintext_from = check_ranges(plaintext_from).map_err(|message| bad(&object, message))?;
     Ok(Service {
         name,
         vip,
         ports: check_ports(ports).map_err(|message| bad(&object, message))?,
         transport,
+        plaintext_from,
     })
 }
 
@@ -377,6 +381,7 @@ mod tests {
                 protocol: "http".to_owned(),
             }],
             transport: "permissive".to_owned(),
+            plaintext_from: vec!["10.0.0.0/8".to_owned()],
         }
     }
 
@@ -411,7 +416,7 @@ mod tests {
 
     #[test]
     fn a_service_out_of_bounds_makes_the_whole_update_bad() {
-        let changes: [fn(&mut proto::IndexService); 9] = [
+        let changes: [fn(&mut proto::IndexService); 10] = [
             |s| s.namespace = String::new(),
             |s| s.name = "UP".to_owned(),
             |s| s.vip4 = "10.0.0.1".to_owned(),
@@ -421,6 +426,7 @@ mod tests {
             |s| s.ports[0].number = 70_000,
             |s| s.ports[0].protocol = "ftp".to_owned(),
             |s| s.transport = "open".to_owned(),
+            |s| s.plaintext_from[0] = "10.0.0.0".to_owned(),
         ];
         for change in changes {
             let mut bad = service("web", 3);

@@ -3,6 +3,7 @@
 //! and a seed, so that every decision can be replayed.
 
 pub mod balance;
+pub mod edge;
 pub mod health;
 pub mod http1;
 pub mod identity;

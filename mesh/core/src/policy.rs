@@ -1,13 +1,13 @@
 //! Who may call what. Rules only allow. The nearest level that has a rule decides alone: service, then
 //! namespace, then mesh; no rule at any level is a denial. Only [`authorize`] makes a [`Permit`].
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use crate::identity::{Identity, SpiffeId};
 use crate::names::{Label, ServiceName, TrustDomain};
 use crate::reason::Reason;
-use crate::service::{Glob, Pattern};
+use crate::service::{Glob, Pattern, Transport};
 
 /// What a policy is attached to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,6 +79,45 @@ impl Cidr {
         let prefix: u8 = prefix.parse().ok()?;
         let bits = if address.is_ipv4() { 32 } else { 128 };
         (prefix <= bits).then_some(Self { address, prefix })
+    }
+
+    /// All addresses of both families.
+    pub const EVERYWHERE: [Self; 2] = [
+        Self {
+            address: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            prefix: 0,
+        },
+        Self {
+            address: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            prefix: 0,
+        },
+    ];
+
+    /// Whether all of `other` lies in this range.
+    pub fn holds(&self, other: &Self) -> bool {
+        self.prefix <= other.prefix && self.contains(other.address)
+    }
+
+    /// Its first and its last address.
+    pub fn bounds(&self) -> (IpAddr, IpAddr) {
+        match self.address {
+            IpAddr::V4(v4) => {
+                let rest = u32::MAX.checked_shr(self.prefix.into()).unwrap_or(0);
+                let first = v4.to_bits() & !rest;
+                (
+                    Ipv4Addr::from_bits(first).into(),
+                    Ipv4Addr::from_bits(first | rest).into(),
+                )
+            }
+            IpAddr::V6(v6) => {
+                let rest = u128::MAX.checked_shr(self.prefix.into()).unwrap_or(0);
+                let first = v6.to_bits() & !rest;
+                (
+                    Ipv6Addr::from_bits(first).into(),
+                    Ipv6Addr::from_bits(first | rest).into(),
+                )
+            }
+        }
     }
 
     pub fn contains(&self, address: IpAddr) -> bool {
@@ -222,9 +261,165 @@ pub fn authorize(policies: &PolicySet, peer: &SpiffeId, target: Target) -> Resul
     })
 }
 
+/// What becomes of plaintext callers of one port: those in `open` pass, those in `audited` too but are counted as ones
+/// that policy would refuse, all others are refused. No range of a list lies in another one of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlaintextDoor {
+    pub open: Vec<Cidr>,
+    pub audited: Vec<Cidr>,
+}
+
+/// Decides about plaintext callers of `target`: transport and policy must both let them in. Only rules by address range
+/// match them.
+pub fn plaintext_door(
+    policies: &PolicySet,
+    target: &Target,
+    transport: Transport,
+    plaintext_from: &[Cidr],
+) -> PlaintextDoor {
+    let by_transport = match transport {
+        Transport::Permissive => Cidr::EVERYWHERE.to_vec(),
+        Transport::Strict => widest(plaintext_from.to_vec()),
+    };
+    let levels = [
+        Level::Service(target.service.clone()),
+        Level::Namespace(target.service.namespace.clone()),
+        Level::Mesh,
+    ];
+    for level in levels {
+        let here = || {
+            let all = policies.policies.iter();
+            all.filter(|p| p.level == level && !p.rules.is_empty())
+        };
+        if here().next().is_none() {
+            continue;
+        }
+        let rules = here().flat_map(|p| &p.rules);
+        let rules = rules.filter(|r| r.ports.is_empty() || r.ports.contains(&target.port));
+        let ranges = rules
+            .flat_map(|r| &r.callers)
+            .filter_map(|caller| match caller {
+                Caller::Plaintext(range) => Some(*range),
+                _ => None,
+            });
+        let by_policy: Vec<Cidr> = ranges.collect();
+        let audit = here().all(|p| p.enforce == Enforce::Audit);
+        return PlaintextDoor {
+            open: common(&by_transport, &by_policy),
+            audited: if audit { by_transport } else { Vec::new() },
+        };
+    }
+    PlaintextDoor::default()
+}
+
+/// What is in a range of both lists: of two ranges one holds the other, or they share nothing.
+pub fn common(a: &[Cidr], b: &[Cidr]) -> Vec<Cidr> {
+    let pairs = a.iter().flat_map(|a| b.iter().map(move |b| (a, b)));
+    let both = pairs.filter_map(|(a, b)| {
+        if a.holds(b) {
+            Some(*b)
+        } else {
+            b.holds(a).then_some(*a)
+        }
+    });
+    widest(both.collect())
+}
+
+/// Without those that lie in another one.
+pub fn widest(mut ranges: Vec<Cidr>) -> Vec<Cidr> {
+    ranges.sort_by_key(|range| range.prefix);
+    let mut kept: Vec<Cidr> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        if !kept.iter().any(|wider| wider.holds(&range)) {
+            kept.push(range);
+        }
+    }
+    kept.sort();
+    kept
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plaintext_callers_need_transport_and_a_range_of_the_nearest_level() {
+        let cidr = |text: &str| Cidr::parse(text).unwrap();
+        let with = |name: &str, level, enforce, ranges: &[&str], ports: &[u16]| {
+            let callers = ranges.iter().map(|r| Caller::Plaintext(cidr(r)));
+            let rule = Rule {
+                name: "r".parse().unwrap(),
+                callers: callers
+                    .chain([Caller::TrustDomain("a.b".parse().unwrap())])
+                    .collect(),
+                ports: ports.to_vec(),
+            };
+            Arc::new(Policy {
+                name: name.parse().unwrap(),
+                level,
+                enforce,
+                rules: vec![rule],
+            })
+        };
+        let door = |policies: Vec<Arc<Policy>>, transport, from: &[&str]| {
+            let from: Vec<Cidr> = from.iter().map(|r| cidr(r)).collect();
+            let set = PolicySet {
+                revision: 1,
+                policies,
+            };
+            let door = plaintext_door(&set, &target(), transport, &from);
+            let show = |ranges: Vec<Cidr>| -> Vec<String> {
+                ranges.iter().map(ToString::to_string).collect()
+            };
+            (show(door.open), show(door.audited))
+        };
+        let none: Vec<String> = vec![];
+        let (open, strict) = (Transport::Permissive, Transport::Strict);
+        let everyone = || {
+            with(
+                "everyone",
+                Level::Mesh,
+                Enforce::On,
+                &["0.0.0.0/0", "::/0"],
+                &[],
+            )
+        };
+        assert_eq!(door(vec![], open, &[]), (none.clone(), none.clone()));
+        assert_eq!(door(vec![everyone()], open, &[]).0, ["0.0.0.0/0", "::/0"]);
+        assert_eq!(door(vec![everyone()], strict, &[]).0, none);
+        assert_eq!(
+            door(vec![everyone()], strict, &["10.1.2.0/24", "10.1.0.0/16"]).0,
+            ["10.1.0.0/16"]
+        );
+        let near = |enforce| {
+            let level = Level::Namespace("data".parse().unwrap());
+            with("near", level, enforce, &["10.0.0.0/8", "fd00::/8"], &[5432])
+        };
+        let narrowed = door(vec![everyone(), near(Enforce::On)], open, &[]);
+        assert_eq!(
+            narrowed,
+            (
+                vec!["10.0.0.0/8".to_owned(), "fd00::/8".to_owned()],
+                none.clone()
+            )
+        );
+        let both = door(
+            vec![near(Enforce::On)],
+            strict,
+            &["10.1.0.0/16", "192.168.0.0/16"],
+        );
+        assert_eq!(both.0, ["10.1.0.0/16"]);
+        let audited = door(vec![near(Enforce::Audit)], open, &[]);
+        assert_eq!(audited.1, ["0.0.0.0/0", "::/0"]);
+        let audited = door(vec![near(Enforce::Audit)], strict, &["192.168.0.0/16"]);
+        assert_eq!(
+            audited,
+            (none.clone(), vec!["192.168.0.0/16".to_owned()]),
+            "strict stays strict"
+        );
+        let other = with("other", Level::Mesh, Enforce::On, &["0.0.0.0/0"], &[80]);
+        assert_eq!(door(vec![other], open, &[]).0, none, "another port");
+    }
 
     fn id(uri: &str) -> SpiffeId {
         SpiffeId::parse(uri).unwrap()
@@ -338,5 +533,13 @@ mod tests {
                 .contains("1.2.3.4".parse().unwrap())
         );
         assert!(Cidr::parse("10.0.0.0/33").is_none());
+        let bounds = |text: &str| {
+            let (first, last) = Cidr::parse(text).unwrap().bounds();
+            format!("{first} {last}")
+        };
+        assert_eq!(bounds("10.1.2.3/16"), "10.1.0.0 10.1.255.255");
+        assert_eq!(bounds("0.0.0.0/0"), "0.0.0.0 255.255.255.255");
+        assert_eq!(bounds("fd00::1/128"), "fd00::1 fd00::1");
+        assert_eq!(bounds("::/0"), ":: ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff");
     }
 }

@@ -101,6 +101,7 @@ reasons! {
     ProtocolError = 49, "protocol_error", Peer, 502, "the peer's agent broke the rules of the stream layer";
     Cancelled = 50, "cancelled", Peer, 499, "the caller went away";
     StreamReset = 51, "stream_reset", Upstream, 502, "the program at the other end ended its HTTP/2 stream with an error code of its own";
+    PlaintextRefused = 53, "plaintext_refused", Policy, 403, "the service's transport is strict and the caller came in plaintext; call it by its mesh name, or except the caller by `meshwork.io/plaintext-from`";
     // Control.
     TokenMalformed = 60, "token_malformed", Peer, 400, "the join token is truncated or mistyped; copy it whole";
     TokenUnknown = 61, "token_unknown", Peer, 401, "no such join token, or its secret is wrong";

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use crate::names::{Account, HostUid, Label, Network, ServiceName};
+use crate::policy::Cidr;
 
 /// How the bytes of a port are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -99,6 +100,8 @@ pub struct Service {
     /// In the order of their numbers, each number once.
     pub ports: Vec<Port>,
     pub transport: Transport,
+    /// Whose plaintext `strict` lets in.
+    pub plaintext_from: Vec<Cidr>,
 }
 
 impl Service {
@@ -264,6 +267,7 @@ mod tests {
             },
             ports: vec![],
             transport: Transport::Permissive,
+            plaintext_from: vec![],
         }
     }
 

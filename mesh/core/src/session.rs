@@ -52,6 +52,8 @@ pub enum Outgoing {
     Subscribe,
     /// What is persisted and used by now.
     Ack,
+    /// The whole of what is known of callers.
+    Edges,
 }
 
 /// What the shell must do next, in this order.
@@ -256,6 +258,11 @@ impl Session {
     /// Something that was received is now persisted and in use.
     pub fn handle_applied(&mut self) {
         self.send_if_live(Outgoing::Ack);
+    }
+
+    /// What is known of callers changed.
+    pub fn handle_edges_changed(&mut self) {
+        self.send_if_live(Outgoing::Edges);
     }
 
     /// What was on disk or was installed is gone or unreadable: the next connection asks for everything.

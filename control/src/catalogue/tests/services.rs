@@ -111,8 +111,8 @@ fn what_has_no_effect_is_said() {
     let mut w = World::new();
     let yaml = "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {name: p, namespace: shop}\n\
                 spec: {service: web, rules: [{name: lan, from: [{cidr: 10.0.0.0/8}]}]}\n";
-    let strict = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop, annotations: \
-                  {meshwork.io/transport: strict}}\nspec: {ports: [{port: 80}]}\n";
+    let excepted = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop, annotations: \
+                  {meshwork.io/plaintext-from: 10.0.0.0/8}}\nspec: {ports: [{port: 80}]}\n";
     let mut warnings = |text: &str| {
         let command = Command::Apply {
             resources: resource::parse_all(text).unwrap(),
@@ -124,14 +124,16 @@ fn what_has_no_effect_is_said() {
         }
     };
     let policy: Vec<Vec<String>> = warnings(yaml);
-    assert_eq!(policy[0].len(), 2, "{policy:?}");
+    assert_eq!(policy[0].len(), 1, "{policy:?}");
     assert!(
-        policy[0][1].contains("no service matches yet"),
+        policy[0][0].contains("no service matches yet"),
         "{policy:?}"
     );
-    let both: Vec<Vec<String>> = warnings(&format!("{yaml}---\n{strict}"));
-    assert_eq!(both[0].len(), 1, "its service stands behind it: {both:?}");
-    assert!(both[1][0].contains("`strict` is not enforced"), "{both:?}");
+    let both: Vec<Vec<String>> = warnings(&format!("{yaml}---\n{excepted}"));
+    assert!(both[0].is_empty(), "its service stands behind it: {both:?}");
+    assert!(both[1][0].contains("plaintext-from"), "{both:?}");
+    let strict = excepted.replace("{mesh", "{meshwork.io/transport: strict, mesh");
+    assert!(warnings(&strict)[0].is_empty());
     assert_eq!(warnings::of_no_rule(&w.state.catalogue), None);
     let key = (Some("shop".parse().unwrap()), "p".parse().unwrap());
     w.run(&Command::DeletePolicy { key }).unwrap();

@@ -1,0 +1,165 @@
+//! The guard: a table that nobody owns, which goes on refusing what must be mTLS when the agent and its own table are
+//! gone. It stands behind the door and knows only what was confirmed: while the agent runs, the door has refused
+//! already what comes by here.
+
+use std::io;
+
+use mesh_core::policy::Cidr;
+
+use super::door::{DoorPort, caller, from_elsewhere, ranges};
+use super::netlink::{Connection, errno_of};
+use super::nft::{
+    Hook, R0, Scribe, SetShape, Steps, Type, batch_bounds, generation_of, get_generation,
+};
+use super::rules::{IPV4, IPV6, family};
+use super::{CaptureSettings, guard_table};
+
+const STRICT_PORTS: &str = "strict_ports";
+const GUARD: &str = "guard";
+const SETS: [(u8, Type, &str); 2] = [(IPV4, Type::Ipv4, "from4"), (IPV6, Type::Ipv6, "from6")];
+/// Room for one datagram with all of it.
+const BATCH_BYTES: usize = 4 * 1024 * 1024;
+
+/// The guard as it was written last.
+#[derive(Debug)]
+pub(super) struct Guard {
+    connection: Connection,
+    table: String,
+    priority: i32,
+    doors: Vec<DoorPort>,
+    /// The kernel's count of changes of any table when it was last seen to be whole.
+    generation: Option<u32>,
+}
+
+impl Guard {
+    pub(super) fn open(settings: &CaptureSettings) -> io::Result<Self> {
+        let connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
+        connection.reserve_send(BATCH_BYTES)?;
+        Ok(Self {
+            connection,
+            table: guard_table(settings),
+            priority: settings.input_priority + 1,
+            doors: Vec::new(),
+            generation: None,
+        })
+    }
+
+    /// Makes it refuse exactly what is `strict` of these.
+    pub(super) fn write(&mut self, doors: &[DoorPort]) -> io::Result<()> {
+        self.doors = doors
+            .iter()
+            .filter(|d| d.strict.is_some())
+            .cloned()
+            .collect();
+        self.rewrite()
+    }
+
+    /// Puts it back if another program changed the kernel's tables since. True if it was gone.
+    pub(super) fn repair(&mut self) -> io::Result<bool> {
+        if self.generation.is_some() && self.now()? == self.generation {
+            return Ok(false);
+        }
+        let scribe = Scribe { table: &self.table };
+        let gone = match self.connection.query(&scribe.get_table(), |_, _| {}) {
+            Ok(()) => false,
+            Err(error) if errno_of(&error) == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        self.rewrite()?;
+        Ok(gone)
+    }
+
+    fn now(&mut self) -> io::Result<Option<u32>> {
+        let mut generation = None;
+        self.connection.query(&get_generation(), |_, body| {
+            generation = generation_of(body)
+        })?;
+        Ok(generation)
+    }
+
+    fn rewrite(&mut self) -> io::Result<()> {
+        let scribe = Scribe { table: &self.table };
+        // What stands is replaced in the same moment.
+        let mut messages = vec![
+            scribe.unowned_table(),
+            scribe.delete_table(),
+            scribe.unowned_table(),
+            scribe.new_set(SetShape::plain(STRICT_PORTS, 1, &[Type::Port], None)),
+        ];
+        let ports = self.doors.iter().map(|d| d.port.to_be_bytes().to_vec());
+        messages.extend(scribe.members(STRICT_PORTS, &ports.collect::<Vec<_>>()));
+        let mut rules = from_elsewhere(STRICT_PORTS);
+        for (id, (version, address, name)) in (2..).zip(SETS) {
+            messages.push(scribe.new_set(SetShape {
+                ranges: true,
+                ..SetShape::plain(name, id, &[address, Type::Port], None)
+            }));
+            let excepted = ranges(&self.doors, version, |door| {
+                door.strict.as_deref().unwrap_or_default()
+            });
+            messages.extend(scribe.ranges(name, &excepted));
+            let known = caller(family(Steps::default(), version), version);
+            rules.push(known.only_if_in(name, R0).back());
+        }
+        rules.push(Steps::default().reject_with_reset());
+        messages.push(scribe.new_hook(GUARD, "filter", Hook::Input, self.priority));
+        messages.extend(rules.iter().map(|steps| scribe.new_rule(GUARD, steps)));
+        let (begin, end) = batch_bounds();
+        self.connection.batch(&begin, &messages, &end)?;
+        self.generation = self.now()?;
+        Ok(())
+    }
+}
+
+/// Removes the guard, if it stands.
+pub(super) fn delete(settings: &CaptureSettings) -> io::Result<()> {
+    let mut connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
+    let table = guard_table(settings);
+    let scribe = Scribe { table: &table };
+    let (begin, end) = batch_bounds();
+    match connection.batch(&begin, &[scribe.delete_table()], &end) {
+        Err(error) if errno_of(&error) == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+/// What the guard may refuse while `next` is not confirmed: what both refuse.
+pub(super) fn meanwhile(confirmed: &[DoorPort], next: &[DoorPort]) -> Vec<DoorPort> {
+    let both = confirmed.iter().filter_map(|old| {
+        let new = next.iter().find(|new| new.port == old.port)?;
+        let (old_from, new_from) = (old.strict.as_ref()?, new.strict.as_ref()?);
+        let from: Vec<Cidr> = old_from.iter().chain(new_from).copied().collect();
+        Some(DoorPort {
+            port: old.port,
+            strict: Some(from),
+            ..DoorPort::default()
+        })
+    });
+    both.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn until_it_is_confirmed_the_guard_refuses_no_more_than_before_and_no_more_than_after() {
+        let door = |port, strict: Option<&[&str]>| DoorPort {
+            port,
+            strict: strict.map(|all| all.iter().map(|r| Cidr::parse(r).unwrap()).collect()),
+            ..DoorPort::default()
+        };
+        let before = [
+            door(1, Some(&["10.0.0.0/8"])),
+            door(2, Some(&[])),
+            door(3, None),
+        ];
+        let after = [
+            door(1, Some(&["192.168.0.0/16"])),
+            door(2, None),
+            door(3, Some(&[])),
+        ];
+        let between = meanwhile(&before, &after);
+        assert_eq!(between, [door(1, Some(&["10.0.0.0/8", "192.168.0.0/16"]))]);
+    }
+}

@@ -1,0 +1,335 @@
+//! The worker's side of the input door: which plaintext callers are let in follows from index, policies and workloads;
+//! who came is read from the holder, counted, logged when it is new, kept, and told control.
+
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_api::proto;
+use mesh_core::edge::{EdgeCaller, EdgeKey, EdgeReport, EdgeVerdict, Ledger};
+use mesh_core::names::ServiceName;
+use mesh_core::policy::{Cidr, PlaintextDoor, Target, common, plaintext_door};
+use mesh_core::reason::Reason;
+use mesh_core::service::Transport;
+use tokio::sync::watch;
+
+use crate::capture::door::{Caller, Verdict};
+use crate::holder::protocol::{Arming, DesiredDoor, Looked};
+use crate::metrics::{Direction, Metrics};
+use crate::state::{Kept, State};
+use crate::view::View;
+
+/// How often control is told who calls: its own session beats as seldom.
+const TELL_EVERY_MS: u64 = 10_000;
+/// Different callers in metrics; later ones are counted together under `overflow`.
+const SOURCES_MAX: usize = 1_000;
+/// New callers that are logged one by one in a turn: a scan must not fill the log.
+const LOGGED_MAX: usize = 10;
+
+/// How the door stands, for `status` and checks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct DoorStatus {
+    /// Ports at which plaintext callers are looked for.
+    pub(crate) ports: usize,
+    pub(crate) arming: Arming,
+    /// There were more callers than can be told apart.
+    pub(crate) overflowed: bool,
+    /// How often other programs took away what is ours of link, routes, rules and guard.
+    pub(crate) repaired: u64,
+    pub(crate) error: Option<String>,
+}
+
+/// Why a port refuses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Facts {
+    service: ServiceName,
+    /// `None`: permissive.
+    strict: Option<Vec<Cidr>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Door {
+    ledger: Ledger,
+    state: State,
+    metrics: Arc<Metrics>,
+    report: watch::Sender<Arc<EdgeReport>>,
+    told_ms: u64,
+    keep_open: Vec<u16>,
+    ports: BTreeMap<u16, Facts>,
+    /// What the kernel had counted when it was read last.
+    counted: BTreeMap<(IpAddr, u16, Verdict), u64>,
+    sources: HashSet<IpAddr>,
+    pub(crate) status: DoorStatus,
+}
+
+impl Door {
+    pub(crate) fn new(
+        state: State,
+        metrics: Arc<Metrics>,
+        report: watch::Sender<Arc<EdgeReport>>,
+        keep_open: Vec<u16>,
+    ) -> Self {
+        let kept = state.kept::<proto::Edges>(Kept::Edges).unwrap_or_default();
+        let kept = EdgeReport::try_from(&kept).unwrap_or_else(|error| {
+            log::warn!("the callers that were known can not be read: {error}; they are seen anew");
+            EdgeReport::default()
+        });
+        Self {
+            ledger: Ledger::resume(kept),
+            state,
+            metrics,
+            report,
+            told_ms: 0,
+            keep_open,
+            ports: BTreeMap::new(),
+            counted: BTreeMap::new(),
+            sources: HashSet::new(),
+            status: DoorStatus::default(),
+        }
+    }
+
+    /// The door of each port that a program of this host serves. `None` while it is not known what control says: then
+    /// what stands is kept, since silence must open nothing.
+    pub(crate) fn wanted(&mut self, view: &View, now_ms: u64) -> Option<Vec<DesiredDoor>> {
+        let (index, policies) = (view.index.as_ref()?, view.policies.as_ref()?);
+        let mut ports: BTreeMap<u16, (Facts, PlaintextDoor)> = BTreeMap::new();
+        let workloads = view.workloads.workloads.iter();
+        let local = workloads
+            .flat_map(|w| &w.services)
+            .filter(|s| !s.is_fronted());
+        let mut watched = Vec::new();
+        for local in local {
+            let Some(service) = index.get(&local.name) else {
+                continue;
+            };
+            for port in local.ports.iter().map(|port| port.number) {
+                if self.keep_open.contains(&port) {
+                    continue;
+                }
+                let target = Target {
+                    service: local.name.clone(),
+                    port,
+                };
+                let door = plaintext_door(
+                    policies,
+                    &target,
+                    service.transport,
+                    &service.plaintext_from,
+                );
+                let strict = service.transport == Transport::Strict;
+                let strict = strict.then(|| service.plaintext_from.clone());
+                watched.push((local.name.clone(), port));
+                match ports.get_mut(&port) {
+                    // Two services at one port of a host, at different addresses: both must let a caller in.
+                    Some((facts, both)) => {
+                        both.open = common(&both.open, &door.open);
+                        both.audited = common(&both.audited, &door.audited);
+                        facts.strict = match (facts.strict.take(), strict) {
+                            (Some(a), Some(b)) => Some(common(&a, &b)),
+                            (a, b) => a.or(b),
+                        };
+                    }
+                    None => {
+                        let service = local.name.clone();
+                        ports.insert(port, (Facts { service, strict }, door));
+                    }
+                }
+            }
+        }
+        self.ledger.watch(watched, now_ms);
+        self.status.ports = ports.len();
+        let texts = |ranges: &[Cidr]| ranges.iter().map(ToString::to_string).collect();
+        let doors = ports.iter().map(|(port, (facts, door))| DesiredDoor {
+            port: *port,
+            open: texts(&door.open),
+            audited: texts(&door.audited),
+            strict: facts.strict.as_deref().map(texts),
+        });
+        let doors = doors.collect();
+        let facts = ports.into_iter().map(|(port, (facts, _))| (port, facts));
+        self.ports = facts.collect();
+        Some(doors)
+    }
+
+    /// Takes what the kernel counted. What is new of it is added.
+    pub(crate) fn looked(&mut self, looked: Looked, now_ms: u64) {
+        let mut new = Vec::new();
+        let mut counted = BTreeMap::new();
+        for caller in looked.seen.callers {
+            let key = (caller.source, caller.port, caller.verdict);
+            // One that left the kernel's set meanwhile begins at nothing again.
+            let before = self.counted.get(&key).copied().unwrap_or(0);
+            let attempts = if caller.attempts < before {
+                caller.attempts
+            } else {
+                caller.attempts - before
+            };
+            counted.insert(key, caller.attempts);
+            if 0 < attempts && self.count(&caller, attempts, now_ms) {
+                new.push(caller);
+            }
+        }
+        self.counted = counted;
+        self.log(&new);
+        if looked.seen.full {
+            self.ledger.overflow();
+        }
+        self.ledger.tidy(now_ms);
+        if looked.arming == Arming::Disarmed && self.status.arming != Arming::Disarmed {
+            log::warn!(
+                "control was not reached after the input door was changed: it refuses nothing until control is \
+                 reached, but what was strict before"
+            );
+        }
+        self.status.arming = looked.arming;
+        self.status.repaired = looked.repaired;
+        self.status.error = looked.error;
+        self.metrics
+            .door(looked.arming == Arming::Disarmed, looked.repaired);
+        self.tell(now_ms);
+    }
+
+    /// True if such a caller was not known.
+    fn count(&mut self, caller: &Caller, attempts: u64, now_ms: u64) -> bool {
+        let Some(facts) = self.ports.get(&caller.port) else {
+            return false;
+        };
+        let verdict = match caller.verdict {
+            Verdict::Passed => EdgeVerdict::Passed,
+            Verdict::Audited => EdgeVerdict::Audited,
+            Verdict::Refused => {
+                let reason = reason(facts, caller.source);
+                self.metrics
+                    .refused_many(Direction::Inbound, reason, attempts);
+                EdgeVerdict::Refused
+            }
+        };
+        let known = self.sources.contains(&caller.source);
+        let room = self.sources.len() < SOURCES_MAX;
+        if !known && room {
+            self.sources.insert(caller.source);
+        }
+        let src = if known || room {
+            caller.source.to_string()
+        } else {
+            "overflow".to_owned()
+        };
+        self.metrics
+            .plaintext_callers(src, &facts.service, caller.port, verdict, attempts);
+        let key = EdgeKey {
+            service: facts.service.clone(),
+            port: caller.port,
+            caller: EdgeCaller::Plaintext(caller.source),
+            verdict,
+        };
+        self.ledger.add(key, attempts, now_ms)
+    }
+
+    fn log(&self, new: &[Caller]) {
+        for caller in new.iter().take(LOGGED_MAX) {
+            let Some(facts) = self.ports.get(&caller.port) else {
+                continue;
+            };
+            let (source, service, port) = (caller.source, &facts.service, caller.port);
+            let reason = reason(facts, source);
+            match caller.verdict {
+                Verdict::Passed => {
+                    log::info!(source:% = source, service:% = service, port; "a new plaintext caller");
+                }
+                Verdict::Audited => {
+                    log::warn!(source:% = source, service:% = service, port, reason:% = reason; "a plaintext caller would be refused if it were enforced");
+                }
+                Verdict::Refused => {
+                    log::warn!(source:% = source, service:% = service, port, reason:% = reason; "a plaintext caller is refused");
+                }
+            }
+        }
+        if LOGGED_MAX < new.len() {
+            let more = new.len() - LOGGED_MAX;
+            log::warn!(more; "more new plaintext callers; `meshctl edges` lists them");
+        }
+    }
+
+    fn tell(&mut self, now_ms: u64) {
+        let report = self.ledger.report();
+        self.status.overflowed = report.overflowed;
+        if now_ms < self.told_ms + TELL_EVERY_MS || **self.report.borrow() == report {
+            return;
+        }
+        self.told_ms = now_ms;
+        if let Err(error) = self.state.keep(Kept::Edges, &proto::Edges::from(&report)) {
+            log::warn!("{error}; since when callers come is forgotten at the next start");
+        }
+        self.report.send_replace(Arc::new(report));
+    }
+}
+
+/// Why a caller is refused, or would be.
+fn reason(facts: &Facts, source: IpAddr) -> Reason {
+    match &facts.strict {
+        Some(from) if !from.iter().any(|range| range.contains(source)) => Reason::PlaintextRefused,
+        _ => Reason::NotAllowed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::door::Seen;
+    use crate::state::tests::Scratch;
+    use mesh_runtime::mux::Budget;
+
+    #[test]
+    fn what_the_kernel_counted_is_added_once() {
+        let scratch = Scratch::new();
+        let (report, told) = watch::channel(Arc::default());
+        let metrics = Metrics::new(Budget::new(1));
+        let mut door = Door::new(scratch.0.clone(), Arc::clone(&metrics), report, vec![]);
+        let facts = Facts {
+            service: ServiceName::parse("shop/web").unwrap(),
+            strict: Some(vec![Cidr::parse("10.1.0.0/16").unwrap()]),
+        };
+        door.ports.insert(80, facts.clone());
+        let mut look = |attempts, now_ms| {
+            let callers = vec![Caller {
+                source: "10.2.0.1".parse().unwrap(),
+                port: 80,
+                verdict: Verdict::Refused,
+                attempts,
+            }];
+            let seen = Seen {
+                callers,
+                full: false,
+            };
+            let looked = Looked {
+                seen,
+                ..Looked::default()
+            };
+            door.looked(looked, now_ms);
+        };
+        look(3, 20_000);
+        look(3, 40_000);
+        look(5, 60_000);
+        // It left the set and came again.
+        look(1, 80_000);
+        let report = Arc::clone(&told.borrow());
+        let [(_, used)] = &report.edges[..] else {
+            panic!("{report:?}");
+        };
+        assert_eq!(
+            (used.calls, used.first_ms, used.last_ms),
+            (6, 20_000, 80_000)
+        );
+        let page = metrics.encode();
+        assert!(page.contains("reason=\"plaintext_refused\"} 6"), "{page}");
+        assert!(page.contains("src=\"10.2.0.1\""), "{page}");
+        let kept = scratch.0.kept::<proto::Edges>(Kept::Edges).unwrap();
+        assert_eq!(EdgeReport::try_from(&kept).unwrap(), *report);
+        let inside = "10.1.0.1".parse().unwrap();
+        assert_eq!(
+            reason(&facts, inside),
+            Reason::NotAllowed,
+            "strict excepts it; policy does not"
+        );
+    }
+}
