@@ -65,7 +65,7 @@ pub(crate) struct Door {
 impl Door {
     pub(crate) fn new(
         state: State,
-        metrics: Arc<Metrics>,
+        metrics: &Arc<Metrics>,
         report: watch::Sender<Arc<EdgeReport>>,
         keep_open: Vec<u16>,
     ) -> Self {
@@ -77,7 +77,7 @@ impl Door {
         Self {
             ledger: Ledger::resume(kept),
             state,
-            metrics,
+            metrics: Arc::clone(metrics),
             report,
             told_ms: 0,
             keep_open,
@@ -284,7 +284,7 @@ mod tests {
         let scratch = Scratch::new();
         let (report, told) = watch::channel(Arc::default());
         let metrics = Metrics::new(Budget::new(1));
-        let mut door = Door::new(scratch.0.clone(), Arc::clone(&metrics), report, vec![]);
+        let mut door = Door::new(scratch.0.clone(), &metrics, report, vec![]);
         let facts = Facts {
             service: ServiceName::parse("shop/web").unwrap(),
             strict: Some(vec![Cidr::parse("10.1.0.0/16").unwrap()]),

@@ -241,10 +241,7 @@ impl Parts {
             self.membership.clone(),
         )?;
 
-        let metrics = Metrics::new(Budget::new(config.buffer_max()));
-        metrics.register(|registry| {
-            registry.register_collector(Box::new(FrontedServices(self.sets.clone())));
-        });
+        let metrics = make_metrics(&config, &self.sets);
         let shared = DataShared {
             view: self.view.reader(),
             wants: wants_by,
@@ -261,12 +258,7 @@ impl Parts {
                 sender,
                 plane: Arc::clone(&plane),
                 status: owners_by,
-                door: Door::new(
-                    self.state.clone(),
-                    Arc::clone(&metrics),
-                    edges_by,
-                    config.keep_open(),
-                ),
+                door: Door::new(self.state, &metrics, edges_by, config.keep_open()),
                 control: self.membership.control.clone(),
             },
             self.membership.host.vips,
@@ -304,6 +296,14 @@ impl Parts {
             tasks,
         })
     }
+}
+
+fn make_metrics(config: &Config, sets: &watch::Receiver<Arc<WorkloadSet>>) -> Arc<Metrics> {
+    let metrics = Metrics::new(Budget::new(config.buffer_max()));
+    metrics.register(|registry| {
+        registry.register_collector(Box::new(FrontedServices(sets.clone())));
+    });
+    metrics
 }
 
 async fn start_plane(

@@ -342,83 +342,78 @@ pub fn widest(mut ranges: Vec<Cidr>) -> Vec<Cidr> {
 mod tests {
     use super::*;
 
+    fn cidrs(texts: &[&str]) -> Vec<Cidr> {
+        texts
+            .iter()
+            .map(|text| Cidr::parse(text).unwrap())
+            .collect()
+    }
+
+    /// One rule for these ranges, beside one for a trust domain, which must not matter.
+    fn by_range(level: Level, enforce: Enforce, ranges: &[&str], port: Option<u16>) -> Arc<Policy> {
+        let callers = cidrs(ranges).into_iter().map(Caller::Plaintext);
+        let rule = Rule {
+            name: "r".parse().unwrap(),
+            callers: callers
+                .chain([Caller::TrustDomain("a.b".parse().unwrap())])
+                .collect(),
+            ports: port.into_iter().collect(),
+        };
+        Arc::new(Policy {
+            name: "p".parse().unwrap(),
+            level,
+            enforce,
+            rules: vec![rule],
+        })
+    }
+
+    /// What is open and what is audited.
+    fn door(policies: Vec<Arc<Policy>>, transport: Transport, from: &[&str]) -> [String; 2] {
+        let set = PolicySet {
+            revision: 1,
+            policies,
+        };
+        let door = plaintext_door(&set, &target(), transport, &cidrs(from));
+        [door.open, door.audited].map(|ranges| {
+            let texts: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+            texts.join(" ")
+        })
+    }
+
+    const EVERYWHERE: &[&str] = &["0.0.0.0/0", "::/0"];
+
     #[test]
-    fn plaintext_callers_need_transport_and_a_range_of_the_nearest_level() {
-        let cidr = |text: &str| Cidr::parse(text).unwrap();
-        let with = |name: &str, level, enforce, ranges: &[&str], ports: &[u16]| {
-            let callers = ranges.iter().map(|r| Caller::Plaintext(cidr(r)));
-            let rule = Rule {
-                name: "r".parse().unwrap(),
-                callers: callers
-                    .chain([Caller::TrustDomain("a.b".parse().unwrap())])
-                    .collect(),
-                ports: ports.to_vec(),
-            };
-            Arc::new(Policy {
-                name: name.parse().unwrap(),
-                level,
-                enforce,
-                rules: vec![rule],
-            })
-        };
-        let door = |policies: Vec<Arc<Policy>>, transport, from: &[&str]| {
-            let from: Vec<Cidr> = from.iter().map(|r| cidr(r)).collect();
-            let set = PolicySet {
-                revision: 1,
-                policies,
-            };
-            let door = plaintext_door(&set, &target(), transport, &from);
-            let show = |ranges: Vec<Cidr>| -> Vec<String> {
-                ranges.iter().map(ToString::to_string).collect()
-            };
-            (show(door.open), show(door.audited))
-        };
-        let none: Vec<String> = vec![];
+    fn plaintext_callers_need_transport_and_policy() {
         let (open, strict) = (Transport::Permissive, Transport::Strict);
-        let everyone = || {
-            with(
-                "everyone",
-                Level::Mesh,
-                Enforce::On,
-                &["0.0.0.0/0", "::/0"],
-                &[],
-            )
-        };
-        assert_eq!(door(vec![], open, &[]), (none.clone(), none.clone()));
-        assert_eq!(door(vec![everyone()], open, &[]).0, ["0.0.0.0/0", "::/0"]);
-        assert_eq!(door(vec![everyone()], strict, &[]).0, none);
-        assert_eq!(
-            door(vec![everyone()], strict, &["10.1.2.0/24", "10.1.0.0/16"]).0,
-            ["10.1.0.0/16"]
-        );
+        let everyone = || by_range(Level::Mesh, Enforce::On, EVERYWHERE, None);
+        assert_eq!(door(vec![], open, &[]), ["", ""]);
+        assert_eq!(door(vec![everyone()], open, &[])[0], "0.0.0.0/0 ::/0");
+        assert_eq!(door(vec![everyone()], strict, &[])[0], "");
+        let from = ["10.1.2.0/24", "10.1.0.0/16"];
+        assert_eq!(door(vec![everyone()], strict, &from)[0], "10.1.0.0/16");
+        let other = by_range(Level::Mesh, Enforce::On, EVERYWHERE, Some(80));
+        assert_eq!(door(vec![other], open, &[])[0], "", "another port");
+    }
+
+    #[test]
+    fn the_nearest_level_decides_about_plaintext_and_audit_lets_it_pass() {
+        let (open, strict) = (Transport::Permissive, Transport::Strict);
+        let everyone = by_range(Level::Mesh, Enforce::On, EVERYWHERE, None);
         let near = |enforce| {
             let level = Level::Namespace("data".parse().unwrap());
-            with("near", level, enforce, &["10.0.0.0/8", "fd00::/8"], &[5432])
+            by_range(level, enforce, &["10.0.0.0/8", "fd00::/8"], Some(5432))
         };
-        let narrowed = door(vec![everyone(), near(Enforce::On)], open, &[]);
+        let narrowed = door(vec![everyone, near(Enforce::On)], open, &[]);
+        assert_eq!(narrowed, ["10.0.0.0/8 fd00::/8", ""]);
+        let from = ["10.1.0.0/16", "192.168.0.0/16"];
         assert_eq!(
-            narrowed,
-            (
-                vec!["10.0.0.0/8".to_owned(), "fd00::/8".to_owned()],
-                none.clone()
-            )
+            door(vec![near(Enforce::On)], strict, &from)[0],
+            "10.1.0.0/16"
         );
-        let both = door(
-            vec![near(Enforce::On)],
-            strict,
-            &["10.1.0.0/16", "192.168.0.0/16"],
-        );
-        assert_eq!(both.0, ["10.1.0.0/16"]);
         let audited = door(vec![near(Enforce::Audit)], open, &[]);
-        assert_eq!(audited.1, ["0.0.0.0/0", "::/0"]);
+        assert_eq!(audited[1], "0.0.0.0/0 ::/0");
         let audited = door(vec![near(Enforce::Audit)], strict, &["192.168.0.0/16"]);
-        assert_eq!(
-            audited,
-            (none.clone(), vec!["192.168.0.0/16".to_owned()]),
-            "strict stays strict"
-        );
-        let other = with("other", Level::Mesh, Enforce::On, &["0.0.0.0/0"], &[80]);
-        assert_eq!(door(vec![other], open, &[]).0, none, "another port");
+        assert_eq!(audited, ["", "192.168.0.0/16"], "strict stays strict");
     }
 
     fn id(uri: &str) -> SpiffeId {
