@@ -1,18 +1,29 @@
 //! The bodies of the fuzz targets: each takes any bytes and panics where a parser of ours breaks its word. `fuzz/` runs
 //! them under libFuzzer, the wire tier with seeded inputs.
 
+// By path, since `fuzz/` takes this file into a crate of its own, where it stands elsewhere.
+#[path = "fuzz/by_hyper.rs"]
 pub mod by_hyper;
+#[path = "fuzz/by_node.rs"]
 pub mod by_node;
+#[path = "fuzz/grammar.rs"]
 pub mod grammar;
+#[path = "fuzz/reading.rs"]
 pub mod reading;
 
 use mesh_api::frame::{PREFIX_LEN, Prefix, encode};
 use mesh_api::header::Header;
+use mesh_api::message::{
+    self, BlockWriter, Fields, Kind, MessageError, Part, Reader, read_request, read_response,
+};
 use mesh_api::token::JoinToken;
 use mesh_core::http1::{Body, Framing, HEAD_MAX, Request, parse_request, parse_response, rewrite};
 use mesh_core::stream::{Limits, Machine, Side};
 
 use reading::{Message, Passed, Seen};
+
+/// Longest block of an HTTP/2 message: short, so that the bound is met.
+const BLOCK_MAX: usize = 4096;
 
 /// Frames as a peer may send them: each reads back as what it was, and none breaks the machine behind.
 pub fn frames(mut bytes: &[u8]) {
@@ -45,6 +56,89 @@ pub fn header(bytes: &[u8]) {
         header.encode(&mut out);
         assert_eq!(Header::decode(&out), Ok(header), "{bytes:?} became {out:?}");
     }
+}
+
+/// An HTTP/2 exchange inside its stream: read alike in whatever pieces it comes, and what is read is written as it was.
+/// Returns how many blocks were read.
+pub fn message(bytes: &[u8]) -> usize {
+    let sides = [message::Side::Request, message::Side::Response];
+    let read = sides.map(|side| {
+        let whole = messages(side, bytes, |reader, rest| match reader.prefix_left() {
+            // As the agents do: a prefix by itself, so that no data is taken before there is room for it.
+            0 => rest,
+            left => left,
+        });
+        for size in [1, 2 + bytes.len() % 7, usize::MAX] {
+            let pieces = messages(side, bytes, |_, _| size);
+            assert_eq!(pieces, whole, "in pieces of {size}");
+        }
+        let blocks = whole.0.iter().filter(|message| message.0 != Kind::Data);
+        blocks
+            .filter(|(kind, block, last)| written_as_read(side, *kind, block, *last))
+            .count()
+    });
+    read.iter().sum()
+}
+
+/// What a direction says, data that follows data as one; whether it came to its end; why it can not be read on.
+type Direction = (Vec<(Kind, Vec<u8>, bool)>, bool, Option<MessageError>);
+
+/// Reads a direction; `take` says how many bytes the reader is handed, of so many that are there.
+fn messages(
+    side: message::Side,
+    mut bytes: &[u8],
+    take: impl Fn(&Reader, usize) -> usize,
+) -> Direction {
+    let mut reader = Reader::new(side, BLOCK_MAX);
+    let mut all: Vec<(Kind, Vec<u8>, bool)> = Vec::new();
+    while !bytes.is_empty() {
+        let there = take(&reader, bytes.len()).min(bytes.len());
+        let (used, part) = match reader.read(&bytes[..there]) {
+            Ok(read) => read,
+            Err(error) => return (all, reader.is_over(), Some(error)),
+        };
+        match part {
+            None => assert!(used > 0, "neither bytes taken nor a part given"),
+            Some(Part::Block { kind, block, last }) => all.push((kind, block.to_vec(), last)),
+            Some(Part::Data { data, last }) => match all.last_mut() {
+                Some((Kind::Data, before, ended)) => {
+                    before.extend_from_slice(data);
+                    *ended = last;
+                }
+                _ => all.push((Kind::Data, data.to_vec(), last)),
+            },
+        }
+        bytes = &bytes[used..];
+    }
+    (all, reader.is_over(), None)
+}
+
+/// Whether a block can be read; if so it must be the only form of what it says.
+fn written_as_read(side: message::Side, kind: Kind, block: &[u8], last: bool) -> bool {
+    let mut out = Vec::new();
+    let read = match (kind, side) {
+        (Kind::Trailers, _) => Some((
+            BlockWriter::trailers(&mut out),
+            Fields::new(block, BLOCK_MAX),
+        )),
+        (_, message::Side::Request) => read_request(block, BLOCK_MAX)
+            .ok()
+            .map(|(line, fields)| (BlockWriter::request(&mut out, last, &line), fields)),
+        (_, message::Side::Response) => read_response(block, BLOCK_MAX)
+            .ok()
+            .map(|(status, fields)| (BlockWriter::response(&mut out, kind, last, status), fields)),
+    };
+    let Some((mut writer, fields)) = read else {
+        return false;
+    };
+    let Ok(fields) = fields.collect::<Result<Vec<_>, _>>() else {
+        return false;
+    };
+    fields.iter().for_each(|field| writer.field(field));
+    writer.finish();
+    let expected = [&message::prefix(kind, last, block.len()), block].concat();
+    assert_eq!(out, expected, "{kind:?} became another");
+    true
 }
 
 /// A join token: what is read is the only text of what it says.

@@ -2,12 +2,14 @@
 
 use mesh_api::frame::{PREFIX_LEN, Prefix, encode};
 use mesh_api::header::Header;
+use mesh_api::message::{BlockWriter, Field, Kind, RequestLine, prefix};
 use mesh_api::resource::parse_all;
 use mesh_api::token::JoinToken;
 use mesh_api::workload_file::Workload;
 use mesh_core::identity::SpiffeId;
 use mesh_core::rng::Rng;
 use mesh_core::stream::Limits;
+use meshwork_tests::fuzz;
 
 use super::{MUTANTS, byte_mutants, mutants};
 
@@ -68,6 +70,40 @@ fn stream_headers_of_any_bytes_are_read_or_refused() {
 }
 
 /// A token that was mistyped is refused; it never becomes another token.
+#[test]
+fn http2_messages_of_any_bytes_are_read_alike_in_any_pieces() {
+    let field = Field {
+        name: b"cookie",
+        value: b"x",
+        never_indexed: true,
+    };
+    let line = RequestLine {
+        method: b"POST",
+        scheme: b"http",
+        authority: b"a",
+        path: b"/",
+        protocol: b"",
+    };
+    let (mut request, mut response) = (Vec::new(), Vec::new());
+    let mut block = BlockWriter::request(&mut request, false, &line);
+    block.field(&field);
+    block.finish();
+    request.extend(prefix(Kind::Data, true, 5));
+    request.extend(b"hello");
+    BlockWriter::response(&mut response, Kind::Interim, false, 103).finish();
+    BlockWriter::response(&mut response, Kind::Head, false, 200).finish();
+    response.extend(prefix(Kind::Data, false, 2));
+    response.extend(b"hi");
+    let mut trailers = BlockWriter::trailers(&mut response);
+    trailers.field(&field);
+    trailers.finish();
+    assert_eq!((fuzz::message(&request), fuzz::message(&response)), (1, 3));
+    let read: usize = byte_mutants(&[request, response])
+        .map(|(_, bytes)| fuzz::message(&bytes))
+        .sum();
+    assert!(read > MUTANTS as usize / 4, "{read} blocks were read");
+}
+
 #[test]
 fn a_changed_token_is_refused() {
     let token = JoinToken {
