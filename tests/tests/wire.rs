@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test helper may panic")]
 
+#[path = "wire/corpus.rs"]
+mod corpus;
 #[path = "wire/differential.rs"]
 mod differential;
 #[path = "wire/forms.rs"]

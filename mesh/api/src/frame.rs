@@ -12,6 +12,7 @@
 //! | 7, 8 | ping, pong | nonce u64 |
 //! | 9 | go-away | last u32, reason u16 |
 //!
+//! What is the connection's (hello, ping, pong, go-away) says stream 0; what is a stream's never does.
 //! Other types are an error: both sides agree on the version in their hellos. What an HTTP/2 message is made of lies
 //! inside the stream's data ([`crate::message`]).
 
@@ -30,6 +31,8 @@ pub enum FrameError {
     Type(u8),
     #[error("a frame of type {kind} has {length} bytes of payload")]
     Length { kind: u8, length: usize },
+    #[error("a frame of type {kind} can not be of stream {stream}")]
+    Stream { kind: u8, stream: u32 },
 }
 
 /// The first eight bytes of a frame.
@@ -125,6 +128,14 @@ impl Prefix {
             return Err(FrameError::Length { kind, length });
         }
         let stream = u32::from_be_bytes([d, e, f, g]);
+        let belongs = match kind {
+            0 | 7..=9 => stream == 0,
+            6 => true,
+            _ => stream != 0,
+        };
+        if !belongs {
+            return Err(FrameError::Stream { kind, stream });
+        }
         Ok(Self {
             length,
             kind,
@@ -319,6 +330,20 @@ mod tests {
             Prefix::decode([0, 4, 1, 1, 0, 0, 0, 1], 16_384).is_err(),
             "a header over its bound"
         );
+    }
+
+    #[test]
+    fn what_is_the_connections_is_no_streams() {
+        for (kind, length) in [(0, 17), (7, 8), (8, 8), (9, 6)] {
+            let of = |stream| Prefix::decode([0, 0, length, kind, 0, 0, 0, stream], 16_384);
+            assert!(of(0).is_ok(), "{kind}");
+            assert_eq!(of(1), Err(FrameError::Stream { kind, stream: 1 }));
+        }
+        for (kind, length) in [(1, 9), (2, 0), (3, 1), (4, 0), (5, 6)] {
+            let of = |stream| Prefix::decode([0, 0, length, kind, 0, 0, 0, stream], 16_384);
+            assert!(of(1).is_ok(), "{kind}");
+            assert_eq!(of(0), Err(FrameError::Stream { kind, stream: 0 }));
+        }
     }
 
     #[test]
