@@ -207,7 +207,7 @@ pub(crate) struct Thread {
     pub(crate) dialer: AppDialer,
     pub(crate) apps: AppPool,
     /// Bytes of HTTP heads that are not whole yet.
-    pub(crate) heads: Heads,
+    pub(crate) heads: Rc<Heads>,
     pub(crate) fronts: Fronts,
     /// Watches for calls on which nothing moves.
     pub(crate) quiet: Quiet,
@@ -428,7 +428,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         rng: RefCell::new(Rng::new(seed)),
         diag: RefCell::new(SockDiag::open()?),
         apps: AppPool::new(kept),
-        heads: Heads::of_thread(),
+        heads: Rc::default(),
         fronts: Fronts::default(),
         quiet: Quiet::default(),
         http2_apps: Connections::default(),

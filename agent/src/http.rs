@@ -1,8 +1,11 @@
 //! What both agents do with an HTTP/1.1 message: read its head, measure its body, pass its bytes on unchanged.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fmt::Display;
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Poll, ready};
 
 use mesh_core::http1::{self, Body};
@@ -26,55 +29,64 @@ thread_local! {
 
 /// Bytes of unfinished heads that one thread holds: a thousand heads that come slowly and are as long as may be.
 const HEADS_MAX: usize = 64 * 1024 * 1024;
-/// Of one peer's connection, which may be anybody's: not more than the stream layer would hold of its unread bytes.
-const HEADS_OF_PEER_MAX: usize = 8 * 1024 * 1024;
 
 /// Counts the bytes of heads that have begun and are not whole. A head that comes at once is never counted.
-#[derive(Debug)]
+///
+/// Each sender, be it a caller or an app, may have as much as is left for all others: one that begins a thousand heads
+/// leaves half of the bound, and whoever comes next finds room.
+#[derive(Debug, Default)]
 pub(crate) struct Heads {
     held: Cell<usize>,
-    max: usize,
+    /// By sender, those with unfinished heads only.
+    shares: RefCell<HashMap<String, usize>>,
 }
 
-impl Heads {
-    pub(crate) const fn of_thread() -> Self {
-        Self {
-            held: Cell::new(0),
-            max: HEADS_MAX,
-        }
-    }
-
-    pub(crate) const fn of_peer() -> Self {
-        Self {
-            held: Cell::new(0),
-            max: HEADS_OF_PEER_MAX,
-        }
-    }
+/// Whose heads they are: the name of an identity, by which a caller and an app are told apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Sender<'a> {
+    pub(crate) heads: &'a Rc<Heads>,
+    pub(crate) name: &'a dyn Display,
 }
 
-/// What one unfinished head has of the bounds that it counts against.
-struct Unfinished<'a> {
-    bounds: &'a [&'a Heads],
+/// What one unfinished head has of the bound.
+#[derive(Default)]
+pub(crate) struct Unfinished {
+    /// Whose it is, once it counts.
+    of: Option<(Rc<Heads>, String)>,
     bytes: usize,
 }
 
-impl Unfinished<'_> {
-    /// The head has so many bytes now. False: that is more than there may be.
-    fn note(&mut self, bytes: usize) -> bool {
-        let (before, now) = (self.bytes, bytes);
-        self.bytes = now;
-        let mut fits = true;
-        for heads in self.bounds {
-            heads.held.set(heads.held.get() - before + now);
-            fits &= heads.held.get() <= heads.max;
+impl Unfinished {
+    /// The head has so many bytes now; it is of the same sender always. False: that is more than there may be.
+    pub(crate) fn note(&mut self, sender: Sender<'_>, bytes: usize) -> bool {
+        if bytes == self.bytes {
+            return true;
+        }
+        self.of
+            .get_or_insert_with(|| (Rc::clone(sender.heads), sender.name.to_string()));
+        self.set(bytes)
+    }
+
+    fn set(&mut self, bytes: usize) -> bool {
+        let Some((heads, name)) = &self.of else {
+            return true;
+        };
+        let mut shares = heads.shares.borrow_mut();
+        let share = shares.entry(name.clone()).or_default();
+        *share = *share - self.bytes + bytes;
+        heads.held.set(heads.held.get() - self.bytes + bytes);
+        self.bytes = bytes;
+        let fits = *share <= HEADS_MAX.saturating_sub(heads.held.get());
+        if *share == 0 {
+            shares.remove(name);
         }
         fits
     }
 }
 
-impl Drop for Unfinished<'_> {
+impl Drop for Unfinished {
     fn drop(&mut self) {
-        self.note(0);
+        self.set(0);
     }
 }
 
@@ -146,21 +158,18 @@ impl Sink for &MuxStream {
     }
 }
 
-/// Reads until `parse` finds a whole head at the start of `buffer`; while it is not whole it counts against `heads`.
+/// Reads until `parse` finds a whole head at the start of `buffer`; while it is not whole it counts as its sender's.
 /// `None`: the source ended before its first byte.
 pub(crate) async fn read_head<T>(
     source: &mut impl Source,
     buffer: &mut Vec<u8>,
     activity: &Activity,
-    heads: &[&Heads],
+    sender: Sender<'_>,
     (max, parse): (usize, impl Fn(&[u8]) -> Result<Option<T>, Reason>),
 ) -> Result<Option<T>, Broken> {
     let mut seen = 0;
     let mut until = None;
-    let mut unfinished = Unfinished {
-        bounds: heads,
-        bytes: 0,
-    };
+    let mut unfinished = Unfinished::default();
     loop {
         if (buffer.len() >= max || http1::is_decided(buffer, seen))
             && let Some(head) = parse(buffer).map_err(Broken::Malformed)?
@@ -173,7 +182,7 @@ pub(crate) async fn read_head<T>(
             *buffer = Vec::new();
             source.take(buffer).await?
         } else {
-            if !unfinished.note(seen) {
+            if !unfinished.note(sender, seen) {
                 activity.ran_out(Limit::Heads);
                 return Err(Broken::Malformed(Reason::Overloaded));
             }
@@ -234,24 +243,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unfinished_heads_are_bounded_for_each_peer_and_in_all() {
-        let thread = Heads::of_thread();
-        let (one, other) = (Heads::of_peer(), Heads::of_peer());
-        let of = |peer| [&thread, peer];
-        let (ones, others) = (of(&one), of(&other));
-        let begin = |bounds| Unfinished { bounds, bytes: 0 };
-        let mut first = begin(&ones);
-        assert!(first.note(HEADS_OF_PEER_MAX));
-        let mut more = begin(&ones);
-        assert!(!more.note(1), "one peer has its share");
-        drop(more);
-        let mut second = begin(&others);
-        assert!(second.note(1), "another has one of its own");
-        assert!(!second.note(HEADS_MAX), "all together have a bound");
-        drop((first, second));
+    fn unfinished_heads_are_bounded_and_one_sender_leaves_room_for_others() {
+        const LONG: usize = 64 * 1024;
+        let heads = Rc::new(Heads::default());
+        let of = |name| Sender {
+            heads: &heads,
+            name,
+        };
+        let one = of(&"one");
+        let mut all = Vec::new();
+        for _ in 0..1000 {
+            let mut head = Unfinished::default();
+            if head.note(one, LONG) {
+                all.push(head);
+            }
+        }
         assert_eq!(
-            (thread.held.get(), one.held.get(), other.held.get()),
-            (0, 0, 0)
+            all.len() * LONG,
+            HEADS_MAX / 2,
+            "it leaves as much as it has"
         );
+        let others = [of(&"two"), of(&"three"), of(&"four")];
+        let mut begun: [Unfinished; 3] = Default::default();
+        for (head, of) in begun.iter_mut().zip(others) {
+            assert!(head.note(of, LONG), "each other has some");
+        }
+        let [first, ..] = &mut begun;
+        assert!(
+            !first.note(others[0], HEADS_MAX / 2),
+            "all together have a bound"
+        );
+        assert!(
+            first.note(others[0], 100),
+            "what grew too large may be less again"
+        );
+        assert_eq!(heads.shares.borrow().len(), 4);
+        drop((all, begun));
+        assert_eq!((heads.held.get(), heads.shares.borrow().len()), (0, 0));
     }
 }

@@ -8,12 +8,13 @@ use mesh_runtime::mux::StreamError;
 
 pub(crate) mod fields;
 mod from_mesh;
+pub(crate) mod grpc;
 mod to_mesh;
 mod watch;
 
 pub(crate) use from_mesh::{FromMesh, Head, read_request};
 pub(crate) use to_mesh::{Notes, ToMesh};
-pub(crate) use watch::{Begins, Watch, Watched};
+pub(crate) use watch::{Begins, FRAME_HEAD_LEN, Watch, Watched, begins_as_server};
 
 /// Requests that a caller may have open on one connection. RFC 9113 §5.1.2 advises 100 at least; load tools use 128.
 const STREAMS_MAX: u32 = 256;

@@ -28,7 +28,6 @@ use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 
 use crate::data::Thread;
-use crate::http::Heads;
 use crate::limits::Limit;
 use crate::metrics::{Direction, Flow, FlowLabels};
 use crate::peers::unix_now_s;
@@ -60,8 +59,6 @@ pub(crate) struct Peer {
     server_id: String,
     /// The header line that tells an app who calls.
     client_line: String,
-    /// Bytes of HTTP heads of this connection that are not whole yet.
-    heads: Heads,
     /// The end of the peer's leaf, Unix seconds: it closes no connection, but opens no stream.
     not_after_s: i64,
     /// What was asked and admitted. As many as there are declared ports, at most.
@@ -141,7 +138,6 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     let peer = Rc::new(Peer {
         thread: Rc::clone(thread),
         client_line: format!("{}: {id}", http::CLIENT_ID),
-        heads: Heads::of_peer(),
         client_id,
         id,
         address,
@@ -416,7 +412,12 @@ impl Peer {
         // How the bytes are read is the declaration's to say: a peer that could choose would pass HTTP as bytes.
         let fits = match header.kind {
             StreamKind::Tcp => port.protocol == Protocol::Tcp,
-            StreamKind::Http2 => matches!(port.protocol, Protocol::Http2 | Protocol::Grpc),
+            StreamKind::Http2 => {
+                matches!(
+                    port.protocol,
+                    Protocol::Http2 | Protocol::Grpc | Protocol::Auto
+                )
+            }
             StreamKind::Http1 => matches!(port.protocol, Protocol::Http | Protocol::Auto),
             StreamKind::Auto => port.protocol == Protocol::Auto,
         };

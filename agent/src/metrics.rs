@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use mesh_core::edge::EdgeVerdict;
 use mesh_core::names::ServiceName;
@@ -64,6 +64,18 @@ struct RequestLabels {
     protocol: &'static str,
     /// HTTP status class, or `ok` and `failed` for connections.
     status: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct GrpcLabels {
+    direction: Direction,
+    src: String,
+    dst: String,
+    port: u16,
+    tls: String,
+    protocol: &'static str,
+    /// The code of gRPC, `other` for one that it does not know and for an answer that ended without.
+    grpc_status: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -131,9 +143,60 @@ pub(crate) struct Flow {
     /// From the service to the caller.
     pub(crate) received: Counter,
     latency: Histogram,
+    /// Of a flow that may be HTTP/2.
+    grpc: Option<Box<GrpcStatuses>>,
 }
 
 const STATUSES: [&str; 7] = ["1xx", "2xx", "3xx", "4xx", "5xx", "ok", "failed"];
+/// The codes of gRPC, and `other`.
+const GRPC_STATUSES: [&str; 18] = [
+    "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16",
+    "other",
+];
+
+/// The counters of gRPC's codes in one flow. Most are never seen, so each is made when it is.
+#[derive(Debug)]
+struct GrpcStatuses {
+    labels: FlowLabels,
+    all: Family<GrpcLabels, Counter>,
+    counters: [OnceLock<Counter>; GRPC_STATUSES.len()],
+}
+
+impl GrpcStatuses {
+    fn new(labels: &FlowLabels, all: &Family<GrpcLabels, Counter>) -> Self {
+        Self {
+            labels: labels.clone(),
+            all: all.clone(),
+            counters: Default::default(),
+        }
+    }
+
+    fn count(&self, status: Option<u16>) {
+        let other = GRPC_STATUSES.len() - 1;
+        let at = status.map_or(other, |status| usize::from(status).min(other));
+        let make = || {
+            let FlowLabels {
+                direction,
+                src,
+                dst,
+                port,
+                tls,
+                protocol,
+            } = self.labels.clone();
+            let labels = GrpcLabels {
+                direction,
+                src,
+                dst,
+                port,
+                tls,
+                protocol,
+                grpc_status: GRPC_STATUSES[at],
+            };
+            self.all.get_or_create(&labels).clone()
+        };
+        self.counters[at].get_or_init(make).inc();
+    }
+}
 
 impl Flow {
     /// Counts an HTTP response and the time until its head.
@@ -153,6 +216,13 @@ impl Flow {
         self.statuses[if ok { 5 } else { 6 }].inc();
     }
 
+    /// Counts the end of a gRPC call by its code; `None`: it had none that is known.
+    pub(crate) fn grpc(&self, status: Option<u16>) {
+        if let Some(grpc) = &self.grpc {
+            grpc.count(status);
+        }
+    }
+
     /// Counts the time until the called app took a connection.
     pub(crate) fn connected(&self, seconds: f64) {
         self.latency.observe(seconds);
@@ -167,6 +237,7 @@ pub(crate) struct Metrics {
     /// Callers of which policy decided something.
     known: Mutex<HashSet<String>>,
     requests: Family<RequestLabels, Counter>,
+    grpc_responses: Family<GrpcLabels, Counter>,
     bytes_sent: Family<FlowLabels, Counter>,
     bytes_received: Family<FlowLabels, Counter>,
     open: Family<FlowLabels, Gauge>,
@@ -194,6 +265,7 @@ impl Metrics {
             flows: Mutex::default(),
             known: Mutex::default(),
             requests: Family::default(),
+            grpc_responses: Family::default(),
             bytes_sent: Family::default(),
             bytes_received: Family::default(),
             open: Family::default(),
@@ -213,6 +285,11 @@ impl Metrics {
                 "requests",
                 "HTTP responses and ended connections",
                 metrics.requests.clone(),
+            );
+            registry.register(
+                "grpc_responses",
+                "Ends of gRPC calls by their status",
+                metrics.grpc_responses.clone(),
             );
             registry.register(
                 "sent_bytes",
@@ -331,6 +408,8 @@ impl Metrics {
             sent: self.bytes_sent.get_or_create(labels).clone(),
             received: self.bytes_received.get_or_create(labels).clone(),
             latency: self.latency.get_or_create(labels).clone(),
+            grpc: matches!(labels.protocol, "grpc" | "http2" | "auto")
+                .then(|| Box::new(GrpcStatuses::new(labels, &self.grpc_responses))),
         }
     }
 
@@ -459,6 +538,34 @@ mod tests {
         }
         sets.send_replace(Arc::default());
         assert!(!metrics.encode().contains("mesh_plaintext_endpoints{"));
+    }
+
+    #[test]
+    fn grpc_statuses_are_told_apart_as_far_as_grpc_does() {
+        let metrics = Metrics::new(Budget::new(1));
+        let flow = |protocol| {
+            metrics.flow(&FlowLabels {
+                direction: Direction::Inbound,
+                src: "a".to_owned(),
+                dst: "b/c".to_owned(),
+                port: 80,
+                tls: "none".to_owned(),
+                protocol,
+            })
+        };
+        for status in [Some(0), Some(16), Some(17), Some(999), None] {
+            flow("grpc").grpc(status);
+            flow("http").grpc(status);
+        }
+        let page = metrics.encode();
+        let lines = page
+            .lines()
+            .filter(|line| line.starts_with("mesh_grpc_responses_total{"));
+        let mut ends: Vec<_> = lines
+            .filter_map(|line| line.split("grpc_status=").nth(1))
+            .collect();
+        ends.sort_unstable();
+        assert_eq!(ends, ["\"0\"} 1", "\"16\"} 1", "\"other\"} 3"], "{page}");
     }
 
     #[test]

@@ -61,10 +61,11 @@ pub(crate) async fn serve(
     match port.protocol {
         Protocol::Tcp => Box::pin(tcp::serve(thread, &caller, client, &activity)).await,
         Protocol::Http2 | Protocol::Grpc => {
-            Box::pin(http2::serve(thread, caller, port.protocol, client)).await;
+            let early = Vec::new();
+            Box::pin(http2::serve(thread, caller, port.protocol, client, early)).await;
         }
         Protocol::Http => Box::pin(http::serve(thread, &caller, client, &activity)).await,
-        Protocol::Auto => Box::pin(auto::serve(thread, &caller, client, &activity)).await,
+        Protocol::Auto => Box::pin(auto::serve(thread, caller, client, &activity)).await,
     }
 }
 

@@ -81,6 +81,11 @@ impl Activity {
         Poll::Ready(())
     }
 
+    /// Completes when nothing was noted for `idle`, and counts nothing: whether a bound bit is for the caller to say.
+    pub(crate) async fn silent(&self, idle: Duration) {
+        poll_fn(|cx| self.watched.poll_over(cx, Some(idle))).await;
+    }
+
     pub(crate) async fn ceased(&self, idle: Duration) {
         poll_fn(|cx| self.poll_ceased(cx, idle)).await;
     }

@@ -202,12 +202,68 @@ pub fn open_stream(
     credential: &Credential,
     header: &[u8],
 ) -> Option<Reason> {
-    let mut tls = open(port, sni, credential, header, &[]);
+    let mut tls = open(port, sni, credential, header, &[], false);
     loop {
         match answer(&mut tls) {
             Answer::Accepted => return None,
             Answer::Reset(reason) => return Some(reason),
             Answer::Data(..) | Answer::Other => {}
+        }
+    }
+}
+
+/// Opens a stream, begins to say this on it and goes no further. Why it was reset; `None`: it was ended.
+#[track_caller]
+pub fn begin_on_stream(
+    port: SocketAddr,
+    sni: &str,
+    credential: &Credential,
+    header: &[u8],
+    bytes: &[u8],
+) -> Option<Reason> {
+    let mut tls = open(port, sni, credential, header, bytes, false);
+    loop {
+        match answer(&mut tls) {
+            Answer::Reset(reason) => return Some(reason),
+            Answer::Data(_, true) => return None,
+            Answer::Accepted | Answer::Data(..) | Answer::Other => {}
+        }
+    }
+}
+
+/// Begins so many streams, on as many connections as they need, and says this on each. Why the first was reset.
+#[track_caller]
+pub fn begin_streams(
+    port: SocketAddr,
+    sni: &str,
+    credential: &Credential,
+    header: &[u8],
+    bytes: &[u8],
+    count: usize,
+) -> Reason {
+    // What a connection takes before it gives back credit.
+    let each = Limits::DEFAULT.connection_credit as usize / bytes.len() - 1;
+    let mut connections = Vec::new();
+    for _ in 0..count.div_ceil(each) {
+        let mut tls = open(port, sni, credential, header, bytes, false);
+        let mut out = Vec::new();
+        for stream in (1..each as u32).map(|number| STREAM + 2 * number) {
+            frame::encode(&Frame::Open { stream, header }, &mut out);
+            let end = false;
+            let data = bytes;
+            frame::encode(&Frame::Data { stream, data, end }, &mut out);
+        }
+        tls.write_all(&out).expect("a peer that reads");
+        connections.push(tls);
+    }
+    let last = connections.last_mut().expect("a connection");
+    loop {
+        let reset = heard(last, |frame| match frame {
+            Frame::Reset { reason, .. } | Frame::GoAway { reason, .. } => Some(reason),
+            _ => None,
+        });
+        if let Some(reason) = reset {
+            return reason;
         }
     }
 }
@@ -221,7 +277,7 @@ pub fn send_on_stream(
     header: &[u8],
     bytes: &[u8],
 ) -> Result<Vec<u8>, Reason> {
-    let mut tls = open(port, sni, credential, header, bytes);
+    let mut tls = open(port, sni, credential, header, bytes, true);
     let mut all = Vec::new();
     loop {
         match answer(&mut tls) {
@@ -248,8 +304,15 @@ enum Answer {
 
 const STREAM: u32 = 1;
 
-/// Greets, opens a stream, sends `bytes` on it, if there are any, and ends it then.
-fn open(port: SocketAddr, sni: &str, credential: &Credential, header: &[u8], bytes: &[u8]) -> Tls {
+/// Greets, opens a stream, sends `bytes` on it, if there are any; `end`: they are all.
+fn open(
+    port: SocketAddr,
+    sni: &str,
+    credential: &Credential,
+    header: &[u8],
+    bytes: &[u8],
+    end: bool,
+) -> Tls {
     let mut tls = offer(port, sni, Some(credential));
     let mut out = Vec::new();
     let limits = Limits::DEFAULT;
@@ -261,7 +324,7 @@ fn open(port: SocketAddr, sni: &str, credential: &Credential, header: &[u8], byt
         let data = Frame::Data {
             stream,
             data: bytes,
-            end: true,
+            end,
         };
         frame::encode(&data, &mut out);
     }
@@ -269,13 +332,17 @@ fn open(port: SocketAddr, sni: &str, credential: &Credential, header: &[u8], byt
     tls
 }
 
-fn answer(tls: &mut Tls) -> Answer {
+fn heard<T>(tls: &mut Tls, read: impl FnOnce(Frame<'_>) -> T) -> T {
     let mut prefix = [0; frame::PREFIX_LEN];
     tls.read_exact(&mut prefix).expect("a frame");
     let prefix = frame::Prefix::decode(prefix, Limits::DEFAULT.max_frame).expect("a frame of ours");
     let mut payload = vec![0; prefix.length];
     tls.read_exact(&mut payload).expect("its payload");
-    match prefix.frame(&payload).expect("a frame of ours") {
+    read(prefix.frame(&payload).expect("a frame of ours"))
+}
+
+fn answer(tls: &mut Tls) -> Answer {
+    heard(tls, |frame| match frame {
         Frame::Accepted { stream: STREAM } => Answer::Accepted,
         Frame::Data {
             stream: STREAM,
@@ -289,7 +356,7 @@ fn answer(tls: &mut Tls) -> Answer {
         }
         | Frame::GoAway { reason, .. } => Answer::Reset(reason),
         _ => Answer::Other,
-    }
+    })
 }
 
 /// Sends bytes that are not TLS and returns when the peer has ended the connection.

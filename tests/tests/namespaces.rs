@@ -39,6 +39,8 @@ mod http1_login;
 mod http1_smuggling;
 #[path = "namespaces/http2.rs"]
 mod http2;
+#[path = "namespaces/http2_agents.rs"]
+mod http2_agents;
 #[path = "namespaces/identity.rs"]
 mod identity;
 #[path = "namespaces/join.rs"]

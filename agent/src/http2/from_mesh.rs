@@ -11,9 +11,12 @@ use mesh_api::message::{Kind, MessageError, Part, Reader, Side};
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::MuxStream;
 
-use super::Failed;
 use super::fields::{content_length, decode_request, decode_response, decode_trailers};
 use super::to_mesh::Notes;
+use super::{Failed, grpc};
+use crate::http::{Sender, Unfinished};
+use crate::limits::Limit;
+use crate::relay::Activity;
 
 /// Data that is handed to h2 at once.
 const PIECE_MAX: usize = 32 * 1024;
@@ -37,6 +40,8 @@ pub(crate) struct FromMesh {
     done: bool,
     /// The status of the answer, until it is asked for.
     status: Option<u16>,
+    grpc: grpc::Outcome,
+    unfinished: Unfinished,
 }
 
 /// What was read of the mesh.
@@ -79,12 +84,19 @@ impl FromMesh {
             touched: false,
             done: false,
             status: None,
+            grpc: grpc::Outcome::default(),
+            unfinished: Unfinished::default(),
         }
     }
 
     /// The status that went to the caller, once.
     pub(crate) fn take_status(&mut self) -> Option<u16> {
         self.status.take()
+    }
+
+    /// The status of a gRPC call that ended, once.
+    pub(crate) fn take_grpc(&mut self) -> Option<Option<u16>> {
+        self.grpc.take()
     }
 
     /// Whether the caller has a part of its answer.
@@ -215,6 +227,10 @@ impl FromMesh {
         };
         notes.count.inc_by(used as u64);
         notes.activity.note();
+        if !self.unfinished.note(notes.sender, self.reader.held()) {
+            notes.activity.ran_out(Limit::Heads);
+            return Poll::Ready(Err(Failed::Malformed(Reason::Overloaded)));
+        }
         Poll::Ready(message)
     }
 
@@ -235,6 +251,7 @@ impl FromMesh {
                 if last && self.announced.is_some_and(|left| left > 0) {
                     return Err(Failed::Malformed(Reason::HttpMalformed));
                 }
+                self.grpc.head(response.headers(), last);
                 let body = respond.send_response(response, last).map_err(local)?;
                 self.status = Some(status.as_u16());
                 self.done = last;
@@ -251,6 +268,9 @@ impl FromMesh {
                 if last && self.announced.is_some_and(|left| left > 0) {
                     return Err(Failed::Malformed(Reason::HttpMalformed));
                 }
+                if last {
+                    self.grpc.end(None);
+                }
                 body.send_data(data, last).map_err(local)?;
                 self.done = last;
                 notes.watch.pay();
@@ -260,6 +280,7 @@ impl FromMesh {
                 if self.announced.is_some_and(|left| left > 0) {
                     return Err(Failed::Malformed(Reason::HttpMalformed));
                 }
+                self.grpc.end(Some(&trailers));
                 body.send_trailers(trailers).map_err(local)?;
                 self.done = true;
                 notes.watch.pay();
@@ -317,9 +338,11 @@ impl Head {
 /// When what comes is no head.
 pub(crate) async fn read_request(
     stream: &MuxStream,
+    (sender, activity): (Sender<'_>, &Activity),
     max: usize,
 ) -> Result<Option<(Head, Reader)>, Failed> {
     let mut reader = Reader::new(Side::Request, max);
+    let mut unfinished = Unfinished::default();
     let mut begun = false;
     loop {
         let mut head = Ok(None);
@@ -352,6 +375,10 @@ pub(crate) async fn read_request(
         }
         if let Some(head) = head? {
             return Ok(Some((head, reader)));
+        }
+        if !unfinished.note(sender, reader.held()) {
+            activity.ran_out(Limit::Heads);
+            return Err(Failed::Malformed(Reason::Overloaded));
         }
     }
 }

@@ -11,7 +11,8 @@ use mesh_runtime::mux::MuxStream;
 use prometheus_client::metrics::counter::Counter;
 
 use super::fields::{encode_response, encode_trailers};
-use super::{Failed, Watch};
+use super::{Failed, Watch, grpc};
+use crate::http::Sender;
 use crate::relay::Activity;
 
 /// Data up to this size is gathered with what is around it, so that a small call is one frame of the mesh. Larger
@@ -33,11 +34,13 @@ enum Source {
 }
 
 /// What both directions count and note.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct Notes<'a> {
     pub(crate) count: &'a Counter,
     pub(crate) activity: &'a Activity,
     pub(crate) watch: &'a Rc<Watch>,
+    /// Whose the blocks are that come from the mesh.
+    pub(crate) sender: Sender<'a>,
     /// Longest head.
     pub(crate) max: usize,
 }
@@ -63,6 +66,7 @@ pub(crate) struct ToMesh {
     /// The app said something.
     begun: bool,
     status: Option<u16>,
+    grpc: grpc::Outcome,
 }
 
 impl ToMesh {
@@ -99,12 +103,18 @@ impl ToMesh {
             failed: None,
             begun: false,
             status: None,
+            grpc: grpc::Outcome::default(),
         }
     }
 
     /// The status of the app's answer, once.
     pub(crate) fn take_status(&mut self) -> Option<u16> {
         self.status.take()
+    }
+
+    /// The status of a gRPC call that ended, once.
+    pub(crate) fn take_grpc(&mut self) -> Option<Option<u16>> {
+        self.grpc.take()
     }
 
     /// Whether the app said anything to a request.
@@ -246,6 +256,7 @@ impl ToMesh {
         encode_response(&head, Kind::Head, self.last, notes.max, &mut self.out)
             .map_err(malformed)?;
         self.status = Some(head.status.as_u16());
+        self.grpc.head(&head.headers, self.last);
         self.source = Source::Body(body);
         Ok(true)
     }
@@ -259,6 +270,9 @@ impl ToMesh {
             Poll::Ready(Some(data)) => {
                 let data = data.map_err(|error| Failed::local(&error))?;
                 self.last = body.is_end_stream();
+                if self.last {
+                    self.grpc.end(None);
+                }
                 if data.is_empty() && !self.last {
                     return Ok(true);
                 }
@@ -276,7 +290,9 @@ impl ToMesh {
                 let Poll::Ready(trailers) = body.poll_trailers(cx) else {
                     return Ok(false);
                 };
-                match trailers.map_err(|error| Failed::local(&error))? {
+                let trailers = trailers.map_err(|error| Failed::local(&error))?;
+                self.grpc.end(trailers.as_ref());
+                match trailers {
                     Some(trailers) => encode_trailers(&trailers, notes.max, &mut self.out)?,
                     None => self.out.extend(message::prefix(Kind::Data, true, 0)),
                 }

@@ -20,7 +20,7 @@ const RESETS_MAX: u32 = 1_000;
 const WINDOW: Duration = Duration::from_secs(10);
 
 /// A frame's head (RFC 9113 §4.1).
-const FRAME_HEAD_LEN: usize = 9;
+pub(crate) const FRAME_HEAD_LEN: usize = 9;
 /// What a client says first (RFC 9113 §3.4).
 const PREFACE_LEN: usize = 24;
 
@@ -32,6 +32,20 @@ const PING: u8 = 6;
 const WINDOW_UPDATE: u8 = 8;
 /// END_STREAM of data; ACK of settings and pings.
 const FLAG_ONE: u8 = 1;
+
+/// Whether an app that speaks first speaks HTTP/2: its first frame is its settings (RFC 9113 §3.4), which need no word
+/// of the client.
+pub(crate) fn begins_as_server(bytes: &[u8]) -> bool {
+    /// An identifier and a value (RFC 9113 §6.5.1).
+    const SETTING_LEN: u32 = 6;
+    let Some((&[a, b, c, kind, flags, stream @ ..], _)) =
+        bytes.split_first_chunk::<FRAME_HEAD_LEN>()
+    else {
+        return false;
+    };
+    let length = u32::from_be_bytes([0, a, b, c]);
+    kind == SETTINGS && flags == 0 && stream == [0; 4] && length % SETTING_LEN == 0
+}
 
 /// What a connection's first bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +142,8 @@ impl Watch {
 #[derive(Debug)]
 pub(crate) struct Watched {
     socket: TcpStream,
+    /// Read from the socket before it was known that this is HTTP/2.
+    early: Vec<u8>,
     watch: Rc<Watch>,
     head: [u8; FRAME_HEAD_LEN],
     have: usize,
@@ -136,13 +152,15 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    pub(crate) fn new(socket: TcpStream, watch: Rc<Watch>) -> Self {
+    /// `early` was read already.
+    pub(crate) fn new(socket: TcpStream, early: Vec<u8>, watch: Rc<Watch>) -> Self {
         let skip = match watch.begins {
             Begins::Preface => PREFACE_LEN,
             Begins::Frames => 0,
         };
         Self {
             socket,
+            early,
             watch,
             head: [0; FRAME_HEAD_LEN],
             have: 0,
@@ -184,7 +202,14 @@ impl AsyncRead for Watched {
             return Poll::Pending;
         }
         let before = buffer.filled().len();
-        let read = Pin::new(&mut self.socket).poll_read(cx, buffer);
+        let read = if self.early.is_empty() {
+            Pin::new(&mut self.socket).poll_read(cx, buffer)
+        } else {
+            let bytes = self.early.len().min(buffer.remaining());
+            buffer.put_slice(&self.early[..bytes]);
+            self.early.drain(..bytes);
+            Poll::Ready(Ok(()))
+        };
         if read.is_ready() {
             self.look(&buffer.filled()[before..]);
             if self.watch.is_flooded() {
@@ -222,5 +247,26 @@ impl AsyncWrite for Watched {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_settings_begin_a_server() {
+        for (bytes, expected) in [
+            (b"\0\0\x12\x04\0\0\0\0\0\0\x03".as_slice(), true),
+            (b"\0\0\0\x04\0\0\0\0\0", true),
+            (b"\0\0\0\x04\0\0\0\0", false),
+            (b"\0\0\0\x04\x01\0\0\0\0", false),
+            (b"\0\0\x05\x04\0\0\0\0\0", false),
+            (b"\0\0\x06\x04\0\0\0\0\x01", false),
+            (b"220 mail.example.com ESMTP\r\n", false),
+            (b"", false),
+        ] {
+            assert_eq!(begins_as_server(bytes), expected, "{bytes:?}");
+        }
     }
 }

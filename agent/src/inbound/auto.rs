@@ -1,17 +1,20 @@
-//! A stream whose protocol is not declared: the app is connected at once, and whoever speaks first is heard.
+//! A stream whose protocol is not declared: the app is connected at once, and whoever speaks first is heard. HTTP/2 does
+//! not come by here: the caller's agent knows its preface, too, and makes each request a stream of its own. As bytes it
+//! would carry whatever `x-meshwork-client-id` its sender writes.
 
 use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use mesh_core::http1::{self, Sniff};
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::MuxStream;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
 
 use super::{Admitted, Peer, app, carry, http};
+use crate::http2::{FRAME_HEAD_LEN, begins_as_server};
 use crate::relay::Activity;
 
 /// Bytes of the caller that are taken before the protocol is told.
@@ -30,12 +33,16 @@ pub(super) async fn serve(
     let mut sent = 0;
     loop {
         let seen = http1::sniff(&buffer);
-        if seen == Sniff::Http1 {
-            let begun = http::Begun {
-                app: Some((app, sent)),
-                buffer,
-            };
-            return http::serve(peer, admitted, stream, begun, activity).await;
+        match seen {
+            Sniff::Http1 => {
+                let begun = http::Begun {
+                    app: Some((app, sent)),
+                    buffer,
+                };
+                return http::serve(peer, admitted, stream, begun, activity).await;
+            }
+            Sniff::Http2 => return Err(Reason::HttpMalformed),
+            Sniff::Other | Sniff::More => (),
         }
         app.write_all(&buffer[sent..])
             .await
@@ -56,13 +63,20 @@ pub(super) async fn serve(
     carry(app, stream, admitted, activity).await
 }
 
-/// False when the app spoke first.
+/// False when the app spoke first. Settings of HTTP/2 are no first word: a client of it speaks without having them, and
+/// before it did it can not be told whether its bytes may pass.
 async fn caller_spoke(app: &mut TcpStream, stream: &MuxStream) -> bool {
     poll_fn(|cx: &mut Context<'_>| {
         if stream.poll_readable(cx).is_ready() {
             return Poll::Ready(true);
         }
-        app.poll_read_ready(cx).map(|_| false)
+        let mut first = [0; FRAME_HEAD_LEN];
+        let mut first = ReadBuf::new(&mut first);
+        let peeked = ready!(app.poll_peek(cx, &mut first));
+        if peeked.is_ok() && begins_as_server(first.filled()) {
+            return Poll::Pending;
+        }
+        Poll::Ready(false)
     })
     .await
 }

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use super::{Admitted, Peer, app, carry};
-use crate::http::{Broken, Sink as _, pump, read_head};
+use crate::http::{Broken, Sender, Sink as _, pump, read_head};
 use crate::relay::{self, Activity, Open};
 
 /// What the app learns of its caller. It replaces what came in under this name.
@@ -92,11 +92,14 @@ impl Served<'_> {
         let waiting = app.filter(|_| self.bound).map(|(socket, _)| socket);
         let max = self.peer.thread().settings.head_max;
         let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
-        let heads = [&self.peer.thread().heads, &self.peer.heads];
+        let sender = Sender {
+            heads: &self.peer.thread().heads,
+            name: &self.peer.id,
+        };
         let mut stream = self.stream;
         let head = tokio::select! {
             biased;
-            head = read_head(&mut stream, &mut self.input, self.activity, &heads, parse) => head,
+            head = read_head(&mut stream, &mut self.input, self.activity, sender, parse) => head,
             // The app ends what belongs to this caller: so do we.
             () = spoken(waiting) => Ok(None),
         };
@@ -351,7 +354,11 @@ impl Served<'_> {
         let parse = (max, |bytes: &[u8]| {
             http1::parse_response(bytes, request, max)
         });
-        read_head(reader, output, self.activity, &[&thread.heads], parse).await
+        let sender = Sender {
+            heads: &thread.heads,
+            name: &self.admitted.server,
+        };
+        read_head(reader, output, self.activity, sender, parse).await
     }
 }
 

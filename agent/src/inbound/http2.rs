@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use h2::Reason as Code;
 use mesh_api::message::Reader;
@@ -11,13 +11,13 @@ use mesh_core::reason::Reason;
 use mesh_runtime::mux::MuxStream;
 
 use super::{Admitted, Peer};
+use crate::http::Sender;
 use crate::http2::{Failed, FromMesh, Head, Notes, ToMesh, read_request};
+use crate::limits::Limit;
 use crate::relay::{Activity, Open};
 
 pub(crate) mod app;
 
-/// How long a head may take, from the stream's begin.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// A request that the app did not look at is sent once more.
 const TRIES_MAX: usize = 2;
 
@@ -28,12 +28,17 @@ pub(super) async fn serve(
     activity: &Activity,
 ) -> Result<(), Reason> {
     let max = peer.thread().settings.head_max;
-    let read = tokio::time::timeout(HEAD_TIMEOUT, read_request(stream, max)).await;
+    // From the stream's begin: the other agent has the whole head before it opens one.
+    let read = read_request(stream, (sender(peer), activity), max);
+    let read = tokio::time::timeout(activity.head_timeout(), read).await;
     let (head, mut reader) = match read {
         Ok(Ok(Some(both))) => both,
         Ok(Ok(None) | Err(Failed::Mesh(_))) => return Ok(()),
         Ok(Err(failed)) => return Err(reason_of(failed)),
-        Err(_) => return Err(Reason::Timeout),
+        Err(_) => {
+            activity.ran_out(Limit::Head);
+            return Err(Reason::Timeout);
+        }
     };
     let open = Open::count(&admitted.flow.open);
     let begun = Instant::now();
@@ -154,6 +159,7 @@ impl Exchange<'_> {
             count,
             activity: self.activity,
             watch: lease.watch(),
+            sender: sender(self.peer),
             max: self.peer.thread().settings.head_max,
         };
         if ended.is_none() {
@@ -172,6 +178,9 @@ impl Exchange<'_> {
         if let Some(status) = up.take_status() {
             flow.response(status, self.begun.elapsed().as_secs_f64());
         }
+        if let Some(status) = up.take_grpc() {
+            flow.grpc(status);
+        }
         if answered.is_ready() && (ended.is_some() || down.is_done()) {
             return Poll::Ready(Ok(()));
         }
@@ -181,6 +190,13 @@ impl Exchange<'_> {
             return Poll::Ready(Err(Failed::Mesh(reason)));
         }
         Poll::Pending
+    }
+}
+
+fn sender(peer: &Peer) -> Sender<'_> {
+    Sender {
+        heads: &peer.thread().heads,
+        name: &peer.id,
     }
 }
 

@@ -1,5 +1,6 @@
 //! A connection whose protocol is not declared. A stream is opened at once and the other agent connects to the
-//! app: whoever speaks first is heard without waiting. HTTP/1.1 if the caller's first bytes are a request.
+//! app: whoever speaks first is heard without waiting. HTTP/1.1 if the caller's first bytes are a request, HTTP/2 if they
+//! are its preface, else bytes.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -10,10 +11,11 @@ use std::time::Duration;
 use mesh_api::header::StreamKind;
 use mesh_core::http1::{self, Sniff};
 use mesh_core::reason::Reason;
+use mesh_core::service::Protocol;
 use tokio::net::TcpStream;
 use tokio_util::io::poll_read_buf;
 
-use super::{http, tcp};
+use super::{http, http2, tcp};
 use crate::call::{self, Call, Caller, TRIES_MAX};
 use crate::data::Thread;
 use crate::relay::{self, Activity};
@@ -25,6 +27,8 @@ const REFUSED_WAIT: Duration = Duration::from_secs(1);
 /// What came first.
 enum First {
     Request,
+    /// An HTTP/2 client's preface.
+    Preface,
     /// Bytes of another protocol, the app's word, or an end.
     Bytes,
     Refused(Reason),
@@ -32,7 +36,7 @@ enum First {
 
 pub(super) async fn serve(
     thread: &Rc<Thread>,
-    caller: &Caller,
+    caller: Caller,
     mut client: TcpStream,
     activity: &Activity,
 ) {
@@ -40,7 +44,7 @@ pub(super) async fn serve(
     let mut tried = Vec::new();
     let mut last = None;
     let reason = loop {
-        let call = match call::open(thread, caller, StreamKind::Auto, &mut tried).await {
+        let call = match call::open(thread, &caller, StreamKind::Auto, &mut tried).await {
             Ok(call) => call,
             // Why the last one refused, not that none is left.
             Err(reason) => break last.unwrap_or(reason),
@@ -56,14 +60,19 @@ pub(super) async fn serve(
                     call: Some((call, sent)),
                     buffer,
                 };
-                return http::continue_with(thread, caller, client, begun, activity).await;
+                return http::continue_with(thread, &caller, client, begun, activity).await;
+            }
+            // Each request is a stream of its own: this one was never any's.
+            First::Preface => {
+                drop(call);
+                return http2::serve(thread, caller, Protocol::Http2, client, buffer).await;
             }
             // The balancer hears of an answer only when there is one.
             First::Bytes => match tcp::accepted(thread, &call).await {
                 Ok(()) => {
-                    let flow = tcp::flow(thread, caller, &call, "tcp");
+                    let flow = tcp::flow(thread, &caller, &call, "tcp");
                     flow.sent.inc_by(sent as u64);
-                    return tcp::carry(thread, caller, &call, client, (&flow, activity)).await;
+                    return tcp::carry(thread, &caller, &call, client, (&flow, activity)).await;
                 }
                 Err(reason) => reason,
             },
@@ -90,8 +99,10 @@ async fn first(
 ) -> First {
     loop {
         let seen = http1::sniff(buffer);
-        if seen == Sniff::Http1 {
-            return First::Request;
+        match seen {
+            Sniff::Http1 => return First::Request,
+            Sniff::Http2 => return First::Preface,
+            Sniff::Other | Sniff::More => (),
         }
         if call.stream.send(&buffer[*sent..]).await.is_err() {
             return match call.stream.reset_reason() {
@@ -134,29 +145,30 @@ fn poll_either(
 /// An HTTP caller gets the refusal as a response, others a reset.
 async fn refuse(
     thread: &Rc<Thread>,
-    caller: &Caller,
+    caller: Caller,
     mut client: TcpStream,
     mut buffer: Vec<u8>,
     reason: Reason,
 ) {
-    super::note_refusal(thread, caller, reason);
-    let speaks_http = async {
+    let speaks = async {
         loop {
-            match http1::sniff(&buffer) {
-                Sniff::Http1 => return true,
-                Sniff::Other => return false,
-                Sniff::More => (),
+            let seen = http1::sniff(&buffer);
+            if seen != Sniff::More {
+                return seen;
             }
             let read = poll_fn(|cx| poll_read_buf(Pin::new(&mut client), cx, &mut buffer)).await;
             if !matches!(read, Ok(1..)) {
-                return false;
+                return Sniff::Other;
             }
         }
     };
-    let is_http = tokio::time::timeout(REFUSED_WAIT, speaks_http)
-        .await
-        .unwrap_or(false);
-    if is_http {
+    let speaks = tokio::time::timeout(REFUSED_WAIT, speaks).await;
+    if speaks == Ok(Sniff::Http2) {
+        // Each request has a try, and a refusal, of its own.
+        return http2::serve(thread, caller, Protocol::Http2, client, buffer).await;
+    }
+    super::note_refusal(thread, &caller, reason);
+    if speaks == Ok(Sniff::Http1) {
         http::answer_and_close(client, reason).await;
     } else {
         relay::abort(client);

@@ -19,7 +19,7 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use super::tcp;
 use crate::call::{self, Call, Caller, EndpointKey, TRIES_MAX};
 use crate::data::Thread;
-use crate::http::{Broken, Sink as _, pump, read_head};
+use crate::http::{Broken, Sender, Sink as _, pump, read_head};
 use crate::limits::Limit;
 use crate::metrics::Flow;
 use crate::relay::{self, Activity, Open};
@@ -102,7 +102,10 @@ pub(super) async fn continue_with(
         flow: None,
     };
     let mut draining = thread.draining.subscribe();
-    let heads = [&thread.heads];
+    let sender = Sender {
+        heads: &thread.heads,
+        name: &caller.id,
+    };
     let mut drained = pin!(draining.wait_for(|draining| *draining));
     let mut ceased = pin!(activity.ceased(thread.settings.idle));
     loop {
@@ -110,7 +113,7 @@ pub(super) async fn continue_with(
         let max = thread.settings.head_max;
         let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
         let head = tokio::select! {
-            head = read_head(&mut reader, &mut exchange.input, activity, &heads, parse) => head,
+            head = read_head(&mut reader, &mut exchange.input, activity, sender, parse) => head,
             // The app ended what was this caller's.
             () = ended(exchange.bound.as_ref()), if exchange.input.is_empty() => Ok(None),
             () = &mut ceased => Ok(None),
@@ -432,7 +435,11 @@ async fn respond(
         let parse = (max, |bytes: &[u8]| {
             http1::parse_response(bytes, request, max)
         });
-        let head = read_head(&mut stream, output, activity, &[&thread.heads], parse).await;
+        let sender = Sender {
+            heads: &thread.heads,
+            name: &call.endpoint.account,
+        };
+        let head = read_head(&mut stream, output, activity, sender, parse).await;
         let response = match head {
             Ok(Some(response)) => response,
             Ok(None) => return Err(Failed::Unanswered(Reason::AppReset)),

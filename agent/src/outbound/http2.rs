@@ -24,7 +24,9 @@ use tokio::time::{Instant, Sleep};
 use super::tcp;
 use crate::call::{self, Call, Caller, EndpointKey, TRIES_MAX};
 use crate::data::Thread;
-use crate::http2::{self, Begins, Failed, FromMesh, Notes, ToMesh, Watch, Watched, fields};
+use crate::http::Sender;
+use crate::http2::{self, Begins, Failed, FromMesh, Notes, ToMesh, Watch, Watched, fields, grpc};
+use crate::limits::Limit;
 use crate::metrics::Flow;
 use crate::relay::{self, Activity, Open};
 
@@ -44,11 +46,13 @@ struct Shared {
     flows: RefCell<Vec<(Rc<EndpointKey>, Arc<Flow>)>>,
 }
 
+/// `early` is what was read of the connection before.
 pub(super) async fn serve(
     thread: &Rc<Thread>,
     caller: Caller,
     protocol: Protocol,
     client: TcpStream,
+    early: Vec<u8>,
 ) {
     // A message says itself where it ends: an end of the connection never makes it look whole.
     relay::settle(&client);
@@ -57,8 +61,11 @@ pub(super) async fn serve(
         return;
     }
     let watch = Watch::new(Begins::Preface);
-    let handshake = http2::server(thread.settings.head_max)
-        .handshake::<_, Bytes>(Watched::new(client, Rc::clone(&watch)));
+    let handshake = http2::server(thread.settings.head_max).handshake::<_, Bytes>(Watched::new(
+        client,
+        early,
+        Rc::clone(&watch),
+    ));
     let shaken = tokio::time::timeout(thread.settings.handshake, handshake).await;
     let mut connection = match shaken {
         Ok(Ok(connection)) => connection,
@@ -71,7 +78,10 @@ pub(super) async fn serve(
             };
             return super::note_refusal(thread, &caller, reason);
         }
-        Err(_) => return super::note_refusal(thread, &caller, Reason::Timeout),
+        Err(_) => {
+            thread.metrics.limits.reached(Limit::Handshake);
+            return super::note_refusal(thread, &caller, Reason::Timeout);
+        }
     };
     let shared = Rc::new(Shared {
         thread: Rc::clone(thread),
@@ -137,9 +147,10 @@ async fn accept(
 /// Completes when the connection carried no request for the idle time.
 async fn quiet(shared: &Shared) {
     loop {
-        shared.activity.ceased(shared.thread.settings.idle).await;
+        shared.activity.silent(shared.thread.settings.idle).await;
+        // The silence of a request is its own to judge.
         if shared.requests.get() == 0 {
-            return;
+            return shared.activity.ran_out(Limit::Idle);
         }
     }
 }
@@ -239,6 +250,7 @@ async fn attempt(
         call,
         flow: &flow,
         activity: &activity,
+        form,
     };
     let outcome = tokio::select! {
         biased;
@@ -261,6 +273,7 @@ struct Exchange<'a> {
     call: &'a Call,
     flow: &'a Arc<Flow>,
     activity: &'a Activity,
+    form: Form,
 }
 
 impl Exchange<'_> {
@@ -287,6 +300,9 @@ impl Exchange<'_> {
             up.settle();
             self.flow.response(status, self.call.answered());
         }
+        if let Some(status) = down.take_grpc() {
+            self.flow.grpc(status);
+        }
         if received.is_pending() {
             return Poll::Pending;
         }
@@ -301,6 +317,10 @@ impl Exchange<'_> {
             count,
             activity: self.activity,
             watch: &self.shared.watch,
+            sender: Sender {
+                heads: &self.shared.thread.heads,
+                name: &self.call.endpoint.account,
+            },
             max: self.shared.thread.settings.head_max,
         }
     }
@@ -328,6 +348,9 @@ impl Exchange<'_> {
             Ok(respond) => {
                 self.call.failed(reason);
                 self.flow.refused(reason.http_status());
+                if self.form.grpc {
+                    self.flow.grpc(Some(grpc_status(reason)));
+                }
                 Unanswered::Refused(reason, respond)
             }
             Err(mut body) => {
@@ -364,11 +387,9 @@ struct Form {
 
 impl Form {
     fn of(request: &Parts) -> Self {
-        let kind = request.headers.get(CONTENT_TYPE);
-        let kind = kind.map_or(b"".as_slice(), HeaderValue::as_bytes);
         Self {
             head: request.method == Method::HEAD,
-            grpc: kind.starts_with(b"application/grpc"),
+            grpc: grpc::is_call(&request.headers),
         }
     }
 }

@@ -228,6 +228,14 @@ impl Reader {
         }
     }
 
+    /// Bytes that it holds of a block that is not whole.
+    pub fn held(&self) -> usize {
+        match self.current {
+            Some(_) => self.block.len(),
+            None => 0,
+        }
+    }
+
     /// Whether the last message was read whole.
     pub fn is_over(&self) -> bool {
         self.over

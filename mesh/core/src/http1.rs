@@ -97,6 +97,8 @@ impl Response {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sniff {
     Http1,
+    /// The whole preface of an HTTP/2 client.
+    Http2,
     Other,
     /// Not decided yet.
     More,
@@ -104,7 +106,7 @@ pub enum Sniff {
 
 /// Tells whether bytes begin what a lenient server might take for an HTTP/1 request: then it must be judged as one,
 /// for as bytes it would carry whatever headers its sender likes. Decided by the first line at the latest, mostly
-/// by the first byte. HTTP/2's preface is not HTTP/1.
+/// by the first byte. HTTP/2's preface, which nobody takes for anything else, is told apart.
 pub fn sniff(bytes: &[u8]) -> Sniff {
     /// A longer first line is a request if it is text and begins like one.
     const LINE_MAX: usize = 8192;
@@ -133,7 +135,7 @@ pub fn sniff(bytes: &[u8]) -> Sniff {
             return if bytes.len() < PREFACE.len() {
                 Sniff::More
             } else {
-                Sniff::Other
+                Sniff::Http2
             };
         }
         // Whatever version it claims; without one it is a request of HTTP/0.9, if it gets something.

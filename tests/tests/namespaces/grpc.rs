@@ -111,6 +111,18 @@ fn every_form_of_call_and_its_end_pass() {
     wait_until("the server to hear that a call was given up", SOON, || {
         check(greeter.log().contains("ended"), greeter.log())
     });
+    // 201 of `Upper`, one each of `Collect` and `Split` and two of `Chat` went well; `Fail` is FAILED_PRECONDITION.
+    for (agent, direction) in [(&pair.client, "Outbound"), (&pair.server, "Inbound")] {
+        for (status, expected) in [("0", 205.0), ("9", 1.0)] {
+            let labels = [
+                ("direction", direction),
+                ("dst", "shop/greeter"),
+                ("grpc_status", status),
+            ];
+            let count = agent.metrics().sum("mesh_grpc_responses_total", &labels);
+            assert_eq!(count, expected, "{direction} {status}");
+        }
+    }
 }
 
 #[test]
@@ -137,6 +149,12 @@ fn a_refusal_is_a_grpc_status_with_its_reason() {
             text,
         )
     });
+    let labels = [("direction", "Outbound"), ("grpc_status", "7")];
+    let denied = pair
+        .client
+        .metrics()
+        .sum("mesh_grpc_responses_total", &labels);
+    assert!(1.0 <= denied, "{denied}");
     pair.control.meshctl("delete policy only-boss -n shop").ok();
     wait_until("the call to be allowed again", SOON, || {
         let text = call();

@@ -17,14 +17,14 @@ const LARGE: u64 = 100 * 1024 * 1024;
 const LARGE_MAX: Duration = Duration::from_secs(180);
 
 /// A pair whose `shop/h2` is the server of `peer.py`.
-fn pair(name: &str) -> (Pair, Process) {
+pub(crate) fn pair(name: &str) -> (Pair, Process) {
     let pair = Pair::new(name);
     let server = serve(&pair.server.host, &[]);
     pair.declare("h2", 8080, "http2");
     (pair, server)
 }
 
-fn serve(host: &meshwork_tests::host::Host, environment: &[(&str, &str)]) -> Process {
+pub(crate) fn serve(host: &meshwork_tests::host::Host, environment: &[(&str, &str)]) -> Process {
     let script = format!("{PEER}\nserve()\n");
     let command = host.python("peer", &script).env("NAME", host.name());
     let command = environment
@@ -42,7 +42,7 @@ fn script(pair: &Pair, name: &str, text: &str) -> Cmd {
 }
 
 #[track_caller]
-fn run(pair: &Pair, text: &str) -> String {
+pub(crate) fn run(pair: &Pair, text: &str) -> String {
     script(pair, "run", text).deadline(SOON * 2).ok()
 }
 

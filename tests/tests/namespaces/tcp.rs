@@ -87,7 +87,7 @@ fn mariadb_speaks_first_on_a_port_of_either_kind() {
 }
 
 #[test]
-fn http2_on_a_port_of_unknown_protocol_passes_as_bytes() {
+fn http2_passes_a_port_of_unknown_protocol() {
     let pair = Pair::new("h2_auto");
     let _server = servers::nghttpd(&pair.server.host, "h2-auto", 8081);
     let file = pair.server.host.dir().join("h2-auto/www/index.html");

@@ -21,7 +21,7 @@ fn front(agent: &Agent, account: &str, port: &str, endpoints: &[String], more: &
     );
 }
 
-fn declare(pair: &Pair, account: &str, port: &str, endpoints: &[String], more: &str) {
+pub(crate) fn declare(pair: &Pair, account: &str, port: &str, endpoints: &[String], more: &str) {
     front(&pair.server, account, port, endpoints, more);
     pair.control.wait_endpoints(&format!("shop/{account}"), 1);
     pair.wait_name(account);

@@ -20,7 +20,7 @@ use tokio::sync::{Mutex, Notify};
 use tokio::task::spawn_local;
 
 use super::super::app::connect;
-use super::super::{Admitted, Peer};
+use super::super::{Admitted, Peer, front};
 use crate::http2::{self, APP_STREAMS_MAX, Begins, Watch, Watched};
 use crate::metrics::{Direction, Metrics};
 use crate::relay;
@@ -41,15 +41,15 @@ struct Key {
     server: Account,
     port: u16,
     shown: IpAddr,
-    /// Servers without an agent that serve it: what was made to them before they changed is not used again.
-    beyond: Rc<[SocketAddr]>,
+    /// The server without an agent at the other end; `None`: an app of this host.
+    beyond: Option<SocketAddr>,
 }
 
 /// The connections of one thread.
 #[derive(Debug, Default)]
 pub(crate) struct Connections(RefCell<HashMap<Key, Rc<Slot>>>);
 
-/// The connections of one caller to one app.
+/// The connections of one caller to one app, or to one server without an agent.
 #[derive(Debug, Default)]
 struct Slot {
     all: RefCell<Vec<Rc<Connection>>>,
@@ -101,6 +101,10 @@ impl Connections {
             });
             Rc::strong_count(slot) > 1 || !slot.all.borrow().is_empty()
         });
+    }
+
+    fn slot(&self, key: Key) -> Rc<Slot> {
+        Rc::clone(self.0.borrow_mut().entry(key).or_default())
     }
 
     /// Whether another connection may be made.
@@ -184,18 +188,11 @@ impl Drop for Lease {
 /// Why there is none.
 pub(super) async fn lease(peer: &Peer, admitted: &Admitted) -> Result<Lease, Reason> {
     let thread = peer.thread();
-    let key = Key {
-        caller: peer.id.clone(),
-        server: admitted.server.clone(),
-        port: admitted.permit.target().port,
-        shown: peer.address,
-        beyond: Rc::clone(&admitted.beyond),
-    };
-    let slot = {
-        let mut slots = thread.http2_apps.0.borrow_mut();
-        Rc::clone(slots.entry(key).or_default())
-    };
+    // Whose turn it is, is decided for each request.
+    let beyond = front::turn(thread, admitted);
+    let slot = thread.http2_apps.slot(key(peer, admitted, beyond));
     if let Some(lease) = slot.usable() {
+        front::took(thread, admitted, beyond);
         thread.metrics.app_reused.inc();
         return Ok(lease);
     }
@@ -207,6 +204,16 @@ pub(super) async fn lease(peer: &Peer, admitted: &Admitted) -> Result<Lease, Rea
     let bound = thread.settings.connect * 2;
     let found = tokio::time::timeout(bound, find(peer, admitted, &slot)).await;
     found.unwrap_or(Err(Reason::Overloaded))
+}
+
+fn key(peer: &Peer, admitted: &Admitted, beyond: Option<SocketAddr>) -> Key {
+    Key {
+        caller: peer.id.clone(),
+        server: admitted.server.clone(),
+        port: admitted.permit.target().port,
+        shown: peer.address,
+        beyond,
+    }
 }
 
 struct Waiting<'a>(&'a Slot);
@@ -240,25 +247,33 @@ async fn find(peer: &Peer, admitted: &Admitted, slot: &Rc<Slot>) -> Result<Lease
             return Ok(lease);
         }
         if slot.all.borrow().len() < CONNECTIONS_MAX {
-            let connection = Rc::new(open(peer, admitted).await?);
-            slot.all.borrow_mut().push(Rc::clone(&connection));
+            let (connection, beyond) = open(peer, admitted).await?;
+            let connection = Rc::new(connection);
+            // Not the server whose turn it was, if that did not take the connection.
+            let made = &peer.thread().http2_apps.slot(key(peer, admitted, beyond));
+            made.all.borrow_mut().push(Rc::clone(&connection));
             // The first on it has a place, whatever the app allows.
-            return Ok(Lease::new(&connection, slot));
+            return Ok(Lease::new(&connection, made));
         }
     }
 }
 
-/// Connects, and waits for the app's settings: they say how many requests it takes, and of which kind.
-async fn open(peer: &Peer, admitted: &Admitted) -> Result<Connection, Reason> {
+/// Connects, and waits for the app's settings: they say how many requests it takes, and of which kind. With it comes
+/// which server without an agent it leads to.
+async fn open(
+    peer: &Peer,
+    admitted: &Admitted,
+) -> Result<(Connection, Option<SocketAddr>), Reason> {
     let thread = peer.thread();
     if !thread.http2_apps.has_room() {
         return Err(Reason::Overloaded);
     }
     let socket = connect(thread, admitted, peer.address).await?;
+    let beyond = front::server_of(admitted, &socket);
     // A message says itself where it ends: an end of the connection never makes it look whole.
     relay::settle(&socket);
     let watch = Watch::new(Begins::Frames);
-    let io = Watched::new(socket, Rc::clone(&watch));
+    let io = Watched::new(socket, Vec::new(), Rc::clone(&watch));
     let builder = http2::client(thread.settings.head_max);
     let (requests, mut connection) = builder.handshake(io).await.map_err(|error| {
         log::info!(account:% = admitted.server; "an app does not speak HTTP/2: {error}");
@@ -299,14 +314,15 @@ async fn open(peer: &Peer, admitted: &Admitted) -> Result<Connection, Reason> {
         log::info!(account:% = admitted.server; "an app on an HTTP/2 port did not say its settings");
         return Err(Reason::HttpResponseMalformed);
     }
-    Ok(Connection {
+    let connection = Connection {
         requests,
         watch,
         live: Cell::new(0),
         retired: Cell::new(false),
         used: Cell::new(Instant::now()),
         state,
-    })
+    };
+    Ok((connection, beyond))
 }
 
 fn is_flood(error: &h2::Error) -> bool {

@@ -287,3 +287,75 @@ fn a_budget_knows_what_all_connections_hold() {
         }
     });
 }
+
+/// What a peer still says is read until it ends, too: a socket that is closed before would be reset, and the peer would
+/// lose what it has not read.
+#[test]
+fn who_ends_a_connection_hears_its_peer_out() {
+    local(async {
+        let (a, mut b) = duplex(10_000);
+        let (client, _, driver) = connection(a, Side::Client, Limits::DEFAULT);
+        let driver = spawn_local(driver);
+        client.retire(Reason::Draining);
+        let mut said = Vec::new();
+        b.read_to_end(&mut said).await.unwrap();
+        assert!(!said.is_empty(), "its hello and its farewell");
+        // More than the carrier holds: it passes only if somebody reads.
+        b.write_all(&[0; 100_000]).await.unwrap();
+        assert!(!driver.is_finished(), "the peer has not ended");
+        drop(b);
+        assert_eq!(driver.await.unwrap(), Reason::Cancelled);
+    });
+}
+
+#[test]
+fn a_peer_that_never_ends_is_not_waited_for_without_end() {
+    local(async {
+        let (a, b) = duplex(10_000);
+        let (client, _, driver) = connection(a, Side::Client, Limits::DEFAULT);
+        let driver = spawn_local(driver);
+        client.close();
+        assert_eq!(driver.await.unwrap(), Reason::Cancelled);
+        drop(b);
+    });
+}
+
+/// Who gives up idle connections must not take one away from the call that it was dialled for.
+#[test]
+fn a_connection_is_idle_only_when_nobody_has_or_waits_for_a_stream() {
+    local(async {
+        let limits = Limits {
+            max_streams: 1,
+            ..Limits::DEFAULT
+        };
+        let (a, b) = duplex(10_000);
+        let (client, _, ours) = connection(a, Side::Client, limits);
+        let (_, incoming, theirs) = connection(b, Side::Server, limits);
+        assert!(
+            !client.is_idle(),
+            "it was dialled for a call that is to come"
+        );
+        spawn_local(ours);
+        tokio::task::yield_now().await;
+        assert!(!client.is_idle(), "the peer's hello is under way");
+        let opening = spawn_local({
+            let client = client.clone();
+            async move { client.open(b"first").await.unwrap() }
+        });
+        spawn_local(theirs);
+        spawn_local(echo(incoming));
+        let first = opening.await.unwrap();
+        assert!(!client.is_idle(), "it has a stream");
+        let waiting = spawn_local({
+            let client = client.clone();
+            async move { client.open(b"second").await.unwrap() }
+        });
+        tokio::task::yield_now().await;
+        drop(first);
+        assert!(!client.is_idle(), "the next stream waits for its place");
+        drop(waiting.await.unwrap());
+        while !client.is_idle() {
+            tokio::task::yield_now().await;
+        }
+    });
+}
