@@ -85,6 +85,13 @@ pub(crate) struct Admitted {
     revoked: Rc<Cell<bool>>,
 }
 
+impl Admitted {
+    /// A connection to what serves it, if that is another host.
+    fn far<'a>(&self, socket: &'a TcpStream) -> Option<&'a TcpStream> {
+        (!self.beyond.is_empty()).then_some(socket)
+    }
+}
+
 /// Picks the certificate of the workload that the SNI names.
 pub(crate) fn certificates(view: ViewReader) -> Arc<dyn ResolvesServerCert> {
     Arc::new(ByServerName(view))
@@ -305,6 +312,10 @@ impl Peer {
             if admitted.revoked.get() {
                 return Poll::Ready(Err(Reason::NotAllowed));
             }
+            if activity.has_vanished() {
+                log::info!(service:% = admitted.header.service; "a plaintext endpoint is gone without a word");
+                return Poll::Ready(Err(Reason::AppReset));
+            }
             let ceased = activity.poll_ceased(cx, self.thread.settings.idle);
             ceased.map(|()| Err(Reason::Timeout))
         })
@@ -510,6 +521,7 @@ async fn carry(
     activity: &Activity,
 ) -> Result<(), Reason> {
     let open = Open::count(&admitted.flow.open);
+    activity.look_at(admitted.far(&app));
     let outcome = relay::relay(&mut app, stream, Local::Service, &admitted.flow, activity).await;
     drop(open);
     admitted.flow.connection(outcome.is_ok());

@@ -37,6 +37,7 @@ mod outbound;
 mod peers;
 mod quiet;
 mod relay;
+mod vanished;
 mod view;
 mod whose;
 

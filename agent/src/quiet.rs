@@ -2,12 +2,17 @@
 //! with it, costs more than the rest of an HTTP request's bookkeeping.
 
 use std::cell::{Cell, RefCell};
+use std::os::fd::RawFd;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use crate::vanished::has_vanished;
+
 /// A silence is noticed so much late, at the most.
 const TICK: Duration = Duration::from_millis(500);
+/// Ticks of silence between two looks whether the other end of a connection vanished: a system call each.
+const LOOK_TICKS: u32 = 10;
 
 /// All that a thread watches.
 #[derive(Debug, Default)]
@@ -22,6 +27,9 @@ struct Entry {
     /// Ticks after which it is over.
     bound: Cell<Option<u32>>,
     over: Cell<bool>,
+    /// A connection whose other end may vanish.
+    far: Cell<Option<RawFd>>,
+    vanished: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
@@ -45,6 +53,10 @@ impl Entry {
             .is_some_and(|bound| self.ticks.get() > bound)
         {
             self.over.set(true);
+            self.wake();
+        }
+        if self.ticks.get().is_multiple_of(LOOK_TICKS) && self.far.get().is_some_and(has_vanished) {
+            self.vanished.set(true);
             self.wake();
         }
     }
@@ -92,6 +104,17 @@ pub(crate) struct Watched(Rc<Entry>);
 impl Watched {
     pub(crate) fn note(&self) {
         self.0.moved.set(true);
+    }
+
+    /// From now on, whether the other end of this connection vanished is looked at, while nothing is noted. Who closes
+    /// the connection says so.
+    pub(crate) fn look_at(&self, connection: Option<RawFd>) {
+        self.0.far.set(connection);
+    }
+
+    /// Whether it did. Who waits by [`Self::poll_over`] is woken then.
+    pub(crate) fn has_vanished(&self) -> bool {
+        self.0.vanished.get()
     }
 
     /// Begins to count anew.

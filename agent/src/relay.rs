@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::future::{Future as _, poll_fn};
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::AsRawFd as _;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -79,6 +80,16 @@ impl Activity {
         ready!(self.watched.poll_over(cx, bound));
         self.ran_out(limit);
         Poll::Ready(())
+    }
+
+    /// Watches whether the other end of this connection, which is another host, vanishes; `None`: it is closed.
+    pub(crate) fn look_at(&self, connection: Option<&TcpStream>) {
+        self.watched.look_at(connection.map(TcpStream::as_raw_fd));
+    }
+
+    /// Whether it did. Who waits for the silence is woken then.
+    pub(crate) fn has_vanished(&self) -> bool {
+        self.watched.has_vanished()
     }
 
     /// Completes when nothing was noted for `idle`, and counts nothing: whether a bound bit is for the caller to say.

@@ -159,6 +159,9 @@ impl Served<'_> {
             socket = self.connect().await?;
             outcome = self.run(&mut exchange, &mut socket, 0, false).await;
         }
+        if !self.bound {
+            self.activity.look_at(None);
+        }
         match outcome {
             Ok(Done::Clean) if self.bound => {
                 relay::settle(&socket);
@@ -208,6 +211,7 @@ impl Served<'_> {
         let admitted = self.admitted;
         let flow = &admitted.flow;
         let begun = Instant::now();
+        self.activity.look_at(admitted.far(socket));
         let (mut reader, mut writer) = socket.split();
         let request = exchange.request;
         // Without a body, and harmless to repeat: the app may have closed a kept connection just now.

@@ -330,3 +330,76 @@ fn a_front_serves_only_what_its_token_allows() {
     let call = format!("curl -sS -m 10 http://{}/", mesh_name("allowed"));
     assert_eq!(pair.ok(&call), "legacy\n");
 }
+
+/// Keep-alive asks nothing while something is under way: a server that is gone by then is noticed all the same, long
+/// before its kernel gives up.
+#[test]
+fn a_server_that_vanishes_ends_the_calls_that_it_has() {
+    const SERVER: &str = "\
+import socket, threading
+def serve(c):
+    data = c.recv(65536)
+    while data:
+        if data == b'ready': c.sendall(data)
+        data = c.recv(65536)
+s = socket.create_server(('0.0.0.0', 9000))
+while True: threading.Thread(target=serve, args=(s.accept()[0],), daemon=True).start()
+";
+    const CALLER: &str = "\
+import os, socket, time
+def dial(name):
+    s = socket.create_connection((name + '.shop.mesh.internal', 9000), 20)
+    s.settimeout(120)
+    return s
+tcp = dial('bytes')
+tcp.sendall(b'ready')
+assert tcp.recv(5) == b'ready'
+web = dial('web')
+web.sendall(b'POST / HTTP/1.1\\r\\nHost: a\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n1\\r\\nx\\r\\n')
+print('open', flush=True)
+while not os.path.exists('GO'): time.sleep(0.01)
+tcp.sendall(b'lost')
+web.sendall(b'1\\r\\ny\\r\\n')
+try: print('tcp', tcp.recv(100), flush=True)
+except ConnectionResetError: print('tcp reset', flush=True)
+print('web', web.recv(4096), flush=True)
+";
+    let pair = Pair::new("unjoined_vanishes");
+    let host = pair.site.host("vanishing");
+    let _server = host.python("server", SERVER).spawn("server");
+    host.wait_listening(9000, SOON);
+    let endpoint = [format!("{}:9000", host.v4())];
+    declare(
+        &pair,
+        "bytes",
+        "port = 9000, protocol = \"tcp\"",
+        &endpoint,
+        "",
+    );
+    declare(
+        &pair,
+        "web",
+        "port = 9000, protocol = \"http\"",
+        &endpoint,
+        "",
+    );
+    let go = pair.client.host.dir().join("go");
+    let script = CALLER.replace("GO", &go.display().to_string());
+    let caller = pair.client.host.python("caller", &script).cgroup("client");
+    let caller = caller.spawn("caller");
+    wait_until("the connection", SOON, || {
+        check(caller.log().contains("open"), caller.log())
+    });
+    wait_until("the request to be open", SOON, || {
+        let labels = [("dst", "shop/web"), ("direction", "Inbound")];
+        let open = pair.server.metrics().sum("mesh_open_connections", &labels);
+        check(open == 1.0, format!("{open} open"))
+    });
+    host.set_link(false);
+    std::fs::write(&go, "").unwrap();
+    wait_until("both to be told", SOON * 4, || {
+        let log = caller.log();
+        let told = log.contains("tcp reset") && log.contains("app_reset");
+        check(told, log)
+    });
+}

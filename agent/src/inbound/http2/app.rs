@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::{Future as _, poll_fn};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd as _;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
@@ -272,6 +273,9 @@ async fn open(
     let beyond = front::server_of(admitted, &socket);
     // A message says itself where it ends: an end of the connection never makes it look whole.
     relay::settle(&socket);
+    // A server of another host may vanish; none of its calls knows the connection.
+    let far = thread.quiet.watch();
+    far.look_at(beyond.map(|_| socket.as_raw_fd()));
     let watch = Watch::new(Begins::Frames);
     let io = Watched::new(socket, Vec::new(), Rc::clone(&watch));
     let builder = http2::client(thread.settings.head_max);
@@ -288,8 +292,10 @@ async fn open(
             if watched.has_settings() && !driven.ready.replace(true) {
                 driven.wake();
             }
+            let given_up =
+                far.poll_over(cx, None).is_ready() || far.has_vanished() || watched.is_flooded();
             match polled {
-                Poll::Pending if watched.is_flooded() => Poll::Ready(Ok(())),
+                Poll::Pending if given_up => Poll::Ready(Ok(())),
                 other => other,
             }
         })
