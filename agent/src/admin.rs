@@ -10,11 +10,12 @@ use mesh_api::sync::Problem;
 use mesh_api::workload_file::{LocalService, Workload};
 use mesh_core::health::Verdict;
 use mesh_core::identity::Identity;
-use mesh_core::names::Account;
+use mesh_core::names::{Account, ServiceName};
 use mesh_core::reason::Reason;
 use mesh_core::session::Phase;
 use mesh_runtime::admin::{Answer, Handler};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tonic::transport::Channel;
 
 use crate::capture::sockdiag::{Listener, SockDiag};
 use crate::config::Config;
@@ -26,11 +27,14 @@ use crate::metrics::Metrics;
 use crate::owners::OwnerStatus;
 use crate::state::Membership;
 use crate::status::{
-    CaptureStatus, ControlStatus, IndexStatus, LeafStatus, RefusalStatus, ServiceStatus, Status,
-    UsageStatus, WorkloadStatus,
+    CaptureStatus, ControlStatus, ExampleStatus, IndexStatus, LeafStatus, RefusalStatus,
+    ServiceStatus, Status, UsageStatus, WorkloadStatus,
 };
 use crate::view::{View, ViewReader};
 use crate::workloads::WorkloadSet;
+
+mod explain;
+mod peers;
 
 /// Ports looked at for one answer, since each costs a question to the kernel, and the session waits meanwhile.
 const PORTS_MAX: usize = 1_024;
@@ -49,6 +53,10 @@ pub(crate) struct Sources {
     pub(crate) owners: watch::Receiver<Arc<OwnerStatus>>,
     pub(crate) dns: Option<Arc<dns::Counters>>,
     pub(crate) diag: Mutex<SockDiag>,
+    /// Services whose endpoints are wanted.
+    pub(crate) wants: mpsc::Sender<ServiceName>,
+    /// The way to control while the session is live.
+    pub(crate) channel: watch::Receiver<Option<Channel>>,
 }
 
 /// Answers from `sources`.
@@ -56,12 +64,12 @@ pub(crate) fn handler(sources: Sources) -> Handler {
     let sources = Arc::new(sources);
     Arc::new(move |method, path| {
         let sources = Arc::clone(&sources);
-        Box::pin(async move { sources.answer(&method, &path) })
+        Box::pin(async move { sources.answer(&method, &path).await })
     })
 }
 
 impl Sources {
-    fn answer(&self, method: &Method, path: &str) -> Answer {
+    async fn answer(&self, method: &Method, path: &str) -> Answer {
         let (path, query) = path.split_once('?').unwrap_or((path, ""));
         match (method.as_str(), path) {
             ("GET", "/health") => Answer::text("ok\n"),
@@ -72,20 +80,24 @@ impl Sources {
                 body: self.metrics.encode(),
             },
             ("GET", "/state") => Answer::json(&self.status()),
+            ("GET", "/explain") => self.explain(query).await,
+            ("GET", "/peers") => self.peers().await,
             ("GET", "/config") => match toml::to_string(&self.config) {
                 Ok(text) => Answer::text(text),
                 Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
             },
             ("PUT", "/log-level") => set_level(query),
-            (_, "/health" | "/ready" | "/metrics" | "/state" | "/config" | "/log-level") => {
-                Answer::error(
-                    StatusCode::METHOD_NOT_ALLOWED,
-                    "use GET, or PUT for /log-level",
-                )
-            }
+            (
+                _,
+                "/health" | "/ready" | "/metrics" | "/state" | "/explain" | "/peers" | "/config"
+                | "/log-level",
+            ) => Answer::error(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "use GET, or PUT for /log-level",
+            ),
             _ => Answer::error(
                 StatusCode::NOT_FOUND,
-                "there are /health, /ready, /metrics, /state, /config and /log-level",
+                "there are /health, /ready, /metrics, /state, /explain, /peers, /config and /log-level",
             ),
         }
     }
@@ -285,6 +297,7 @@ fn control(session: &SessionStatus) -> ControlStatus {
         .to_owned(),
         address: session.address.clone(),
         version: session.control_version.clone(),
+        clock_offset_ms: session.clock_offset_ms,
         stale_since_s: (!live).then_some(session.heard_ms / 1000),
         last_error: error.map(|e| e.text.clone()),
         last_reason: error.and_then(|e| e.reason.clone()),
@@ -298,6 +311,14 @@ fn index(view: &View, session: &SessionStatus) -> Option<IndexStatus> {
         epoch: installed.epoch,
         revision: installed.revision,
         services: index.services().len(),
+        example: index.services().next().map(|service| ExampleStatus {
+            dns_name: format!(
+                "{}.{}.{}",
+                service.name.name, service.name.namespace, view.host.dns_suffix
+            ),
+            vip4: service.vip.v4.to_string(),
+            vip6: service.vip.v6.to_string(),
+        }),
     })
 }
 

@@ -10,6 +10,7 @@ pub(crate) mod app_socket;
 pub(crate) mod cgroup;
 pub(crate) mod door;
 mod guard;
+pub(crate) mod inspect;
 mod netlink;
 mod nft;
 mod routes;

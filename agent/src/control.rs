@@ -84,6 +84,8 @@ pub(crate) struct SessionStatus {
     pub(crate) last_error: Option<Ended>,
     pub(crate) control_version: String,
     pub(crate) installed: Option<Installed>,
+    /// This host's clock less control's, milliseconds.
+    pub(crate) clock_offset_ms: Option<i64>,
     /// What control does not list of what this host reports.
     pub(crate) problems: Vec<Problem>,
 }
@@ -97,6 +99,7 @@ impl Default for SessionStatus {
             last_error: None,
             control_version: String::new(),
             installed: None,
+            clock_offset_ms: None,
             problems: Vec::new(),
         }
     }
@@ -352,7 +355,10 @@ impl Shell {
     }
 
     fn compare_clocks(&mut self, control_ms: u64) {
-        let skew = now_ms().abs_diff(control_ms);
+        let now = now_ms();
+        let skew = now.abs_diff(control_ms);
+        let offset = i64::try_from(skew).unwrap_or(i64::MAX);
+        self.status.clock_offset_ms = Some(if now < control_ms { -offset } else { offset });
         let skewed = skew > SKEW_MAX_MS;
         if skewed && !self.skewed {
             log::warn!(skew_s = skew / 1000; "this host's clock and control's differ; certificates may be refused");

@@ -5,7 +5,9 @@
 
 // What the host is: configuration, the join and what is on disk.
 mod alone;
+mod check;
 mod config;
+mod explain;
 mod join;
 mod keys;
 mod leave;
@@ -35,6 +37,7 @@ mod limits;
 mod metrics;
 mod outbound;
 mod peers;
+mod probe;
 mod quiet;
 mod relay;
 mod vanished;
@@ -45,6 +48,7 @@ use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -56,6 +60,7 @@ use holder::{Confirmed, HolderConfig};
 use join::Joined;
 use leave::Left;
 use state::State;
+use status::Status;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -101,6 +106,30 @@ enum Command {
         #[arg(long, short, value_enum, default_value_t = Output::Table)]
         output: Output,
     },
+    /// Say what would happen to a call: identity, rule, endpoints
+    #[command(
+        after_help = "Exit codes: 0 the call is carried, or does not concern the mesh; 1 it is refused, or it can not be told."
+    )]
+    Explain {
+        /// A name, an address or a URL, e.g. web.shop.mesh.internal:80, shop/web, 252.64.0.2:80
+        destination: String,
+        /// The calling workload, or `host` for programs that match none [default: all of this host]
+        #[arg(long = "as", value_name = "NS/ACCOUNT")]
+        caller: Option<String>,
+        #[arg(long, short, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
+    /// Look at all that the mesh needs on this host: what is wrong, and what to do
+    #[command(
+        after_help = "Exit codes: 0 nothing failed (warnings may be); 1 a check failed; 2 what was typed is wrong."
+    )]
+    Check {
+        /// Look again until nothing fails, for so long, e.g. 30s or 5m
+        #[arg(long, value_name = "DURATION", value_parser = mesh_api::duration::parse)]
+        wait: Option<Duration>,
+        #[arg(long, short, value_enum, default_value_t = Output::Table)]
+        output: Output,
+    },
     /// Run the agent in the foreground
     Run,
     /// Make what must stand before the network does, without an agent: the link, its routes and the guard
@@ -131,7 +160,11 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     if matches!(
         cli.command,
-        Command::Run | Command::Guard | Command::Join { .. } | Command::Leave
+        Command::Run
+            | Command::Guard
+            | Command::Join { .. }
+            | Command::Leave
+            | Command::Check { .. }
     ) {
         ensure!(
             nix::unistd::geteuid().is_root(),
@@ -175,6 +208,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             say(&left(&leave::leave(&config)?))
         }
         Command::Status { output } => status(&config, output),
+        Command::Check { wait, output } => check(&config, wait, output),
+        Command::Explain {
+            destination,
+            caller,
+            output,
+        } => explain(&config, &destination, caller.as_deref(), output),
     }
 }
 
@@ -275,22 +314,58 @@ fn left(left: &Left) -> String {
 }
 
 fn status(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
-    let socket = config.admin_socket();
-    let Some(status) = status::ask(&socket)? else {
-        match State::new(&config.state_dir).membership()? {
-            Some(membership) => bail!(
-                "the agent does not run (nothing answers at {}); this host is {} of {}",
-                socket.display(),
-                membership.host.name,
-                membership.host.trust_domain
-            ),
-            None => bail!("this host has not joined a mesh; run `mesh-agent join <token>`"),
-        }
+    let Some(status) = status::ask::<Status>(&config.admin_socket(), "/state")? else {
+        return Err(no_agent(config)?);
     };
     match output {
         Output::Table => say(&status.render(leaves::now_ms() / 1000)),
         Output::Json => say(&(serde_json::to_string_pretty(&status)? + "\n")),
     }
+}
+
+fn explain(
+    config: &Config,
+    destination: &str,
+    caller: Option<&str>,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
+    let Some(explanation) = explain::ask(&config.admin_socket(), destination, caller)? else {
+        return Err(no_agent(config)?);
+    };
+    match output {
+        Output::Table => say(&explanation.render())?,
+        Output::Json => say(&(serde_json::to_string_pretty(&explanation)? + "\n"))?,
+    };
+    Ok(match explanation.is_carried() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+fn check(config: &Config, wait: Option<Duration>, output: Output) -> anyhow::Result<ExitCode> {
+    let checks = check::run(config, wait);
+    match output {
+        Output::Table => say(&checks.render())?,
+        Output::Json => say(&(serde_json::to_string_pretty(&checks)? + "\n"))?,
+    };
+    Ok(match checks.is_failed() {
+        true => ExitCode::FAILURE,
+        false => ExitCode::SUCCESS,
+    })
+}
+
+/// Why nothing answers at the admin socket.
+fn no_agent(config: &Config) -> anyhow::Result<anyhow::Error> {
+    let membership = State::new(&config.state_dir).membership()?;
+    Ok(match membership {
+        Some(membership) => anyhow::anyhow!(
+            "the agent does not run (nothing answers at {}); this host is {} of {}",
+            config.admin_socket().display(),
+            membership.host.name,
+            membership.host.trust_domain
+        ),
+        None => anyhow::anyhow!("this host has not joined a mesh; run `mesh-agent join <token>`"),
+    })
 }
 
 fn say(text: &str) -> anyhow::Result<ExitCode> {

@@ -10,12 +10,13 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use mesh_core::reason::Reason;
 use mesh_runtime::clock;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::limits::Limit;
 
-/// How long the daemon may take to answer.
-const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// How long the daemon may take to answer: it may ask others meanwhile.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
 /// Largest answer: 256 workloads of 64 services.
 const BYTES_MAX: u64 = 16 * 1024 * 1024;
 
@@ -61,6 +62,8 @@ pub(crate) struct ControlStatus {
     pub(crate) session: String,
     pub(crate) address: String,
     pub(crate) version: String,
+    /// This host's clock less control's, milliseconds, as the last beat of control told it.
+    pub(crate) clock_offset_ms: Option<i64>,
     /// Set while the session is not live: what is in use is as old as this.
     pub(crate) stale_since_s: Option<u64>,
     pub(crate) last_error: Option<String>,
@@ -72,6 +75,15 @@ pub(crate) struct IndexStatus {
     pub(crate) epoch: u64,
     pub(crate) revision: u64,
     pub(crate) services: usize,
+    /// One of them, whose name `check` asks the host's resolver for.
+    pub(crate) example: Option<ExampleStatus>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ExampleStatus {
+    pub(crate) dns_name: String,
+    pub(crate) vip4: String,
+    pub(crate) vip6: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -185,7 +197,7 @@ impl Status {
     }
 
     /// Whether control said that this host is out of the mesh.
-    fn is_removed(&self) -> bool {
+    pub(crate) fn is_removed(&self) -> bool {
         let reason = self.control.last_reason.as_deref();
         reason == Some(Reason::HostRevoked.code())
     }
@@ -350,7 +362,7 @@ impl RefusalStatus {
 }
 
 /// A length of time in its two largest units.
-fn span(seconds: i64) -> String {
+pub(crate) fn span(seconds: i64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60);
     match seconds {
         ..0 => "0 s".to_owned(),
@@ -361,7 +373,7 @@ fn span(seconds: i64) -> String {
     }
 }
 
-fn table<const N: usize>(page: &mut String, rows: &[[String; N]]) -> std::fmt::Result {
+pub(crate) fn table<const N: usize>(page: &mut String, rows: &[[String; N]]) -> std::fmt::Result {
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -376,8 +388,8 @@ fn table<const N: usize>(page: &mut String, rows: &[[String; N]]) -> std::fmt::R
     Ok(())
 }
 
-/// Asks the running daemon; `None` when none runs.
-pub(crate) fn ask(socket: &Path) -> anyhow::Result<Option<Status>> {
+/// Asks the running daemon for what it answers at `path`; `None` when none runs.
+pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<Option<T>> {
     let name = socket.display();
     let mut stream = match UnixStream::connect(socket) {
         Ok(stream) => stream,
@@ -389,7 +401,7 @@ pub(crate) fn ask(socket: &Path) -> anyhow::Result<Option<Status>> {
     let mut get = || -> std::io::Result<String> {
         stream.set_read_timeout(Some(ANSWER_MAX))?;
         // HTTP/1.0: the answer ends with the connection and is never chunked.
-        stream.write_all(b"GET /state HTTP/1.0\r\nHost: agent\r\n\r\n")?;
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n")?;
         let mut text = String::new();
         (&stream).take(BYTES_MAX).read_to_string(&mut text)?;
         Ok(text)
@@ -399,14 +411,15 @@ pub(crate) fn ask(socket: &Path) -> anyhow::Result<Option<Status>> {
         .split_once("\r\n\r\n")
         .with_context(|| format!("{name} does not speak HTTP"))?;
     let first = head.lines().next().unwrap_or_default();
+    ensure!(first.split(' ').nth(1) != Some("400"), "{}", body.trim());
     ensure!(
         first.split(' ').nth(1) == Some("200"),
         "the agent at {name} answered `{first}`: {}",
         body.trim()
     );
-    let status = serde_json::from_str(body)
+    let answer = serde_json::from_str(body)
         .with_context(|| format!("the agent at {name} is of another version"))?;
-    Ok(Some(status))
+    Ok(Some(answer))
 }
 
 #[cfg(test)]

@@ -215,7 +215,7 @@ impl Parts {
                 view: self.view.clone(),
                 trust: Arc::clone(&self.trust),
                 sets: self.sets.clone(),
-                channel,
+                channel: channel.clone(),
                 judged,
                 credential: credential_by,
                 standings: standings_by,
@@ -244,7 +244,7 @@ impl Parts {
         let metrics = make_metrics(&config, &self.sets);
         let shared = DataShared {
             view: self.view.reader(),
-            wants: wants_by,
+            wants: wants_by.clone(),
             trust: self.trust,
             metrics: Arc::clone(&metrics),
             settings: config.data(),
@@ -287,6 +287,8 @@ impl Parts {
                 owners: owner_status,
                 dns: counters,
                 diag: Mutex::new(sockdiag()?),
+                wants: wants_by,
+                channel,
             },
             &mut tasks,
         )?;

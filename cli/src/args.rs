@@ -30,6 +30,21 @@ pub(crate) enum Command {
     Apply(Apply),
     /// Remove an object
     Delete(Delete),
+    /// Say who may call what, and by which rule
+    Authz(Authz),
+    /// Look at all that control knows of the mesh: what is wrong, and what to do
+    #[command(
+        after_help = "Exit codes: 0 nothing failed (warnings may be); 1 a check failed; 2 what was typed is wrong; \
+                      3 control was not reached."
+    )]
+    Check {
+        /// Look again until nothing fails, for so long, e.g. 30s or 5m
+        #[arg(long, value_name = "DURATION", value_parser = mesh_api::duration::parse)]
+        wait: Option<Duration>,
+        /// The form of the answer
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Format,
+    },
     /// Show how control and the mesh are
     Status {
         /// The form of the answer
@@ -80,7 +95,7 @@ pub(crate) struct CreateToken {
     #[arg(long, value_name = "NETWORK")]
     pub network: Vec<String>,
     /// How long the token can be used, e.g. 30m, 1h, 7d
-    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = crate::duration::parse)]
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = mesh_api::duration::parse)]
     pub expires: Duration,
     /// How many hosts can join with it
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
@@ -109,6 +124,25 @@ pub(crate) struct Get {
     /// Of the audit log: how many of the newest entries
     #[arg(long, default_value_t = 100)]
     pub limit: u32,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Called agents decide, by the same rules: what a policy says now holds there within a second.\n\n\
+                  Example:\n  meshctl authz shop/web --from shop/client"
+)]
+pub(crate) struct Authz {
+    /// Only this service, `namespace/name`
+    pub service: Option<String>,
+    /// What becomes of this caller's calls: `namespace/account`, `host:NAME` or a SPIFFE id
+    #[arg(long, value_name = "CALLER")]
+    pub from: Option<String>,
+    /// Only services of this namespace
+    #[arg(short, long, value_name = "NS")]
+    pub namespace: Option<String>,
+    /// The form of the answer
+    #[arg(short, long, value_enum, default_value_t)]
+    pub output: Format,
 }
 
 #[derive(Debug, clap::Args)]

@@ -1,6 +1,8 @@
 //! One file a command; what they share.
 
+pub(crate) mod authz;
 pub(crate) mod backup;
+pub(crate) mod check;
 mod find;
 pub(crate) mod get;
 pub(crate) mod status;

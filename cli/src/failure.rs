@@ -72,6 +72,11 @@ impl Failure {
         }
     }
 
+    /// Whether control was not reached.
+    pub(crate) fn is_unreachable(&self) -> bool {
+        self.fault == Fault::Unreachable
+    }
+
     pub(crate) fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self.fault {
             Fault::Refused => 1,

@@ -4,7 +4,6 @@ mod args;
 mod client;
 mod commands;
 mod context;
-mod duration;
 mod failure;
 mod output;
 mod table;
@@ -21,7 +20,7 @@ use crate::failure::Failure;
 fn main() -> ExitCode {
     let args = Args::parse();
     match run(args) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             output::error(&failure.to_string());
             failure.exit_code()
@@ -29,20 +28,25 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: Args) -> Result<(), Failure> {
+fn run(args: Args) -> Result<ExitCode, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::local("start", "the runtime", error, "free some memory"))?;
     let client = Client::new(Context::load(args.context.as_deref())?)?;
     runtime.block_on(async {
-        match args.command {
+        let done = match args.command {
+            Command::Check { wait, output } => {
+                return commands::check::run(&client, wait, output).await;
+            }
+            Command::Authz(authz) => commands::authz::run(&client, &authz).await,
             Command::Token { command } => commands::token::run(&client, command).await,
             Command::Get(get) => commands::get::run(&client, get).await,
             Command::Apply(apply) => commands::write::apply(&client, apply).await,
             Command::Delete(delete) => commands::write::delete(&client, delete).await,
             Command::Status { output } => commands::status::run(&client, output).await,
             Command::Backup { out } => commands::backup::run(&client, &out).await,
-        }
+        };
+        done.map(|()| ExitCode::SUCCESS)
     })
 }

@@ -14,7 +14,9 @@ use mesh_core::reason::Reason;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+mod authz;
 mod change;
+mod check;
 mod show;
 
 pub(crate) use change::is_address;
@@ -33,6 +35,8 @@ const AUDIT_DEFAULT: usize = 100;
 pub(crate) fn router(control: &Arc<Control>) -> Router {
     let guarded = Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/check", get(check))
+        .route("/v1/authz", get(authz))
         .route("/v1/audit", get(audit))
         .route("/v1/backup", get(backup))
         .route("/v1/apply", post(change::apply))
@@ -95,6 +99,17 @@ async fn no_such_path(request: Request) -> Refusal {
 
 async fn status(State(control): State<Arc<Control>>) -> Json<Value> {
     Json(show::status(&control))
+}
+
+async fn check(State(control): State<Arc<Control>>) -> Json<Value> {
+    Json(check::answer(&control))
+}
+
+async fn authz(
+    State(control): State<Arc<Control>>,
+    Query(question): Query<authz::Question>,
+) -> Result<Json<Value>, Refusal> {
+    authz::answer(&control.writer.now(), &question).map(Json)
 }
 
 #[derive(Deserialize)]

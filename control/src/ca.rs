@@ -203,6 +203,11 @@ impl Ca {
         Ok(vec![leaf.der().clone(), self.chain.clone()])
     }
 
+    /// The issuing certificate.
+    pub(crate) fn issuer(&self) -> &CertificateDer<'static> {
+        &self.chain
+    }
+
     /// When the issuer, or the root, ends: no leaf lives longer.
     pub(crate) fn issuer_ends_s(&self) -> u64 {
         self.issuer_ends_s

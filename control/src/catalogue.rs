@@ -12,6 +12,7 @@ use imbl::{OrdMap, OrdSet, Vector};
 use mesh_core::names::{HostUid, Label, Network, ServiceName};
 use mesh_core::service::{Endpoint, Pattern};
 
+pub(crate) mod authz;
 pub(crate) mod command;
 pub(crate) mod draft;
 pub(crate) mod host;

@@ -1,4 +1,4 @@
-//! What agents call: `Join`, `Renew`, `Sync`. One file each; this one says who may call what.
+//! What agents call: `Join`, `Renew`, `Sync`, `Explain`. One file each; this one says who may call what.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use mesh_core::reason::Reason;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+mod explain;
 mod join;
 mod outbox;
 mod renew;
@@ -80,6 +81,19 @@ impl Mesh for MeshService {
         let host = host.inspect_err(|r| self.refused(&unknown(&peer), "sync", "", r))?;
         let stream = sync::start(&self.control, &host, &peer, request.into_inner());
         Ok(Response::new(stream))
+    }
+
+    async fn explain(
+        &self,
+        request: Request<proto::ExplainRequest>,
+    ) -> Result<Response<proto::ExplainResponse>, Status> {
+        let peer = peer(&request)?;
+        let now = self.control.writer.now();
+        let host = peer.agent(&now);
+        let host = host.inspect_err(|r| self.refused(&unknown(&peer), "explain", "", r))?;
+        let response = explain::explain(&now, &host, request.get_ref());
+        let response = response.inspect_err(|r| self.refused(&unknown(&peer), "explain", "", r))?;
+        Ok(Response::new(response))
     }
 }
 

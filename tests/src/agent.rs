@@ -71,7 +71,6 @@ impl Agent {
                 program.display(),
                 config.display()
             ))
-            .cgroup("agent")
             .output()
     }
 

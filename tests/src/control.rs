@@ -76,6 +76,14 @@ impl Control {
         self.process = Some(process);
     }
 
+    /// The same control, to be run again by another thread than the one that asks it.
+    pub fn same(&self) -> Self {
+        Self {
+            host: self.host.clone(),
+            process: None,
+        }
+    }
+
     #[track_caller]
     pub fn stop(&mut self) {
         let process = self.take();

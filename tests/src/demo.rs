@@ -281,10 +281,10 @@ fn counted(answers: &str) -> BTreeMap<String, usize> {
     counts
 }
 
-fn title(step: u32, text: &str) {
+pub(crate) fn title(step: u32, text: &str) {
     println!("\n=== {step}. {text}");
 }
 
-fn shown(host: &Host, line: &str) {
+pub(crate) fn shown(host: &Host, line: &str) {
     println!("{}$ {line}", host.name());
 }

@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod app;
+pub mod attack;
 pub mod bench;
 pub mod cgroup;
 pub mod control;

@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test helper may panic")]
 
+#[path = "namespaces/authz.rs"]
+mod authz;
 #[path = "namespaces/bench.rs"]
 mod bench;
 #[path = "namespaces/bounds.rs"]
@@ -11,12 +13,16 @@ mod bounds;
 mod capture;
 #[path = "namespaces/certificates.rs"]
 mod certificates;
+#[path = "namespaces/check.rs"]
+mod check;
 #[path = "namespaces/control_down.rs"]
 mod control_down;
 #[path = "namespaces/denial.rs"]
 mod denial;
 #[path = "namespaces/door.rs"]
 mod door;
+#[path = "namespaces/explain.rs"]
+mod explain;
 #[path = "namespaces/failures.rs"]
 mod failures;
 #[path = "namespaces/firewalls.rs"]

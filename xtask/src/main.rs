@@ -31,6 +31,9 @@ enum Command {
         /// End a demonstration that was kept
         #[arg(long, conflicts_with = "keep")]
         end: bool,
+        /// Instead of that: six attacks, and how an operator learns of each
+        #[arg(long, conflicts_with_all = ["keep", "end"])]
+        attack: bool,
     },
     /// Run the tests of these tiers, or of all that stand
     Test {
@@ -80,7 +83,9 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let done = child::watch_signals().and_then(|()| match args.command {
         Command::Demo { end: true, .. } => sweep(),
-        Command::Demo { keep, .. } => demo(keep),
+        Command::Demo { attack: true, .. } => demo(&["--attack"]),
+        Command::Demo { keep: true, .. } => demo(&["--keep"]),
+        Command::Demo { .. } => demo(&[]),
         Command::Test { tier, lint, filter } => test::run(&tier, lint, filter.as_deref()),
         Command::Bench(what) => bench(&what),
     });
@@ -93,13 +98,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn demo(keep: bool) -> anyhow::Result<()> {
+fn demo(options: &[&str]) -> anyhow::Result<()> {
     apt::need_root("the demonstration makes network namespaces")?;
     apt::install(apt::DEMO)?;
     child::build(Profile::Dev)?;
     child::owns_demo();
     let mut words = vec!["demo"];
-    words.extend(keep.then_some("--keep"));
+    words.extend(options);
     let shown = child::site(Profile::Dev, &words);
     if shown.is_err() {
         child::sweep_all();

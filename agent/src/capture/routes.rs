@@ -18,42 +18,42 @@ use super::{CaptureError, CaptureSettings, VipRanges};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
-const RTM_GETLINK: u16 = 18;
+pub(super) const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
-const RTM_GETROUTE: u16 = 26;
+pub(super) const RTM_GETROUTE: u16 = 26;
 const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
 
-const IFLA_IFNAME: u16 = 3;
+pub(super) const IFLA_IFNAME: u16 = 3;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_F_NODAD: u8 = 0x02;
-const RTA_DST: u16 = 1;
+pub(super) const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_PREFSRC: u16 = 7;
-const RTA_TABLE: u16 = 15;
+pub(super) const RTA_TABLE: u16 = 15;
 const FRA_SRC: u16 = 2;
 const FRA_IIFNAME: u16 = 3;
-const FRA_PRIORITY: u16 = 6;
-const FRA_FWMARK: u16 = 10;
-const FRA_TABLE: u16 = 15;
-const FRA_FWMASK: u16 = 16;
+pub(super) const FRA_PRIORITY: u16 = 6;
+pub(super) const FRA_FWMARK: u16 = 10;
+pub(super) const FRA_TABLE: u16 = 15;
+pub(super) const FRA_FWMASK: u16 = 16;
 const FRA_IP_PROTO: u16 = 22;
 const FRA_DPORT_RANGE: u16 = 24;
 
-const MAIN_TABLE: u32 = 254;
+pub(super) const MAIN_TABLE: u32 = 254;
 /// Names us as the maker of a route: `ip route` shows it, and by it all of them are found again.
-const OUR_PROTOCOL: u8 = 174;
+pub(super) const OUR_PROTOCOL: u8 = 174;
 const IPPROTO_TCP: u8 = 6;
 const SCOPE_UNIVERSE: u8 = 0;
 const SCOPE_LINK: u8 = 253;
 const SCOPE_HOST: u8 = 254;
 const RTN_UNICAST: u8 = 1;
-const RTN_LOCAL: u8 = 2;
+pub(super) const RTN_LOCAL: u8 = 2;
 const RTN_UNREACHABLE: u8 = 7;
 const FR_ACT_TO_TBL: u8 = 1;
 /// `lo` is the first link of every network namespace.
@@ -62,9 +62,9 @@ const BRIDGE: &str = "bridge";
 /// A rule may stand more than once if somebody added it by hand.
 const COPIES_MAX: usize = 16;
 
-const FAMILIES: [u8; 2] = [V4, V6];
-const V4: u8 = 2;
-const V6: u8 = 10;
+pub(super) const FAMILIES: [u8; 2] = [V4, V6];
+pub(super) const V4: u8 = 2;
+pub(super) const V6: u8 = 10;
 
 /// Makes what is missing.
 pub(super) fn ensure(settings: &CaptureSettings, ranges: &VipRanges) -> Result<(), CaptureError> {
@@ -379,11 +379,11 @@ impl Kernel {
 }
 
 /// One policy rule.
-struct Rule {
-    what: &'static str,
+pub(super) struct Rule {
+    pub(super) what: &'static str,
     family: u8,
     source_prefix: u8,
-    attributes: Attributes,
+    pub(super) attributes: Attributes,
 }
 
 impl Rule {
@@ -406,7 +406,7 @@ impl Rule {
     }
 }
 
-fn rules(settings: &CaptureSettings, family: u8) -> [Rule; 2] {
+pub(super) fn rules(settings: &CaptureSettings, family: u8) -> [Rule; 2] {
     let (mark, mask) = settings.marks().to_loopback();
     let common = |priority| {
         Attributes::default()
@@ -532,7 +532,7 @@ const fn family_of(address: IpAddr) -> u8 {
     if address.is_ipv4() { V4 } else { V6 }
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
+pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(v4) => v4.octets().to_vec(),
         IpAddr::V6(v6) => v6.octets().to_vec(),

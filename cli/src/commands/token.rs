@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 use super::{NO_NAMESPACE, items, text};
 use crate::args::{CreateToken, Format, TokenCommand};
 use crate::client::{Ask, Client};
-use crate::duration;
 use crate::failure::Failure;
 use crate::output;
 use crate::table::Table;
+use mesh_api::duration;
 
 pub(crate) async fn run(client: &Client, command: TokenCommand) -> Result<(), Failure> {
     match command {

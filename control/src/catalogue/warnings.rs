@@ -29,7 +29,7 @@ pub(super) fn of(now: &Catalogue, resource: &Resource) -> Vec<String> {
 }
 
 /// Says of a policy below the mesh's that it decides about nothing so far: mostly a mistyped name.
-fn unmatched(now: &Catalogue, policy: &Object<PolicySpec>) -> Option<String> {
+pub(crate) fn unmatched(now: &Catalogue, policy: &Object<PolicySpec>) -> Option<String> {
     let namespace = policy.metadata.namespace.as_deref()?;
     let mut of_namespace = now
         .services

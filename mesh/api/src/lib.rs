@@ -1,6 +1,8 @@
 //! The forms in which Meshwork's things are written: protobuf between control and agents, YAML for operators,
 //! TOML on hosts, frames between agents. Each is read once, at the edge, into the types of `mesh_core`.
 
+pub mod check;
+pub mod duration;
 pub mod edges;
 pub mod frame;
 pub mod header;

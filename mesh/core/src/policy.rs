@@ -1,6 +1,7 @@
 //! Who may call what. Rules only allow. The nearest level that has a rule decides alone: service, then
 //! namespace, then mesh; no rule at any level is a denial. Only [`authorize`] makes a [`Permit`].
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -135,9 +136,42 @@ impl Cidr {
     }
 }
 
-impl std::fmt::Display for Cidr {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Cidr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.address, self.prefix)
+    }
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Workload {
+                trust_domain,
+                pattern,
+            } => write!(f, "{pattern} of {trust_domain}"),
+            Self::Host { trust_domain, name } => write!(f, "host {name} of {trust_domain}"),
+            Self::TrustDomain(trust_domain) => write!(f, "everyone of {trust_domain}"),
+            Self::Plaintext(cidr) => write!(f, "plaintext from {cidr}"),
+        }
+    }
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(name) => write!(f, "service {name}"),
+            Self::Namespace(name) => write!(f, "namespace {name}"),
+            Self::Mesh => f.write_str("mesh"),
+        }
+    }
+}
+
+impl Enforce {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Audit => "audit",
+            Self::On => "on",
+        }
     }
 }
 
@@ -211,53 +245,59 @@ pub struct Denial {
     pub decided_by: String,
 }
 
-/// Decides whether `peer` may reach `target`.
-pub fn authorize(policies: &PolicySet, peer: &SpiffeId, target: Target) -> Result<Permit, Denial> {
+/// The policies that decide about a service: those of the nearest level that has a rule. None: all is denied.
+pub fn deciding<'a>(policies: &'a PolicySet, service: &ServiceName) -> Vec<&'a Policy> {
     let levels = [
-        Level::Service(target.service.clone()),
-        Level::Namespace(target.service.namespace.clone()),
+        Level::Service(service.clone()),
+        Level::Namespace(service.namespace.clone()),
         Level::Mesh,
     ];
     for level in levels {
-        let here = || {
-            policies
-                .policies
-                .iter()
-                .filter(|p| p.level == level && !p.rules.is_empty())
-        };
-        if here().next().is_none() {
-            continue;
+        let all = policies.policies.iter().map(Arc::as_ref);
+        let here: Vec<&Policy> = all
+            .filter(|p| p.level == level && !p.rules.is_empty())
+            .collect();
+        if !here.is_empty() {
+            return here;
         }
-        for policy in here() {
-            for rule in &policy.rules {
-                let port = rule.ports.is_empty() || rule.ports.contains(&target.port);
-                if port && rule.callers.iter().any(|caller| caller.matches(peer)) {
-                    let rule = format!("{}/{}", policy.name, rule.name);
-                    return Ok(Permit {
-                        target,
-                        rule,
-                        audited: false,
-                    });
-                }
-            }
-        }
-        let names: Vec<&str> = here().map(|p| p.name.as_str()).collect();
-        let decided_by = names.join(",");
-        if here().all(|p| p.enforce == Enforce::Audit) {
-            return Ok(Permit {
-                target,
-                rule: decided_by,
-                audited: true,
-            });
-        }
+    }
+    Vec::new()
+}
+
+/// Decides whether `peer` may reach `target`.
+pub fn authorize(policies: &PolicySet, peer: &SpiffeId, target: Target) -> Result<Permit, Denial> {
+    let here = deciding(policies, &target.service);
+    if here.is_empty() {
         return Err(Denial {
             reason: Reason::NotAllowed,
-            decided_by,
+            decided_by: "no policy".to_owned(),
+        });
+    }
+    for policy in &here {
+        for rule in &policy.rules {
+            let port = rule.ports.is_empty() || rule.ports.contains(&target.port);
+            if port && rule.callers.iter().any(|caller| caller.matches(peer)) {
+                let rule = format!("{}/{}", policy.name, rule.name);
+                return Ok(Permit {
+                    target,
+                    rule,
+                    audited: false,
+                });
+            }
+        }
+    }
+    let names: Vec<&str> = here.iter().map(|p| p.name.as_str()).collect();
+    let decided_by = names.join(",");
+    if here.iter().all(|p| p.enforce == Enforce::Audit) {
+        return Ok(Permit {
+            target,
+            rule: decided_by,
+            audited: true,
         });
     }
     Err(Denial {
         reason: Reason::NotAllowed,
-        decided_by: "no policy".to_owned(),
+        decided_by,
     })
 }
 

@@ -21,6 +21,9 @@ struct Args {
 enum Command {
     /// Show the mesh at work
     Demo {
+        /// Show six attacks that fail
+        #[arg(long, conflicts_with = "keep")]
+        attack: bool,
         /// Leave everything running
         #[arg(long)]
         keep: bool,
@@ -76,7 +79,8 @@ enum Command {
 
 fn main() {
     match Args::parse().command {
-        Command::Demo { keep } => meshwork_tests::demo::run(keep),
+        Command::Demo { attack: true, .. } => meshwork_tests::attack::run(),
+        Command::Demo { keep, .. } => meshwork_tests::demo::run(keep),
         Command::Bench {
             show: Some(json), ..
         } => bench::show(&json),

@@ -70,6 +70,20 @@ pub fn read_leaf(der: &[u8]) -> Result<LeafFacts, Reason> {
     })
 }
 
+/// When any certificate, of an issuer too, begins and ends, Unix seconds.
+///
+/// # Errors
+/// [`Reason::CertificateMalformed`] when it is no certificate.
+pub fn validity(der: &[u8]) -> Result<(i64, i64), Reason> {
+    let (_, certificate) =
+        X509Certificate::from_der(der).map_err(|_| Reason::CertificateMalformed)?;
+    let validity = certificate.validity();
+    Ok((
+        validity.not_before.timestamp(),
+        validity.not_after.timestamp(),
+    ))
+}
+
 /// SHA-256 of the SubjectPublicKeyInfo of any certificate: what a pin pins.
 ///
 /// # Errors

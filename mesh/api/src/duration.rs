@@ -5,7 +5,11 @@ use std::time::Duration;
 /// Longest that can be typed: ten years, the life of the root.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-pub(crate) fn parse(text: &str) -> Result<Duration, String> {
+/// Reads one.
+///
+/// # Errors
+/// What is wrong with it, for people.
+pub fn parse(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is not a duration; write e.g. 45s, 30m, 1h30m or 7d");
     let mut seconds: u64 = 0;
     let mut number = String::new();
@@ -38,7 +42,7 @@ pub(crate) fn parse(text: &str) -> Result<Duration, String> {
 }
 
 /// The largest unit that still says something, as in tables: `5s`, `12m`, `3h`, `9d`.
-pub(crate) fn short(duration: Duration) -> String {
+pub fn short(duration: Duration) -> String {
     let seconds = duration.as_secs();
     match seconds {
         0..120 => format!("{seconds}s"),

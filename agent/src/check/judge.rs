@@ -1,0 +1,497 @@
+//! What the facts mean: one function a check. Nothing is asked here.
+
+use mesh_api::check::{Check, Checks};
+use mesh_core::reason::Reason;
+
+use super::{Certificate, Facts};
+use crate::status::{Status, span};
+
+/// A difference of clocks that is worth a look, and one at which certificates are judged wrongly, milliseconds.
+const OFFSET_WARN_MS: u64 = 5_000;
+const OFFSET_FAIL_MS: u64 = 60_000;
+/// An index so old has missed a night: services may have moved, and only health of calls tells.
+const STALE_FAIL_S: u64 = 86_400;
+/// Of the connections that the kernel can track, in hundredths; at 100 it drops.
+const TRACKED_WARN: u64 = 70;
+const TRACKED_FAIL: u64 = 95;
+/// Of a bound of the data path, in hundredths.
+const USED_WARN: u64 = 90;
+
+type Judge = fn(&Facts, &Status) -> Check;
+
+/// In the order in which causes come before what they cause.
+const OF_AGENT: [(&str, Judge); 13] = [
+    ("control", control),
+    ("clock", clock),
+    ("index", index),
+    ("names", names),
+    ("capture", capture),
+    ("mesh_port", mesh_port),
+    ("firewall", firewall),
+    ("peers", peers),
+    ("files", files),
+    ("workloads", workloads),
+    ("ports", ports),
+    ("plaintext", plaintext),
+    ("limits", limits),
+];
+
+pub(super) fn judge(facts: &Facts) -> Checks {
+    let mut checks = vec![agent(facts), routes(facts), clashes(facts)];
+    checks.push(conntrack(facts));
+    checks.push(certificates(facts));
+    let status = facts.status.as_ref().ok().and_then(Option::as_ref);
+    checks.extend(OF_AGENT.iter().map(|(name, judge)| match status {
+        Some(status) => judge(facts, status),
+        None => Check::skipped(name, "no agent runs"),
+    }));
+    Checks { checks }
+}
+
+fn agent(facts: &Facts) -> Check {
+    const NAME: &str = "agent";
+    let start =
+        "start it: `systemctl start mesh-agent`, or `mesh-agent run`; its log says why it ended";
+    match (&facts.membership, &facts.status) {
+        (Err(error), _) => Check::failed(NAME, error, "`mesh-agent leave`, then join again"),
+        (Ok(None), _) => Check::failed(
+            NAME,
+            "this host has not joined a mesh",
+            "`mesh-agent join <token>`; the operator makes one with `meshctl token create`",
+        ),
+        (_, Err(error)) => Check::failed(NAME, error, start),
+        (Ok(Some(_)), Ok(None)) => Check::failed(NAME, "no agent runs", start),
+        (Ok(Some(_)), Ok(Some(status))) => Check::ok(
+            NAME,
+            format!("version {} runs as host {}", status.version, status.host),
+        ),
+    }
+}
+
+/// Of the kernel, what would let nothing through, or through to the wrong place.
+fn routes(facts: &Facts) -> Check {
+    const NAME: &str = "routes";
+    let found = match &facts.kernel {
+        Ok(found) => found,
+        Err(error) => return Check::skipped(NAME, error),
+    };
+    let mut missing = found.missing.routes.clone();
+    if found.missing.link {
+        missing.push("the link of the virtual addresses, or it is down".to_owned());
+    }
+    let runs = matches!(facts.status, Ok(Some(_)));
+    if found.missing.table {
+        missing.push("the table of the packet filter".to_owned());
+    }
+    if missing.is_empty() {
+        return Check::ok(NAME, "link, routes, policy rules and packet filter stand");
+    }
+    let remedy = match runs {
+        true => {
+            "another program took it away: see which one (`ip rule`, `nft list tables`), then restart the agent"
+        }
+        false => "start the agent: it makes what is missing",
+    };
+    Check::failed(
+        NAME,
+        "calls by name can not be taken over: it is missing what leads them to the agent",
+        remedy,
+    )
+    .about(missing)
+}
+
+fn clashes(facts: &Facts) -> Check {
+    const NAME: &str = "clashes";
+    let mut found = match &facts.kernel {
+        Ok(found) => found.clashes.clone(),
+        Err(error) => return Check::skipped(NAME, error),
+    };
+    let runs = matches!(facts.status, Ok(Some(_)));
+    let listeners = facts.mesh_port.as_deref().unwrap_or_default();
+    if let Some(other) = listeners.first()
+        && !runs
+    {
+        found.push(format!(
+            "port {} is held by a program of user {} ({})",
+            facts.mesh_port_number, other.uid, other.address
+        ));
+    }
+    if found.is_empty() {
+        return Check::ok(
+            NAME,
+            "no other program uses our marks, tables, priorities or port",
+        );
+    }
+    Check::failed(
+        NAME,
+        "another program uses what is ours",
+        "set another number in agent.toml ([capture], mesh.listen_port), or in the other program",
+    )
+    .about(found)
+}
+
+fn conntrack(facts: &Facts) -> Check {
+    const NAME: &str = "conntrack";
+    let Some((count, max)) = facts.tracked else {
+        return Check::ok(NAME, "connections are not tracked");
+    };
+    let found = format!("{count} of {max} connections are tracked, by rules of other programs");
+    let remedy = "the kernel drops new connections of all programs when the table is full: raise net.netfilter.nf_conntrack_max";
+    match count.saturating_mul(100) / max.max(1) {
+        0..TRACKED_WARN => Check::ok(NAME, found),
+        TRACKED_WARN..TRACKED_FAIL => Check::warning(NAME, found, remedy),
+        _ => Check::failed(NAME, found, remedy),
+    }
+}
+
+fn certificates(facts: &Facts) -> Check {
+    const NAME: &str = "certificates";
+    let status = facts.status.as_ref().ok().and_then(Option::as_ref);
+    let leaves = status
+        .iter()
+        .flat_map(|s| s.workloads.iter().map(|w| &w.leaf).chain([&s.host_leaf]));
+    let refused: Vec<String> = leaves
+        .filter_map(|leaf| {
+            let refused = leaf.refused.as_ref()?;
+            Some(format!(
+                "{}: {}: {}",
+                leaf.identity, refused.reason, refused.message
+            ))
+        })
+        .collect();
+    if !refused.is_empty() {
+        return Check::failed(
+            NAME,
+            "control refuses to sign",
+            "`mesh-agent status` says what to do for each",
+        )
+        .about(refused);
+    }
+    let left = |c: &Certificate| c.not_after_s - facts.now_s;
+    let list = |wanted: &dyn Fn(&Certificate) -> bool| -> Vec<String> {
+        let all = facts.certificates.iter().filter(|c| wanted(c));
+        all.map(|c| match left(c) {
+            ..=0 => format!("{} ended {} ago", c.what, span(-left(c))),
+            left => format!("{} ends in {}", c.what, span(left)),
+        })
+        .collect()
+    };
+    let ended = list(&|c| left(c) <= 0);
+    if !ended.is_empty() {
+        return Check::failed(
+            NAME,
+            "certificates have ended",
+            "see `control` and `clock`: they are renewed as soon as control is reached and the clocks agree",
+        )
+        .about(ended);
+    }
+    let early = list(&|c| facts.now_s < c.not_before_s);
+    if !early.is_empty() {
+        let remedy = "set this host's clock: it is behind control's";
+        return Check::failed(NAME, "certificates are not valid yet", remedy).about(early);
+    }
+    let late = list(&|c| left(c) < (c.not_after_s - c.not_before_s) / 3);
+    if !late.is_empty() {
+        let remedy = "they should have been renewed: see `control`, and the agent's log";
+        return Check::warning(NAME, "less than a third of a life is left", remedy).about(late);
+    }
+    let autonomy = status.and_then(|s| s.autonomy_s);
+    match autonomy {
+        Some(left) => Check::ok(
+            NAME,
+            format!(
+                "all are valid; calls go on without control for {}",
+                span(left)
+            ),
+        ),
+        None => Check::ok(
+            NAME,
+            format!("{} on disk are valid", facts.certificates.len()),
+        ),
+    }
+}
+
+fn control(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "control";
+    let control = &status.control;
+    if control.stale_since_s.is_none() {
+        return Check::ok(NAME, format!("live at {}", control.address));
+    }
+    if status.is_removed() {
+        let remedy = "`mesh-agent leave`, then `mesh-agent join <token>` with a new token";
+        return Check::failed(NAME, "the operator took this host out of the mesh", remedy);
+    }
+    let error = control.last_error.as_deref().unwrap_or("no answer yet");
+    Check::failed(
+        NAME,
+        format!("not reached at {}: {error}", control.address),
+        "see whether mesh-control runs, and whether this host reaches its address and port",
+    )
+}
+
+fn clock(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "clock";
+    let Some(offset) = status.control.clock_offset_ms else {
+        return Check::skipped(NAME, "control did not tell its time yet");
+    };
+    let seconds = offset as f64 / 1000.0;
+    let way = if offset < 0 { "behind" } else { "ahead of" };
+    let found = format!("{:.1} s {way} control's", seconds.abs());
+    let remedy = "keep the clocks of all hosts by NTP (chrony, systemd-timesyncd): certificates are judged by them";
+    match offset.unsigned_abs() {
+        0..OFFSET_WARN_MS => Check::ok(NAME, found),
+        OFFSET_WARN_MS..OFFSET_FAIL_MS => Check::warning(NAME, found, remedy),
+        _ => Check::failed(NAME, found, remedy),
+    }
+}
+
+fn index(facts: &Facts, status: &Status) -> Check {
+    const NAME: &str = "index";
+    let Some(index) = &status.index else {
+        let remedy = "see `control`: no service of the mesh is known before it was reached once";
+        return Check::failed(NAME, "the services of the mesh are not known", remedy);
+    };
+    if status.policies.is_none() {
+        let remedy = "see `control`: nobody is let in before they came";
+        return Check::failed(NAME, "the policies were never received", remedy);
+    }
+    let found = format!("{} services, revision {}", index.services, index.revision);
+    let Some(since) = status.control.stale_since_s else {
+        return Check::ok(NAME, format!("{found}, as control has it"));
+    };
+    let now_s = u64::try_from(facts.now_s).unwrap_or_default();
+    let age_s = now_s.saturating_sub(since);
+    let age = span(i64::try_from(age_s).unwrap_or(i64::MAX));
+    let found = format!("{found}, {age} old");
+    let remedy = "see `control`: new and moved services are not known";
+    match age_s {
+        0..STALE_FAIL_S => Check::warning(NAME, found, remedy),
+        _ => Check::failed(NAME, found, remedy),
+    }
+}
+
+fn names(facts: &Facts, _: &Status) -> Check {
+    const NAME: &str = "names";
+    let Some(resolved) = &facts.name else {
+        return Check::skipped(
+            NAME,
+            "there is no service to ask for yet, or `dns.enabled` is false",
+        );
+    };
+    let name = &resolved.name;
+    let remedy = "the agent must be the first server of the host's resolver: look at /etc/resolv.conf, `dns.resolv_conf` and who \
+         writes the file";
+    match &resolved.answer {
+        Err(error) => Check::failed(NAME, format!("{name} is not resolved: {error}"), remedy),
+        Ok(answer) if answer.iter().any(|ip| resolved.expected.contains(ip)) => {
+            Check::ok(NAME, format!("{name} is resolved to {}", answer[0]))
+        }
+        Ok(answer) => {
+            let answer: Vec<String> = answer.iter().map(ToString::to_string).collect();
+            let found = format!(
+                "{name} is resolved to {}, which is not its address",
+                answer.join(", ")
+            );
+            Check::failed(NAME, found, remedy)
+        }
+    }
+}
+
+fn capture(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "capture";
+    match &status.capture.error {
+        Some(error) => Check::failed(
+            NAME,
+            format!("the kernel does not know the workloads: {error}"),
+            "what was before stays in force; mend the cause, the agent tries again",
+        ),
+        None if status.capture.applied => Check::ok(NAME, "the kernel knows all workloads"),
+        None => Check::warning(NAME, "it is being set up", "wait, e.g. with --wait 30s"),
+    }
+}
+
+/// Whether control could not prove that this host's agent is at its address.
+fn is_unproven(status: &Status) -> bool {
+    let mut services = status.workloads.iter().flat_map(|w| &w.services);
+    let code = Reason::AddressUnproven.code();
+    services.any(|s| s.refused.as_ref().is_some_and(|r| r.reason == code))
+}
+
+fn mesh_port(facts: &Facts, status: &Status) -> Check {
+    const NAME: &str = "mesh_port";
+    let port = facts.mesh_port_number;
+    match &facts.mesh_port {
+        Err(error) => return Check::skipped(NAME, error),
+        Ok(listeners) if listeners.is_empty() => {
+            let remedy =
+                "see `mesh.listen` and `mesh.listen_port` in agent.toml, and the agent's log";
+            return Check::failed(NAME, format!("nobody listens on port {port}"), remedy);
+        }
+        Ok(_) => {}
+    }
+    if is_unproven(status) {
+        let remedy = format!(
+            "open port {port} of {} to the other hosts and to control, or correct the address (`mesh-agent join --address`)",
+            status.address
+        );
+        let found = format!(
+            "control does not reach the agent at {} port {port}",
+            status.address
+        );
+        return Check::failed(NAME, found, remedy);
+    }
+    Check::ok(NAME, format!("the agent listens on port {port}"))
+}
+
+fn firewall(facts: &Facts, status: &Status) -> Check {
+    const NAME: &str = "firewall";
+    let drops = match &facts.kernel {
+        Ok(found) => &found.input_drops,
+        Err(error) => return Check::skipped(NAME, error),
+    };
+    let port = facts.mesh_port_number;
+    if drops.is_empty() {
+        return Check::ok(NAME, "nothing on this host drops what comes in");
+    }
+    let list = drops.join(", ");
+    if is_unproven(status) {
+        return Check::failed(
+            NAME,
+            format!("{list} drops what no rule lets in, and the mesh port is not reached"),
+            format!("let TCP to port {port} in, e.g. `nft insert rule … tcp dport {port} accept`"),
+        );
+    }
+    Check::ok(
+        NAME,
+        format!("{list} drops what no rule lets in; port {port} must be let in"),
+    )
+}
+
+fn peers(facts: &Facts, _: &Status) -> Check {
+    const NAME: &str = "peers";
+    let peers = match &facts.peers {
+        Ok(peers) => peers,
+        Err(error) => return Check::skipped(NAME, error),
+    };
+    if peers.is_empty() {
+        return Check::ok(NAME, "no other host is in use");
+    }
+    let silent = |health: &'static str| {
+        let all = peers.iter();
+        all.filter(move |p| p.took_ms.is_none() && p.health == health)
+            .map(|p| {
+                let reason = p.reason.as_deref().unwrap_or("not asked");
+                format!("{} as {}: {reason}", p.address, p.account)
+            })
+    };
+    let answering = peers.iter().filter(|p| p.took_ms.is_some()).count();
+    let found = format!(
+        "{answering} of {} agents that are in use answer",
+        peers.len()
+    );
+    let failed: Vec<String> = silent("healthy").collect();
+    if !failed.is_empty() {
+        let remedy = "see whether those agents run and whether their mesh port is open to this host; docs/reasons.md says what each reason means";
+        return Check::failed(NAME, found, remedy).about(failed);
+    }
+    let stale: Vec<String> = silent("stale").collect();
+    if !stale.is_empty() {
+        let remedy =
+            "control has lost them too: bring the hosts back, or `meshctl delete host NAME`";
+        return Check::warning(NAME, found, remedy).about(stale);
+    }
+    Check::ok(NAME, found)
+}
+
+fn files(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "files";
+    if status.file_problems.is_empty() {
+        return Check::ok(
+            NAME,
+            format!("{} workloads are declared", status.workloads.len()),
+        );
+    }
+    let remedy = "mend the files of services.d; what they said before stays in force";
+    Check::failed(NAME, "files of services.d can not be used", remedy)
+        .about(status.file_problems.iter().cloned())
+}
+
+fn workloads(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "workloads";
+    let mut found = Vec::new();
+    for workload in &status.workloads {
+        let account = &workload.account;
+        found.extend(workload.problem.iter().map(|p| format!("{account}: {p}")));
+        let services = workload.services.iter().map(|s| (&s.name, &s.refused));
+        let refused = services.filter_map(|(name, refused)| Some((name, refused.as_ref()?)));
+        let unproven = Reason::AddressUnproven.code();
+        found.extend(
+            refused
+                .filter(|(_, refused)| refused.reason != unproven)
+                .map(|(name, r)| format!("{name}: {}: {}", r.reason, r.message)),
+        );
+    }
+    if found.is_empty() {
+        return Check::ok(NAME, "all are found and listed");
+    }
+    let remedy = "`mesh-agent status` says what to do for each";
+    Check::failed(NAME, "some are not found, or not listed by control", remedy).about(found)
+}
+
+fn ports(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "ports";
+    let services = status.workloads.iter().flat_map(|w| &w.services);
+    let found: Vec<String> = services
+        .flat_map(|s| s.problems.iter().map(move |p| format!("{}: {p}", s.name)))
+        .collect();
+    if found.is_empty() {
+        return Check::ok(NAME, "each is held by the program that it belongs to");
+    }
+    let remedy = "calls to these are refused: start the right program, stop the stranger, or correct the file";
+    Check::failed(
+        NAME,
+        "ports are not served by the program that they belong to",
+        remedy,
+    )
+    .about(found)
+}
+
+fn plaintext(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "plaintext";
+    let services = status.workloads.iter().flat_map(|w| &w.services);
+    let beyond = services.filter(|s| !s.plaintext.is_empty());
+    let found: Vec<String> = beyond
+        .map(|s| {
+            format!(
+                "{} goes on to {} in plaintext",
+                s.name,
+                s.plaintext.join(", ")
+            )
+        })
+        .collect();
+    if found.is_empty() {
+        return Check::ok(NAME, "no service goes on in plaintext beyond this host");
+    }
+    let remedy = "let the servers join where they can; else let only this host reach them";
+    Check::warning(NAME, "calls leave this host without encryption", remedy).about(found)
+}
+
+fn limits(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "limits";
+    let near = status
+        .in_use
+        .iter()
+        .filter(|u| u.max > 0 && USED_WARN <= u.used.saturating_mul(100) / u.max);
+    let near: Vec<String> = near
+        .map(|u| format!("{}: {} of {}", u.limit, u.used, u.max))
+        .collect();
+    if near.is_empty() {
+        return Check::ok(NAME, "no bound is near");
+    }
+    let remedy =
+        "new calls are refused with `overloaded` at the bound: see docs/reference.md, Bounds";
+    Check::warning(NAME, "bounds of the data path are nearly reached", remedy).about(near)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,370 @@
+//! What an operator would look at in a mesh, named and judged: `meshctl check`.
+
+use std::collections::BTreeSet;
+
+use mesh_api::check::{Check, Checks};
+use mesh_core::policy::{Caller, Enforce, Level, PolicySet};
+use mesh_core::reason::Reason;
+use mesh_runtime::clock::rfc3339;
+use mesh_runtime::tls::leaf::validity;
+use serde_json::{Value, json};
+
+use crate::catalogue::{Catalogue, authz, warnings};
+use crate::clock;
+use crate::control::Control;
+
+/// Days of life left at which an authority's certificate is a warning, and at which it has failed: time to plan, and
+/// time to act.
+const AUTHORITY_WARN_S: i64 = 60 * 86_400;
+const AUTHORITY_FAIL_S: i64 = 7 * 86_400;
+
+/// What the checks are made of.
+struct Facts<'a> {
+    now: &'a Catalogue,
+    now_s: i64,
+    /// Root and issuer, with begin and end.
+    authorities: Vec<(&'static str, i64, i64)>,
+    autonomy_s: u64,
+    /// Hosts that fell silent together and are held as live.
+    held: u64,
+}
+
+/// The answer, with the time that a caller compares its clock with.
+pub(crate) fn answer(control: &Control) -> Value {
+    let now = control.writer.now();
+    let authorities = [("root", &control.ca.root), ("issuer", control.ca.issuer())];
+    let authorities = authorities.into_iter().filter_map(|(name, der)| {
+        let (begin, end) = validity(der).ok()?;
+        Some((name, begin, end))
+    });
+    let facts = Facts {
+        now: &now,
+        now_s: clock::now_s().cast_signed(),
+        authorities: authorities.collect(),
+        autonomy_s: control.leaves.autonomy().as_secs(),
+        held: control.leases.held(),
+    };
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "timeMs": clock::now_ms(),
+        "checks": judge(&facts).checks,
+    })
+}
+
+fn judge(facts: &Facts<'_>) -> Checks {
+    let policies = authz::policies(facts.now);
+    Checks {
+        checks: vec![
+            certificates(facts),
+            hosts(facts),
+            addresses(facts),
+            versions(facts),
+            reports(facts),
+            endpoints(facts),
+            rules(&policies),
+            everyone(facts, &policies),
+            audit(&policies),
+            unmatched(facts),
+            transport(facts),
+            plaintext(facts),
+        ],
+    }
+}
+
+fn certificates(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "certificates";
+    let mut failed = Vec::new();
+    let mut late = Vec::new();
+    for (name, begin, end) in &facts.authorities {
+        let left = end - facts.now_s;
+        let line = format!("the {name} ends {}", rfc3339(end.cast_unsigned()));
+        if left < AUTHORITY_FAIL_S {
+            failed.push(line);
+        } else if left < AUTHORITY_WARN_S.min((end - begin) / 3) {
+            late.push(line);
+        }
+    }
+    let remedy = "no certificate lives longer than what issued it: make a new authority in time (docs/operations.md)";
+    if !failed.is_empty() {
+        return Check::failed(NAME, "the authority ends within a week, or has", remedy)
+            .about(failed);
+    }
+    if !late.is_empty() {
+        return Check::warning(NAME, "the authority is near its end", remedy).about(late);
+    }
+    let ends = facts.authorities.iter().map(|(_, _, end)| *end).min();
+    Check::ok(
+        NAME,
+        format!(
+            "root and issuer live until {} at least; hosts run without control for {} h",
+            rfc3339(ends.unwrap_or_default().max(0).cast_unsigned()),
+            facts.autonomy_s / 3600
+        ),
+    )
+}
+
+fn hosts(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "hosts";
+    let all = facts.now.hosts.values();
+    let stale = all.filter(|h| !h.live).map(|h| {
+        let since = rfc3339(h.since_s);
+        format!("{} ({}), silent since {since}", h.name, h.address)
+    });
+    let stale: Vec<String> = stale.collect();
+    if 0 < facts.held {
+        let remedy = "suspect control's own network first; their endpoints are kept for 10 minutes";
+        let found = format!("{} hosts fell silent at once", facts.held);
+        return Check::failed(NAME, found, remedy).about(stale);
+    }
+    let count = facts.now.hosts.len();
+    if stale.is_empty() {
+        return Check::ok(NAME, format!("all {count} are live"));
+    }
+    let found = format!("{} of {count} are silent", stale.len());
+    let remedy = "bring them back (`mesh-agent check` there), or `meshctl delete host NAME`";
+    Check::warning(NAME, found, remedy).about(stale)
+}
+
+fn addresses(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "addresses";
+    let all = facts.now.hosts.values();
+    let unproven = all.filter(|h| h.live && h.doubted && !h.proven);
+    let unproven: Vec<String> = unproven
+        .map(|h| format!("{} at {} port {}", h.name, h.address, h.mesh_port))
+        .collect();
+    if unproven.is_empty() {
+        return Check::ok(NAME, "the agents of all live hosts that serve were reached");
+    }
+    let remedy = "open the port to control and to the other hosts, or let the host join with its right `--address`";
+    let found = "control does not reach the agents of these hosts: what they serve is not listed";
+    Check::failed(NAME, found, remedy).about(unproven)
+}
+
+fn versions(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "versions";
+    let own = env!("CARGO_PKG_VERSION");
+    let all = facts.now.hosts.values();
+    let others = all.filter(|h| h.live && !h.version.is_empty() && minor(&h.version) != minor(own));
+    let others: Vec<String> = others
+        .map(|h| format!("{} has {}", h.name, h.version))
+        .collect();
+    if others.is_empty() {
+        return Check::ok(NAME, format!("all live hosts have {}", minor(own)));
+    }
+    let remedy = "one minor version apart works: upgrade control first, then the hosts";
+    Check::warning(
+        NAME,
+        format!("hosts have another version than control ({own})"),
+        remedy,
+    )
+    .about(others)
+}
+
+/// `0.1` of `0.1.7`.
+fn minor(version: &str) -> &str {
+    let mut dots = version.match_indices('.');
+    let second = dots.nth(1).map_or(version.len(), |(at, _)| at);
+    &version[..second]
+}
+
+fn reports(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "reports";
+    let mut found = Vec::new();
+    for host in facts.now.hosts.values().filter(|h| h.live) {
+        let problems = facts.now.problems_of(host).into_iter();
+        // That is a check of its own.
+        let problems = problems.filter(|p| p.reason != Reason::AddressUnproven);
+        found.extend(problems.map(|p| format!("{}: {}: {}", host.name, p.reason, p.message)));
+    }
+    if found.is_empty() {
+        return Check::ok(NAME, "all that hosts offer is listed");
+    }
+    let remedy =
+        "mend what each line says on its host; docs/reasons.md says what each reason means";
+    Check::failed(NAME, "hosts offer what is not listed", remedy).about(found)
+}
+
+fn endpoints(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "endpoints";
+    let answers = |name| {
+        let known = facts.now.endpoints_of(name);
+        known.is_some_and(|e| {
+            let healthy = mesh_core::service::Health::Healthy;
+            e.list.iter().any(|e| e.health == healthy)
+        })
+    };
+    let names = facts.now.services.keys();
+    let without: Vec<String> = names
+        .filter(|name| !answers(name))
+        .map(ToString::to_string)
+        .collect();
+    if without.is_empty() {
+        let count = facts.now.services.len();
+        return Check::ok(NAME, format!("each of {count} services is served"));
+    }
+    let remedy = "start their programs and hosts, or `meshctl delete service NAME`";
+    Check::warning(NAME, "services are served by no live host", remedy).about(without)
+}
+
+fn rules(policies: &PolicySet) -> Check {
+    const NAME: &str = "policies";
+    if policies.policies.iter().all(|p| p.rules.is_empty()) {
+        let remedy = "apply a policy (docs/reference.md, Resources): without a rule nobody may call anything";
+        return Check::failed(
+            NAME,
+            "no policy allows anything: all calls are denied",
+            remedy,
+        );
+    }
+    Check::ok(NAME, format!("{} are in force", policies.policies.len()))
+}
+
+fn everyone(facts: &Facts<'_>, policies: &PolicySet) -> Check {
+    const NAME: &str = "policy_everyone";
+    let own = &facts.now.settings.trust_domain;
+    let lets_all = |caller: &Caller| matches!(caller, Caller::TrustDomain(td) if td == own);
+    let wide = policies.policies.iter().filter(|policy| {
+        policy.level == Level::Mesh && policy.rules.iter().any(|r| r.callers.iter().any(lets_all))
+    });
+    let wide: Vec<String> = wide.map(|p| p.name.to_string()).collect();
+    if wide.is_empty() {
+        return Check::ok(NAME, "no mesh-wide policy lets everyone in");
+    }
+    let names = facts.now.services.keys();
+    let open = names.filter(|name| {
+        let deciding = mesh_core::policy::deciding(policies, name);
+        deciding.iter().any(|p| p.level == Level::Mesh)
+    });
+    let open: Vec<String> = open.map(ToString::to_string).collect();
+    let found = format!(
+        "policy {} lets everyone of the mesh call {} of {} services",
+        wide.join(", "),
+        open.len(),
+        facts.now.services.len()
+    );
+    let remedy = "give each namespace or service a policy of its own, with `enforce: audit` first, then delete this one";
+    Check::warning(NAME, found, remedy).about(open)
+}
+
+fn audit(policies: &PolicySet) -> Check {
+    const NAME: &str = "policy_audit";
+    let audited = policies.policies.iter();
+    let audited = audited.filter(|p| p.enforce == Enforce::Audit);
+    let audited: Vec<String> = audited
+        .map(|p| format!("{} of {}", p.name, p.level))
+        .collect();
+    if audited.is_empty() {
+        return Check::ok(NAME, "all policies are enforced");
+    }
+    let remedy = "look at what they would refuse (`meshctl edges`), then set `enforce: on`";
+    Check::warning(NAME, "policies only count what they would refuse", remedy).about(audited)
+}
+
+fn unmatched(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "policy_unmatched";
+    let policies = facts.now.policies.values();
+    let found = policies.filter_map(|policy| {
+        let why = warnings::unmatched(facts.now, &policy.object)?;
+        Some(format!("{}: {why}", policy.object.metadata.name))
+    });
+    let found: Vec<String> = found.collect();
+    if found.is_empty() {
+        return Check::ok(NAME, "each policy decides about a service");
+    }
+    let remedy = "correct the name, or delete the policy";
+    Check::warning(NAME, "policies decide about nothing", remedy).about(found)
+}
+
+fn transport(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "transport";
+    let services = facts.now.services.values();
+    let unenforced = services.filter(|s| warnings::is_unenforced(s));
+    let unenforced: Vec<String> = unenforced.map(|s| s.name.to_string()).collect();
+    if unenforced.is_empty() {
+        return Check::ok(NAME, "what is said of transport holds");
+    }
+    Check::warning(NAME, "`strict` is said and does not hold", warnings::STRICT).about(unenforced)
+}
+
+fn plaintext(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "plaintext";
+    let mut found = BTreeSet::new();
+    for host in facts.now.hosts.values() {
+        for (_, offer) in host.offers().filter(|(_, o)| !o.plaintext.is_empty()) {
+            let beyond: Vec<String> = offer.plaintext.iter().map(ToString::to_string).collect();
+            found.insert(format!(
+                "{} goes on in plaintext beyond {} to {}",
+                offer.service,
+                host.name,
+                beyond.join(", ")
+            ));
+        }
+    }
+    if found.is_empty() {
+        return Check::ok(NAME, "every edge that is known is mTLS");
+    }
+    let remedy =
+        "let the servers join where they can; else let only the hosts that front them reach them";
+    Check::warning(NAME, "calls are carried without encryption", remedy).about(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use mesh_api::check::Verdict;
+
+    use super::*;
+    use crate::catalogue::objects::Settings;
+
+    const NOW_S: i64 = 1_800_000_000;
+    const DAY_S: i64 = 86_400;
+
+    fn verdicts(change: impl FnOnce(&mut Facts<'_>)) -> BTreeMap<String, Verdict> {
+        let settings = Settings {
+            trust_domain: "corp.example.com".parse().unwrap(),
+            dns_suffix: "mesh.internal".to_owned(),
+            vip4_range: "252.64.0.0/12".to_owned(),
+            vip6_range: "fd6d:6573:6800::/64".to_owned(),
+            addresses: vec![],
+            bundle: 1,
+        };
+        let mut facts = Facts {
+            now: &Catalogue::new(7, settings),
+            now_s: NOW_S,
+            authorities: vec![
+                ("root", NOW_S - 365 * DAY_S, NOW_S + 9 * 365 * DAY_S),
+                ("issuer", NOW_S - DAY_S, NOW_S + 364 * DAY_S),
+            ],
+            autonomy_s: 115_200,
+            held: 0,
+        };
+        change(&mut facts);
+        let checks = judge(&facts).checks;
+        checks.into_iter().map(|c| (c.name, c.verdict)).collect()
+    }
+
+    #[test]
+    fn an_authority_is_named_in_time() {
+        let with = |left: i64| verdicts(|f| f.authorities[1].2 = NOW_S + left)["certificates"];
+        assert_eq!(with(364 * DAY_S), Verdict::Ok);
+        assert_eq!(with(60 * DAY_S), Verdict::Ok);
+        assert_eq!(with(60 * DAY_S - 1), Verdict::Warning);
+        assert_eq!(with(7 * DAY_S - 1), Verdict::Failed);
+        assert_eq!(with(-1), Verdict::Failed);
+        // One that lives for a month only is no cause for a warning on its first day.
+        let short = |left: i64| {
+            verdicts(|f| f.authorities = vec![("issuer", NOW_S + left - 30 * DAY_S, NOW_S + left)])
+        };
+        assert_eq!(short(29 * DAY_S)["certificates"], Verdict::Ok);
+        assert_eq!(short(9 * DAY_S)["certificates"], Verdict::Warning);
+    }
+
+    #[test]
+    fn an_empty_mesh_lets_nobody_in_and_silence_at_once_is_suspected() {
+        let found = verdicts(|f| f.held = 3);
+        assert_eq!(found["policies"], Verdict::Failed);
+        assert_eq!(found["hosts"], Verdict::Failed);
+        assert_eq!(verdicts(|_| ())["hosts"], Verdict::Ok);
+    }
+}

@@ -1,0 +1,61 @@
+//! Who may call what, by the policies of now. Called agents decide; this says what they will.
+
+use std::sync::Arc;
+
+use mesh_core::identity::SpiffeId;
+use mesh_core::names::ServiceName;
+use mesh_core::policy::{Level, PolicySet, Target, authorize};
+
+use super::Catalogue;
+
+/// What the policies say of one call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Decision {
+    /// `allowed`, `audited` or `denied`.
+    pub outcome: &'static str,
+    /// `policy/rule` that allows, else the policies that decided.
+    pub by: String,
+}
+
+/// All policies, as called agents have them.
+pub(crate) fn policies(now: &Catalogue) -> PolicySet {
+    select(now, |_| true)
+}
+
+/// The policies that may decide about one service.
+pub(crate) fn policies_of(now: &Catalogue, service: &ServiceName) -> PolicySet {
+    select(now, |level| match level {
+        Level::Service(name) => name == service,
+        Level::Namespace(namespace) => *namespace == service.namespace,
+        Level::Mesh => true,
+    })
+}
+
+fn select(now: &Catalogue, wanted: impl Fn(&Level) -> bool) -> PolicySet {
+    let own = &now.settings.trust_domain;
+    // They were checked when they came.
+    let all = now.policies.values();
+    let all = all.filter_map(|policy| policy.object.to_core(own).ok());
+    PolicySet {
+        revision: now.policies_revision,
+        policies: all.filter(|p| wanted(&p.level)).map(Arc::new).collect(),
+    }
+}
+
+/// What the called agent will decide.
+pub(crate) fn decide(policies: &PolicySet, caller: &SpiffeId, target: Target) -> Decision {
+    match authorize(policies, caller, target) {
+        Ok(permit) => Decision {
+            outcome: if permit.audited() {
+                "audited"
+            } else {
+                "allowed"
+            },
+            by: permit.rule().to_owned(),
+        },
+        Err(denial) => Decision {
+            outcome: "denied",
+            by: denial.decided_by,
+        },
+    }
+}

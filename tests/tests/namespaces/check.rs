@@ -1,0 +1,212 @@
+//! `mesh-agent check`: where all is well nothing fails, and whatever is broken on a host is named by its check.
+
+use std::collections::BTreeMap;
+
+use meshwork_tests::agent::Agent;
+use meshwork_tests::control::{Control, TokenOptions};
+use meshwork_tests::servers;
+use meshwork_tests::site::Site;
+use meshwork_tests::wait::{SOON, check, wait_until};
+use serde_json::Value;
+
+use crate::pair::{Pair, mesh_name, owner};
+
+/// The verdict of each check, and what it found.
+fn checks(agent: &Agent) -> BTreeMap<String, (String, String)> {
+    let output = agent.command("check -o json");
+    let value: Value =
+        serde_json::from_str(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output}"));
+    let all = value["checks"].as_array().expect("checks").iter();
+    let text = |check: &Value, field: &str| check[field].as_str().unwrap_or_default().to_owned();
+    let all: BTreeMap<_, _> = all
+        .map(|c| {
+            let details = c.get("details").map(Value::to_string).unwrap_or_default();
+            let found = format!("{} {details}", text(c, "found"));
+            (text(c, "name"), (text(c, "verdict"), found))
+        })
+        .collect();
+    let failed = all.values().any(|(verdict, _)| verdict == "failed");
+    assert_eq!(output.status.code(), Some(i32::from(failed)), "{output}");
+    all
+}
+
+/// Waits until exactly these checks came out so; all others are ok.
+#[track_caller]
+fn wait_only(agent: &Agent, expected: &[(&str, &str, &str)]) {
+    wait_until(&format!("{expected:?}"), SOON, || {
+        let all = checks(agent);
+        for (name, (verdict, found)) in &all {
+            let wanted = expected.iter().find(|(wanted, ..)| wanted == name);
+            let (wanted, word) = wanted.map_or(("ok", ""), |(_, verdict, word)| (*verdict, *word));
+            check(
+                verdict == wanted && found.contains(word),
+                format!("{name} is {verdict}: {found}, of {all:?}"),
+            )?;
+        }
+        Ok(())
+    });
+}
+
+#[track_caller]
+fn called(pair: &Pair) {
+    let call = format!("curl -sS -m 10 http://{}/", mesh_name("web"));
+    assert_eq!(pair.ok(&call), "hello\n");
+}
+
+#[test]
+fn what_is_broken_on_a_host_is_named() {
+    let mut pair = Pair::new("check_broken");
+    let web = pair.web("http", "");
+    called(&pair);
+    wait_only(&pair.client, &[]);
+    wait_only(&pair.server, &[]);
+    let page = pair.client.command("check").ok();
+    let lines = [
+        "ok       agent ",
+        "ok       peers         1 of 1 agents that are in use answer\n",
+        "ok       names         web.shop.mesh.internal is resolved to ",
+        "\n0 failed, 0 warnings, 0 skipped, 18 ok\n",
+    ];
+    for line in lines {
+        assert!(page.contains(line), "{line} is missing:\n{page}");
+    }
+    let client = &pair.client.host.clone();
+
+    client.ok("ip rule add priority 100 fwmark 0x1/0x1 lookup 100");
+    wait_only(&pair.client, &[("clashes", "failed", "before ours does")]);
+    client.ok("ip rule del priority 100");
+    client.ok("ip route add 192.0.2.0/24 dev lo table 7441");
+    wait_only(&pair.client, &[("clashes", "failed", "not ours")]);
+    client.ok("ip route del 192.0.2.0/24 dev lo table 7441");
+
+    client.ok("ip rule del priority 744");
+    wait_only(
+        &pair.client,
+        &[("routes", "failed", "policy rule by mark (IPv4)")],
+    );
+    client.ok("ip rule add priority 744 fwmark 0x4d008000/0xffff8000 lookup 7441");
+    wait_only(&pair.client, &[]);
+
+    let resolver = client.resolv_conf();
+    let wired = std::fs::read_to_string(&resolver).unwrap();
+    std::fs::write(
+        &resolver,
+        "nameserver 127.0.0.9\noptions timeout:1 attempts:1\n",
+    )
+    .unwrap();
+    wait_only(&pair.client, &[("names", "failed", "is not resolved")]);
+    std::fs::write(&resolver, wired).unwrap();
+    wait_only(&pair.client, &[]);
+
+    pair.client
+        .write_file("wrong.toml", "nmespace = \"shop\"\n");
+    wait_only(&pair.client, &[("files", "failed", "wrong.toml")]);
+    std::fs::remove_file(client.dir().join("services.d/wrong.toml")).unwrap();
+    wait_only(&pair.client, &[]);
+
+    // A stranger takes the port of a service whose program is gone.
+    drop(web);
+    let stranger = pair
+        .server
+        .host
+        .cmd("exec /usr/bin/python3 -m http.server 80");
+    let stranger = stranger.cgroup("stranger").spawn("stranger");
+    pair.server.host.wait_listening(80, SOON);
+    wait_only(
+        &pair.server,
+        &[("ports", "failed", "held by another program")],
+    );
+    drop(stranger);
+    let locations = "location / { return 200 \"hello\\n\"; }";
+    let _web = servers::nginx(&pair.server.host, "web", 80, locations);
+
+    pair.server.kill9();
+    wait_until("the loss of the peer", SOON, || {
+        let (verdict, found) = checks(&pair.client)["peers"].clone();
+        check(
+            found.contains("peer_unreachable"),
+            format!("{verdict}: {found}"),
+        )
+    });
+    let alone = checks(&pair.server);
+    assert_eq!(alone["agent"].0, "failed", "{alone:?}");
+    assert_eq!(alone["control"].0, "skipped", "{alone:?}");
+    assert_eq!(
+        alone["routes"].0, "failed",
+        "its table went with it: {alone:?}"
+    );
+    // It waits for the agent that somebody starts meanwhile.
+    let again = std::thread::scope(|scope| {
+        let server = &pair.server;
+        let waits = scope.spawn(|| server.command("check --wait 60s"));
+        let mut again = Agent::new(&server.host);
+        again.start();
+        let output = waits.join().expect("the command");
+        assert!(output.ok().contains("ok       agent "));
+        again
+    });
+    wait_only(&again, &[]);
+}
+
+#[test]
+fn a_lost_control_and_an_old_index_are_named() {
+    let mut pair = Pair::new("check_control_lost");
+    let _web = pair.web("http", "");
+    called(&pair);
+    wait_only(&pair.client, &[]);
+    pair.control.kill9();
+    wait_until("the agent to miss control", Control::NOTICED, || {
+        let all = checks(&pair.client);
+        let (control, index) = (&all["control"], &all["index"]);
+        check(
+            control.0 == "failed" && index.0 == "warning" && index.1.contains(" old"),
+            format!("{all:?}"),
+        )
+    });
+    pair.control.run();
+    wait_only(&pair.client, &[]);
+}
+
+/// The firewall drops what comes in: control can not prove the address, and both are said.
+#[test]
+fn a_firewall_before_the_mesh_port_is_named() {
+    let site = Site::new("check_firewall");
+    let control = Control::start(&site);
+    let host = site.host("closed");
+    host.ok(
+        "nft add table inet filter && \
+         nft 'add chain inet filter input { type filter hook input priority 0 ; policy drop ; }' && \
+         nft add rule inet filter input iif lo accept && \
+         nft add rule inet filter input ct state established accept && \
+         nft add rule inet filter input meta l4proto ipv6-icmp accept",
+    );
+    let agent = control.join(&host, &TokenOptions::default());
+    let nginx = servers::nginx(&host, "web", 80, "location / { return 200 \"x\"; }");
+    agent.serve("web", &owner("web"), &[(80, "http")]);
+    wait_until("the doubt of control", Control::NOTICED, || {
+        let all = checks(&agent);
+        let failed = |name: &str| all[name].0 == "failed";
+        check(
+            failed("mesh_port") && failed("firewall"),
+            format!("{all:?}"),
+        )
+    });
+    let all = checks(&agent);
+    assert!(
+        all["firewall"]
+            .1
+            .contains("chain `input` of table `filter`"),
+        "{all:?}"
+    );
+    // Its rules track connections, which is said, and is no fault.
+    assert!(all["conntrack"].1.contains("are tracked"), "{all:?}");
+    host.ok("nft insert rule inet filter input tcp dport 7441 accept");
+    wait_until("the proof", Control::NOTICED, || {
+        let all = checks(&agent);
+        check(
+            all["mesh_port"].0 == "ok" && all["firewall"].0 == "ok",
+            format!("{all:?}"),
+        )
+    });
+    drop(nginx);
+}
