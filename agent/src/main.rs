@@ -108,7 +108,7 @@ enum Command {
     },
     /// Say what would happen to a call: identity, rule, endpoints
     #[command(
-        after_help = "Exit codes: 0 the call is carried, or does not concern the mesh; 1 it is refused, or it can not be told."
+        after_help = "Exit codes: 0 the call is carried, or does not concern the mesh; 1 it is refused for a caller, or it can not be told; 2 what was typed is wrong."
     )]
     Explain {
         /// A name, an address or a URL, e.g. web.shop.mesh.internal:80, shop/web, 252.64.0.2:80

@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 use crate::audit::{Actor, Audit};
 use crate::ca::{Ca, LeafOrder};
 use crate::catalogue::objects::Settings;
+use crate::clocks::Clocks;
 use crate::config::{Config, Leaves};
 use crate::edges::Edges;
 use crate::lease::{LeaseHandle, LeaseLoop};
@@ -33,6 +34,7 @@ pub(crate) struct Control {
     pub leases: LeaseHandle,
     pub edges: Edges,
     pub limits: Limits,
+    pub clocks: Clocks,
     pub audit: Arc<Audit>,
     pub metrics: Arc<Metrics>,
     /// The tasks of sessions.
@@ -84,6 +86,7 @@ impl Control {
             leases,
             edges: Edges::default(),
             limits: Limits::default(),
+            clocks: Clocks::default(),
             audit,
             metrics,
             sessions: TaskTracker::new(),

@@ -19,6 +19,7 @@ mod auth;
 mod ca;
 mod catalogue;
 mod clock;
+mod clocks;
 mod config;
 mod control;
 mod edges;

@@ -99,11 +99,22 @@ impl Agent {
     /// Starts it without waiting.
     #[track_caller]
     pub fn spawn(&mut self) {
+        self.spawn_by(&[]);
+    }
+
+    /// Starts it with a wall clock that is so many seconds off; nothing else of the host is.
+    #[track_caller]
+    pub fn start_off_clock(&mut self, seconds: i64) {
+        let offset = format!("{seconds:+}s");
+        self.spawn_by(&["faketime", "--exclude-monotonic", "-f", &offset]);
+        self.wait_ready();
+    }
+
+    fn spawn_by(&mut self, wrapper: &[&str]) {
         let program = binary("mesh-agent").display().to_string();
         let config = self.config().display().to_string();
-        let command = self
-            .host
-            .program([program, "--config".to_owned(), config, "run".to_owned()]);
+        let own = [&program, "--config", &config, "run"];
+        let command = self.host.program(wrapper.iter().copied().chain(own));
         self.process = Some(command.cgroup("agent").spawn("agent"));
     }
 

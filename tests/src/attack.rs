@@ -40,17 +40,15 @@ struct Attack {
 }
 
 /// Runs all six.
-pub fn run() {
-    crate::sweep::demo();
-    let site = Site::demo(false);
-    let mut attack = Attack::prepare(&site);
+pub fn run(site: &Site) {
+    let mut attack = Attack::prepare(site);
     attack.stolen_token();
     attack.forged_certificate();
     let evil = attack.foreign_service();
     attack.unnamed_caller();
     attack.removed_host(evil);
     attack.forged_listener();
-    println!("\nSix attacks failed; everything that was made for them is removed.");
+    println!("\nSix attacks failed.");
 }
 
 impl Attack {
@@ -106,17 +104,21 @@ impl Attack {
         title(self.step, text);
     }
 
-    /// Shows the last line that has all these words: what an operator sees.
-    fn operator_sees(&self, host: &Host, command: &str, text: impl Fn() -> String, words: &[&str]) {
-        let line = wait_until(&format!("a line with {words:?}"), Control::NOTICED, || {
+    /// Shows the last line that has all these words, and the check that it belongs to: what an operator sees.
+    fn operator_sees(host: &Host, command: &str, text: impl Fn() -> String, words: &[&str]) {
+        let found = wait_until(&format!("a line with {words:?}"), Control::NOTICED, || {
             let text = text();
-            let mut lines = text.lines().rev();
-            let line = lines.find(|line| words.iter().all(|word| line.contains(word)));
-            line.map(|line| line.trim().to_owned()).ok_or(text.clone())
+            let lines: Vec<&str> = text.lines().collect();
+            let has = |line: &&str| words.iter().all(|word| line.contains(word));
+            let at = lines.iter().rposition(has).ok_or_else(|| text.clone())?;
+            let check = lines[..at].iter().rev().find(|line| !line.starts_with(' '));
+            let check = check.filter(|_| lines[at].starts_with(' '));
+            let shown = check.into_iter().chain([&lines[at]]);
+            Ok(shown.copied().collect::<Vec<_>>().join("\n"))
         });
         println!("\nThe operator sees:");
         shown(host, command);
-        println!("{line}");
+        println!("{found}");
     }
 
     fn stolen_token(&mut self) {
@@ -131,7 +133,7 @@ impl Attack {
         print!("{}", output.stderr);
         let control = &self.control;
         let audit = || control.meshctl("get audit --limit 20").ok();
-        self.operator_sees(
+        Self::operator_sees(
             &control.host,
             "meshctl get audit",
             audit,
@@ -154,7 +156,7 @@ impl Attack {
         assert_ne!(end, "accepted", "a forged certificate was taken");
         println!("{end}");
         let (host, log) = (&self.server.host, || self.server.log());
-        self.operator_sees(host, "journalctl -u mesh-agent", log, &["untrusted_issuer"]);
+        Self::operator_sees(host, "journalctl -u mesh-agent", log, &["untrusted_issuer"]);
     }
 
     fn foreign_service(&mut self) -> Agent {
@@ -172,7 +174,7 @@ impl Attack {
         );
         let control = &self.control;
         let found = || control.meshctl("check").stdout;
-        self.operator_sees(
+        Self::operator_sees(
             &control.host,
             "meshctl check",
             found,
@@ -195,7 +197,7 @@ impl Attack {
         assert!(refused, "a caller without a rule was let in");
         let (host, log) = (&self.server.host, || self.server.log());
         let words = ["not_allowed", "only-the-client"];
-        self.operator_sees(host, "journalctl -u mesh-agent", log, &words);
+        Self::operator_sees(host, "journalctl -u mesh-agent", log, &words);
     }
 
     fn removed_host(&mut self, mut evil: Agent) {
@@ -207,7 +209,7 @@ impl Attack {
         evil.spawn();
         let control = &self.control;
         let audit = || control.meshctl("get audit --limit 20").ok();
-        self.operator_sees(&control.host, "meshctl get audit", audit, &["host_revoked"]);
+        Self::operator_sees(&control.host, "meshctl get audit", audit, &["host_revoked"]);
         let hosts = control.meshctl("get hosts").ok();
         assert!(
             !hosts.contains("evil"),
@@ -223,7 +225,7 @@ impl Attack {
         let line = "exec /usr/bin/python3 -m http.server 80";
         shown(host, "su stranger -c 'python3 -m http.server 80'");
         // Ports below 1024 are anybody's in this network namespace, as where `ip_unprivileged_port_start` is 0.
-        host.ok("sysctl -q -w net.ipv4.ip_unprivileged_port_start=0");
+        host.ok("echo 0 > /proc/sys/net/ipv4/ip_unprivileged_port_start");
         let _forged = host
             .cmd(line)
             .user(STRANGER)
@@ -242,7 +244,7 @@ impl Attack {
         shown(client, "curl -i http://web.shop.mesh.internal/");
         print!("{answer}");
         let found = || self.server.command("check").stdout;
-        self.operator_sees(
+        Self::operator_sees(
             host,
             "mesh-agent check",
             found,

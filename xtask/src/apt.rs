@@ -66,6 +66,7 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("ufw", "ufw"),
     ("firewalld", "firewalld"),
     ("dbus-daemon", "dbus-daemon"),
+    ("faketime", "faketime"),
 ];
 
 /// A second reader of HTTP/1 beside ours.

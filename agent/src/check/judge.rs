@@ -135,6 +135,9 @@ fn conntrack(facts: &Facts) -> Check {
     let Some((count, max)) = facts.tracked else {
         return Check::ok(NAME, "connections are not tracked");
     };
+    if count == 0 {
+        return Check::ok(NAME, "no connection is tracked");
+    }
     let found = format!("{count} of {max} connections are tracked, by rules of other programs");
     let remedy = "the kernel drops new connections of all programs when the table is full: raise net.netfilter.nf_conntrack_max";
     match count.saturating_mul(100) / max.max(1) {
@@ -445,7 +448,22 @@ fn ports(_: &Facts, status: &Status) -> Check {
         .flat_map(|s| s.problems.iter().map(move |p| format!("{}: {p}", s.name)))
         .collect();
     if found.is_empty() {
-        return Check::ok(NAME, "each is held by the program that it belongs to");
+        // The input door looks at what comes from other hosts.
+        let own = status.workloads.iter().flat_map(|w| &w.services);
+        let own = own.filter(|s| s.plaintext.is_empty());
+        let own: Vec<String> = own
+            .flat_map(|s| s.ports.iter().map(u16::to_string))
+            .collect();
+        return Check::ok(
+            NAME,
+            match own.len() {
+                0 => "no program of this host serves".to_owned(),
+                _ => format!(
+                    "each is held by the program that it belongs to; other programs of this host reach {} on loopback, past policy",
+                    own.join(", ")
+                ),
+            },
+        );
     }
     let remedy = "calls to these are refused: start the right program, stop the stranger, or correct the file";
     Check::failed(

@@ -11,12 +11,17 @@ use serde_json::{Value, json};
 
 use crate::catalogue::{Catalogue, authz, warnings};
 use crate::clock;
+use crate::clocks::Offsets;
 use crate::control::Control;
 
 /// Days of life left at which an authority's certificate is a warning, and at which it has failed: time to plan, and
 /// time to act.
 const AUTHORITY_WARN_S: i64 = 60 * 86_400;
 const AUTHORITY_FAIL_S: i64 = 7 * 86_400;
+
+/// A difference of clocks that is worth a look, and one at which certificates are judged wrongly, milliseconds.
+const OFFSET_WARN_MS: u64 = 5_000;
+const OFFSET_FAIL_MS: u64 = 60_000;
 
 /// What the checks are made of.
 struct Facts<'a> {
@@ -27,6 +32,7 @@ struct Facts<'a> {
     autonomy_s: u64,
     /// Hosts that fell silent together and are held as live.
     held: u64,
+    clocks: Offsets,
 }
 
 /// The answer, with the time that a caller compares its clock with.
@@ -43,6 +49,7 @@ pub(crate) fn answer(control: &Control) -> Value {
         authorities: authorities.collect(),
         autonomy_s: control.leaves.autonomy().as_secs(),
         held: control.leases.held(),
+        clocks: control.clocks.all(),
     };
     json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -57,6 +64,7 @@ fn judge(facts: &Facts<'_>) -> Checks {
         checks: vec![
             certificates(facts),
             hosts(facts),
+            host_clocks(facts),
             addresses(facts),
             versions(facts),
             reports(facts),
@@ -123,6 +131,33 @@ fn hosts(facts: &Facts<'_>) -> Check {
     let found = format!("{} of {count} are silent", stale.len());
     let remedy = "bring them back (`mesh-agent check` there), or `meshctl delete host NAME`";
     Check::warning(NAME, found, remedy).about(stale)
+}
+
+fn host_clocks(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "host_clocks";
+    let off = |least_ms: u64| -> Vec<String> {
+        let off = facts.clocks.iter();
+        let off = off.filter(|(_, offset)| least_ms <= offset.unsigned_abs());
+        off.filter_map(|(uid, offset)| {
+            let seconds = offset.unsigned_abs() / 1000;
+            let way = if *offset < 0 { "behind" } else { "ahead" };
+            Some(format!(
+                "{} is {seconds} s {way}",
+                facts.now.hosts.get(uid)?.name
+            ))
+        })
+        .collect()
+    };
+    let remedy = "keep the clocks of all hosts by NTP (chrony, systemd-timesyncd): certificates are judged by them";
+    let failed = off(OFFSET_FAIL_MS);
+    if !failed.is_empty() {
+        return Check::failed(NAME, "clocks of hosts are far from control's", remedy).about(failed);
+    }
+    let warned = off(OFFSET_WARN_MS);
+    if !warned.is_empty() {
+        return Check::warning(NAME, "clocks of hosts differ from control's", remedy).about(warned);
+    }
+    Check::ok(NAME, "the clocks of all live hosts agree with control's")
 }
 
 fn addresses(facts: &Facts<'_>) -> Check {
@@ -338,6 +373,7 @@ mod tests {
             ],
             autonomy_s: 115_200,
             held: 0,
+            clocks: Offsets::default(),
         };
         change(&mut facts);
         let checks = judge(&facts).checks;
@@ -346,7 +382,10 @@ mod tests {
 
     #[test]
     fn an_authority_is_named_in_time() {
-        let with = |left: i64| verdicts(|f| f.authorities[1].2 = NOW_S + left)["certificates"];
+        let with = |left: i64| {
+            let issuer = ("issuer", NOW_S + left - 365 * DAY_S, NOW_S + left);
+            verdicts(|f| f.authorities[1] = issuer)["certificates"]
+        };
         assert_eq!(with(364 * DAY_S), Verdict::Ok);
         assert_eq!(with(60 * DAY_S), Verdict::Ok);
         assert_eq!(with(60 * DAY_S - 1), Verdict::Warning);

@@ -100,6 +100,7 @@ async fn serve(
         Err(refusal) => Err(refusal),
     };
     control.metrics.sessions.dec();
+    control.clocks.forget(uid);
     control.leases.closed(uid, id).await;
     if !control.writer.now().hosts.contains_key(uid) {
         control.edges.forget(uid);
@@ -223,7 +224,9 @@ impl Session {
         match message.message {
             Some(Message::Hello(_)) => Err(Refusal::invalid("a second Hello in one session")),
             Some(Message::Beat(beat)) => {
-                self.outbox.beat(beat.sequence, clock::now_ms());
+                let now_ms = clock::now_ms();
+                self.control.clocks.heard(&self.uid, beat.time_ms, now_ms);
+                self.outbox.beat(beat.sequence, now_ms);
                 Ok(())
             }
             Some(Message::Report(report)) => {

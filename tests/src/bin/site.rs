@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use meshwork_tests::bench::{self, Load, Options, Part, Subject};
 use meshwork_tests::load::Plan;
+use meshwork_tests::site::Site;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -79,7 +80,10 @@ enum Command {
 
 fn main() {
     match Args::parse().command {
-        Command::Demo { attack: true, .. } => meshwork_tests::attack::run(),
+        Command::Demo { attack: true, .. } => {
+            meshwork_tests::sweep::demo();
+            meshwork_tests::attack::run(&Site::demo(false));
+        }
         Command::Demo { keep, .. } => meshwork_tests::demo::run(keep),
         Command::Bench {
             show: Some(json), ..

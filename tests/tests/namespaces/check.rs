@@ -167,6 +167,37 @@ fn a_lost_control_and_an_old_index_are_named() {
     wait_only(&pair.client, &[]);
 }
 
+/// Clocks that differ are named before certificates are judged wrongly.
+#[test]
+fn a_clock_that_is_off_is_named() {
+    let mut pair = Pair::new("check_clock");
+    let _web = pair.web("http", "");
+    for (seconds, verdict, words) in [
+        (10, "warning", "10."),
+        (-10, "warning", "behind control's"),
+        (120, "failed", "ahead of control's"),
+    ] {
+        pair.client.stop();
+        pair.client.start_off_clock(seconds);
+        called(&pair);
+        wait_only(&pair.client, &[("clock", verdict, words)]);
+        // And at control, by the beats of the host.
+        wait_until("control to name it", SOON, || {
+            let output = pair.control.meshctl("check -o json");
+            let value: Value = serde_json::from_str(&output.stdout).map_err(|e| e.to_string())?;
+            let all = value["checks"].as_array().cloned().unwrap_or_default();
+            let found = all.iter().find(|c| c["name"] == "host_clocks");
+            let same = found.is_some_and(|c| {
+                c["verdict"] == verdict && c["details"].to_string().contains("client is ")
+            });
+            check(same, value.to_string())
+        });
+    }
+    pair.client.stop();
+    pair.client.start();
+    wait_only(&pair.client, &[]);
+}
+
 /// The firewall drops what comes in: control can not prove the address, and both are said.
 #[test]
 fn a_firewall_before_the_mesh_port_is_named() {

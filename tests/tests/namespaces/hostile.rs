@@ -8,6 +8,7 @@ use mesh_core::reason::Reason;
 use meshwork_tests::agent::{Agent, MESH_PORT};
 use meshwork_tests::control::TRUST_DOMAIN;
 use meshwork_tests::mesh::{Authority, open_stream};
+use meshwork_tests::site::Site;
 use meshwork_tests::wait::{SOON, wait_until};
 
 use crate::pair::{Pair, spiffe};
@@ -260,4 +261,11 @@ threading.Event().wait()
         pair.server.refused("overloaded") > 500.0,
         "nothing was shed"
     );
+}
+
+/// What `cargo xtask demo --attack` shows: each attack fails, and an operator can see it.
+#[test]
+fn the_attacks_of_the_demonstration_fail() {
+    let site = Site::new("attacks_of_the_demonstration");
+    meshwork_tests::attack::run(&site);
 }
