@@ -58,6 +58,8 @@ pub(crate) struct Door {
     ports: BTreeMap<u16, Facts>,
     /// What the kernel had counted when it was read last.
     counted: BTreeMap<(IpAddr, u16, Verdict), u64>,
+    /// What policy had decided about callers over mTLS when it was asked last.
+    decided: BTreeMap<EdgeKey, u64>,
     sources: HashSet<IpAddr>,
     pub(crate) status: DoorStatus,
 }
@@ -83,6 +85,7 @@ impl Door {
             keep_open,
             ports: BTreeMap::new(),
             counted: BTreeMap::new(),
+            decided: BTreeMap::new(),
             sources: HashSet::new(),
             status: DoorStatus::default(),
         }
@@ -174,6 +177,7 @@ impl Door {
         if looked.seen.full {
             self.ledger.overflow();
         }
+        self.count_identities(now_ms);
         self.ledger.tidy(now_ms);
         if looked.arming == Arming::Disarmed && self.status.arming != Arming::Disarmed {
             log::warn!(
@@ -187,6 +191,21 @@ impl Door {
         self.metrics
             .door(looked.arming == Arming::Disarmed, looked.repaired);
         self.tell(now_ms);
+    }
+
+    /// Adds the callers over mTLS, as policy decided about them.
+    fn count_identities(&mut self, now_ms: u64) {
+        let (decided, full) = self.metrics.decided();
+        for (key, calls) in decided {
+            let before = self.decided.get(&key).copied().unwrap_or(0);
+            if before < calls {
+                self.ledger.add(key.clone(), calls - before, now_ms);
+                self.decided.insert(key, calls);
+            }
+        }
+        if full {
+            self.ledger.overflow();
+        }
     }
 
     /// True if such a caller was not known.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use ::http::HeaderValue;
 use mesh_api::header::{Header, StreamKind};
+use mesh_core::edge::EdgeVerdict;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::Account;
 use mesh_core::policy::{Permit, PolicySet, Target, authorize};
@@ -441,21 +442,21 @@ impl Peer {
         };
         let metrics = &self.thread.metrics;
         let (src, dst) = (self.id.to_string(), service.name.to_string());
-        let permit = authorize(policies, &self.id, target).map_err(|denial| {
+        let permit = authorize(policies, &self.id, target.clone()).map_err(|denial| {
             metrics
-                .decision(&src, &dst, &denial.decided_by, "denied")
+                .decision(&self.id, &target, &denial.decided_by, EdgeVerdict::Refused)
                 .inc();
             (denial.reason, Some(denial.decided_by))
         })?;
         let decision = if permit.audited() {
-            "audited"
+            EdgeVerdict::Audited
         } else {
-            "allowed"
+            EdgeVerdict::Passed
         };
         if permit.audited() {
             log::info!(src:% = self.id, dst = self.what(header), rule = permit.rule(); "would be refused if enforce were on");
         }
-        let allowed = metrics.decision(&src, &dst, permit.rule(), decision);
+        let allowed = metrics.decision(&self.id, &target, permit.rule(), decision);
         allowed.inc();
         let flow = metrics.flow(&FlowLabels {
             direction: Direction::Inbound,

@@ -2,11 +2,12 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use mesh_core::edge::EdgeVerdict;
+use mesh_core::edge::{EDGES_MAX, EdgeCaller, EdgeKey, EdgeVerdict};
+use mesh_core::identity::SpiffeId;
 use mesh_core::names::ServiceName;
+use mesh_core::policy::Target;
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::Budget;
 use prometheus_client::collector::Collector;
@@ -89,6 +90,7 @@ struct RefusalLabels {
 struct DecisionLabels {
     src: String,
     dst: String,
+    port: u16,
     rule: String,
     decision: &'static str,
 }
@@ -244,6 +246,8 @@ pub(crate) struct Metrics {
     latency: Family<FlowLabels, Histogram, fn() -> Histogram>,
     refused: Family<RefusalLabels, Counter>,
     decisions: Family<DecisionLabels, Counter>,
+    /// The counters of decisions by edge: one a rule. As many edges as a report has.
+    edges: Mutex<HashMap<EdgeKey, Vec<(String, Counter)>>>,
     pub(crate) mesh_connections: Gauge,
     pub(crate) app_connections: Counter,
     pub(crate) app_reused: Counter,
@@ -272,6 +276,7 @@ impl Metrics {
             latency: Family::new_with_constructor(histogram),
             refused: Family::default(),
             decisions: Family::default(),
+            edges: Mutex::default(),
             mesh_connections: Gauge::default(),
             app_connections: Counter::default(),
             app_reused: Counter::default(),
@@ -468,28 +473,72 @@ impl Metrics {
     /// The counter of a decision of policy. `src` may be any identity, so its number is bounded by [`FLOWS_MAX`].
     pub(crate) fn decision(
         &self,
-        src: &str,
-        dst: &str,
+        src: &SpiffeId,
+        target: &Target,
         rule: &str,
-        decision: &'static str,
-    ) -> Counter<u64, AtomicU64> {
+        verdict: EdgeVerdict,
+    ) -> Counter {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = !known.contains(src);
-        let src = if new && known.len() >= FLOWS_MAX {
-            "overflow"
-        } else {
-            src
-        };
-        if new {
-            known.insert(src.to_owned());
+        let name = src.to_string();
+        let told_apart = known.contains(&name) || known.len() < FLOWS_MAX;
+        if told_apart {
+            known.insert(name.clone());
         }
+        drop(known);
         let labels = DecisionLabels {
-            src: src.to_owned(),
-            dst: dst.to_owned(),
+            src: if told_apart {
+                name
+            } else {
+                "overflow".to_owned()
+            },
+            dst: target.service.to_string(),
+            port: target.port,
             rule: rule.to_owned(),
-            decision,
+            decision: match verdict {
+                EdgeVerdict::Passed => "allowed",
+                EdgeVerdict::Audited => "audited",
+                EdgeVerdict::Refused => "denied",
+            },
         };
-        self.decisions.get_or_create(&labels).clone()
+        let counter = self.decisions.get_or_create(&labels).clone();
+        if told_apart {
+            self.note_edge(src, target, rule, verdict, &counter);
+        }
+        counter
+    }
+
+    fn note_edge(
+        &self,
+        src: &SpiffeId,
+        target: &Target,
+        rule: &str,
+        verdict: EdgeVerdict,
+        counter: &Counter,
+    ) {
+        let key = EdgeKey {
+            service: target.service.clone(),
+            port: target.port,
+            caller: EdgeCaller::Identity(src.clone()),
+            verdict,
+        };
+        let mut edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
+        if edges.len() >= EDGES_MAX && !edges.contains_key(&key) {
+            return;
+        }
+        let counters = edges.entry(key).or_default();
+        if counters.iter().all(|(known, _)| known != rule) {
+            counters.push((rule.to_owned(), counter.clone()));
+        }
+    }
+
+    /// How often callers over mTLS were decided about, and whether there are more of them than are told apart.
+    pub(crate) fn decided(&self) -> (Vec<(EdgeKey, u64)>, bool) {
+        let edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = edges.iter().map(|(key, counters)| {
+            let calls = counters.iter().map(|(_, counter)| counter.get());
+            (key.clone(), calls.sum())
+        });
+        (all.collect(), edges.len() >= EDGES_MAX)
     }
 
     /// All metrics in the text form of OpenMetrics.

@@ -32,6 +32,8 @@ pub(crate) enum Command {
     Delete(Delete),
     /// Say who may call what, and by which rule
     Authz(Authz),
+    /// List who really calls what: with which identity or in plaintext, and since when
+    Edges(Edges),
     /// Look at all that control knows of the mesh: what is wrong, and what to do
     #[command(
         after_help = "Exit codes: 0 nothing failed (warnings may be); 1 a check failed; 2 what was typed is wrong; \
@@ -134,12 +136,28 @@ pub(crate) struct Get {
 pub(crate) struct Authz {
     /// Only this service, `namespace/name`
     pub service: Option<String>,
-    /// What becomes of this caller's calls: `namespace/account`, `host:NAME` or a SPIFFE id
+    /// What becomes of this caller's calls: `namespace/account`, `host:NAME`, a SPIFFE id, or the address of
+    /// a plaintext caller
     #[arg(long, value_name = "CALLER")]
     pub from: Option<String>,
     /// Only services of this namespace
     #[arg(short, long, value_name = "NS")]
     pub namespace: Option<String>,
+    /// The form of the answer
+    #[arg(short, long, value_enum, default_value_t)]
+    pub output: Format,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Edges {
+    /// Only this service, `namespace/name`
+    pub service: Option<String>,
+    /// Only services of this namespace
+    #[arg(short, long, value_name = "NS")]
+    pub namespace: Option<String>,
+    /// Only plaintext callers
+    #[arg(long)]
+    pub plaintext: bool,
     /// The form of the answer
     #[arg(short, long, value_enum, default_value_t)]
     pub output: Format,

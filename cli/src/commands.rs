@@ -3,6 +3,7 @@
 pub(crate) mod authz;
 pub(crate) mod backup;
 pub(crate) mod check;
+pub(crate) mod edges;
 mod find;
 pub(crate) mod get;
 pub(crate) mod status;

@@ -39,6 +39,7 @@ fn run(args: Args) -> Result<ExitCode, Failure> {
             Command::Check { wait, output } => {
                 return commands::check::run(&client, wait, output).await;
             }
+            Command::Edges(edges) => commands::edges::run(&client, &edges).await,
             Command::Authz(authz) => commands::authz::run(&client, &authz).await,
             Command::Token { command } => commands::token::run(&client, command).await,
             Command::Get(get) => commands::get::run(&client, get).await,

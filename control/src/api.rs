@@ -17,12 +17,14 @@ use serde_json::{Value, json};
 mod authz;
 mod change;
 mod check;
+mod edges;
 mod show;
 
 pub(crate) use change::is_address;
 
 use crate::audit::{Actor, LIMIT_MAX};
 use crate::auth::Peer;
+use crate::clock;
 use crate::control::Control;
 use crate::export;
 use crate::refusal::{REASON_HEADER, Refusal};
@@ -37,6 +39,7 @@ pub(crate) fn router(control: &Arc<Control>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/check", get(check))
         .route("/v1/authz", get(authz))
+        .route("/v1/edges", get(edges))
         .route("/v1/audit", get(audit))
         .route("/v1/backup", get(backup))
         .route("/v1/apply", post(change::apply))
@@ -110,6 +113,14 @@ async fn authz(
     Query(question): Query<authz::Question>,
 ) -> Result<Json<Value>, Refusal> {
     authz::answer(&control.writer.now(), &question).map(Json)
+}
+
+async fn edges(
+    State(control): State<Arc<Control>>,
+    Query(question): Query<edges::Question>,
+) -> Result<Json<Value>, Refusal> {
+    let (now, by_host) = (control.writer.now(), control.edges.all());
+    edges::answer(&now, &by_host, clock::now_ms(), &question).map(Json)
 }
 
 #[derive(Deserialize)]

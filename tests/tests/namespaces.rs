@@ -21,6 +21,8 @@ mod control_down;
 mod denial;
 #[path = "namespaces/door.rs"]
 mod door;
+#[path = "namespaces/edges.rs"]
+mod edges;
 #[path = "namespaces/explain.rs"]
 mod explain;
 #[path = "namespaces/failures.rs"]

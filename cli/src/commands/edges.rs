@@ -50,7 +50,12 @@ fn path(edges: &Edges) -> Result<String, Failure> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-/".contains(c);
         if !value.chars().all(plain) {
             let cause = "it has characters that no name has";
-            return Err(Failure::usage("ask about", value, cause, "correct the name"));
+            return Err(Failure::usage(
+                "ask about",
+                value,
+                cause,
+                "correct the name",
+            ));
         }
         query.push(format!("{key}={value}"));
     }
@@ -112,7 +117,10 @@ mod tests {
         let page = table(&answer);
         let line = page.lines().nth(1).unwrap_or_default();
         let words: Vec<&str> = line.split_whitespace().collect();
-        assert_eq!(words[..6], ["shop/web", "80", "10.0.0.5", "plaintext", "audited", "3"]);
+        assert_eq!(
+            words[..6],
+            ["shop/web", "80", "10.0.0.5", "plaintext", "audited", "3"]
+        );
         assert!(line.ends_with("vm-1,vm-2"), "{line}");
     }
 }

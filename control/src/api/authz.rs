@@ -1,5 +1,8 @@
 //! Who may call what, and by which rule: `meshctl authz`.
 
+use std::net::IpAddr;
+
+use mesh_core::edge::EdgeCaller;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::{Account, ServiceName, TrustDomain};
 use mesh_core::policy::{PolicySet, Target, deciding};
@@ -16,7 +19,8 @@ pub(super) struct Question {
     service: Option<String>,
     /// Only services of this namespace.
     namespace: Option<String>,
-    /// Who calls: `namespace/account`, `host:name` or a SPIFFE id. Without it: all rules.
+    /// Who calls: `namespace/account`, `host:name`, a SPIFFE id, or the address of a plaintext caller. Without it: all
+    /// rules.
     from: Option<String>,
 }
 
@@ -41,44 +45,54 @@ pub(super) fn answer(now: &Catalogue, question: &Question) -> Result<Value, Refu
     let services = now.services.values().filter(wanted);
     let items: Vec<Value> = services
         .flat_map(|service| match &from {
-            Some(id) => decisions(&policies, service, id),
+            Some(caller) => decisions(&policies, service, caller),
             None => rules(&policies, service),
         })
         .collect();
     Ok(json!({"items": items}))
 }
 
-fn caller(text: &str, own: &TrustDomain) -> Result<SpiffeId, Refusal> {
+fn caller(text: &str, own: &TrustDomain) -> Result<EdgeCaller, Refusal> {
     if text.starts_with("spiffe://") {
-        return SpiffeId::parse(text).map_err(|e| Refusal::invalid(e.to_string()));
+        let id = SpiffeId::parse(text).map_err(|e| Refusal::invalid(e.to_string()))?;
+        return Ok(EdgeCaller::Identity(id));
+    }
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(EdgeCaller::Plaintext(address.to_canonical()));
     }
     let bad = |e: mesh_core::names::NameError| {
         Refusal::invalid(format!(
-            "`{text}` is no caller: {e}; write namespace/account, host:NAME or a SPIFFE id"
+            "`{text}` is no caller: {e}; write namespace/account, host:NAME, a SPIFFE id or an address"
         ))
     };
     let identity = match text.strip_prefix("host:") {
         Some(name) => Identity::Host(name.parse().map_err(bad)?),
         None => Identity::Workload(Account::parse(text).map_err(bad)?),
     };
-    Ok(SpiffeId {
+    Ok(EdgeCaller::Identity(SpiffeId {
         trust_domain: own.clone(),
         identity,
-    })
+    }))
 }
 
 /// What becomes of the calls of one caller: one line a port.
-fn decisions(policies: &PolicySet, service: &Service, id: &SpiffeId) -> Vec<Value> {
+fn decisions(policies: &PolicySet, service: &Service, caller: &EdgeCaller) -> Vec<Value> {
     let decide = |port: u16| {
         let target = Target {
             service: service.name.clone(),
             port,
         };
-        let decision = authz::decide(policies, id, target);
+        let (from, decision) = match caller {
+            EdgeCaller::Identity(id) => (id.to_string(), authz::decide(policies, id, target)),
+            EdgeCaller::Plaintext(address) => (
+                format!("{address}, plaintext"),
+                authz::decide_plaintext(policies, service, *address, &target),
+            ),
+        };
         json!({
             "service": service.name.to_string(),
             "port": port,
-            "from": id.to_string(),
+            "from": from,
             "decision": decision.outcome,
             "by": decision.by,
         })

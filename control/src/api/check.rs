@@ -3,16 +3,20 @@
 use std::collections::BTreeSet;
 
 use mesh_api::check::{Check, Checks};
+use mesh_core::edge::{EdgeCaller, EdgeVerdict};
 use mesh_core::policy::{Caller, Enforce, Level, PolicySet};
 use mesh_core::reason::Reason;
+use mesh_core::service::Transport;
 use mesh_runtime::clock::rfc3339;
 use mesh_runtime::tls::leaf::validity;
 use serde_json::{Value, json};
 
+use super::edges;
 use crate::catalogue::{Catalogue, authz, warnings};
 use crate::clock;
 use crate::clocks::Offsets;
 use crate::control::Control;
+use crate::edges::EdgesByHost;
 
 /// Days of life left at which an authority's certificate is a warning, and at which it has failed: time to plan, and
 /// time to act.
@@ -33,6 +37,8 @@ struct Facts<'a> {
     /// Hosts that fell silent together and are held as live.
     held: u64,
     clocks: Offsets,
+    edges: EdgesByHost,
+    now_ms: u64,
 }
 
 /// The answer, with the time that a caller compares its clock with.
@@ -50,6 +56,8 @@ pub(crate) fn answer(control: &Control) -> Value {
         autonomy_s: control.leaves.autonomy().as_secs(),
         held: control.leases.held(),
         clocks: control.clocks.all(),
+        edges: control.edges.all(),
+        now_ms: clock::now_ms(),
     };
     json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -313,12 +321,23 @@ fn unmatched(facts: &Facts<'_>) -> Check {
 fn transport(facts: &Facts<'_>) -> Check {
     const NAME: &str = "transport";
     let services = facts.now.services.values();
-    let unenforced = services.filter(|s| warnings::is_unenforced(s));
-    let unenforced: Vec<String> = unenforced.map(|s| s.name.to_string()).collect();
-    if unenforced.is_empty() {
-        return Check::ok(NAME, "what is said of transport holds");
+    let strict = services
+        .filter(|s| s.transport == Transport::Strict)
+        .count();
+    let found = format!(
+        "{strict} of {} services are strict",
+        facts.now.services.len()
+    );
+    let quiet = edges::quiet(facts.now, &facts.edges, facts.now_ms);
+    if quiet.is_empty() {
+        return Check::ok(NAME, found);
     }
-    Check::warning(NAME, "`strict` is said and does not hold", warnings::STRICT).about(unenforced)
+    let found = format!(
+        "{found}; the ports below saw no plaintext caller for long: `strict` would refuse nobody"
+    );
+    Check::ok(NAME, found).about(quiet.iter().map(|((service, port), since_ms)| {
+        format!("{service}:{port}, since {}", rfc3339(since_ms / 1000))
+    }))
 }
 
 fn plaintext(facts: &Facts<'_>) -> Check {
@@ -332,6 +351,18 @@ fn plaintext(facts: &Facts<'_>) -> Check {
                 offer.service,
                 host.name,
                 beyond.join(", ")
+            ));
+        }
+    }
+    for (key, edge) in edges::joined(facts.now, &facts.edges) {
+        let EdgeCaller::Plaintext(address) = key.caller else {
+            continue;
+        };
+        if key.verdict != EdgeVerdict::Refused {
+            let since = rfc3339(edge.first_ms / 1000);
+            let (service, port) = (&key.service, key.port);
+            found.insert(format!(
+                "{service}:{port} is called in plaintext from {address} since {since}"
             ));
         }
     }
@@ -374,6 +405,8 @@ mod tests {
             autonomy_s: 115_200,
             held: 0,
             clocks: Offsets::default(),
+            edges: EdgesByHost::default(),
+            now_ms: NOW_S.unsigned_abs() * 1000,
         };
         change(&mut facts);
         let checks = judge(&facts).checks;

@@ -1,12 +1,15 @@
 //! Who may call what, by the policies of now. Called agents decide; this says what they will.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_core::identity::SpiffeId;
 use mesh_core::names::ServiceName;
-use mesh_core::policy::{Level, PolicySet, Target, authorize};
+use mesh_core::policy::{Cidr, Level, PolicySet, Target, authorize, deciding, plaintext_door};
+use mesh_core::service::Transport;
 
 use super::Catalogue;
+use super::objects::Service;
 
 /// What the policies say of one call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,4 +61,32 @@ pub(crate) fn decide(policies: &PolicySet, caller: &SpiffeId, target: Target) ->
             by: denial.decided_by,
         },
     }
+}
+
+/// What becomes of a plaintext caller at the called host's input door.
+pub(crate) fn decide_plaintext(
+    policies: &PolicySet,
+    service: &Service,
+    caller: IpAddr,
+    target: &Target,
+) -> Decision {
+    let from = &service.plaintext_from;
+    let door = plaintext_door(policies, target, service.transport, from);
+    let within = |ranges: &[Cidr]| ranges.iter().any(|range| range.contains(caller));
+    let outcome = match (within(&door.open), within(&door.audited)) {
+        (true, _) => "allowed",
+        (false, true) => "audited",
+        (false, false) => "denied",
+    };
+    let by = if service.transport == Transport::Strict && !within(from) {
+        "transport strict".to_owned()
+    } else {
+        let names = deciding(policies, &service.name);
+        let names: Vec<&str> = names.iter().map(|p| p.name.as_str()).collect();
+        match names.is_empty() {
+            true => "no policy".to_owned(),
+            false => names.join(","),
+        }
+    };
+    Decision { outcome, by }
 }

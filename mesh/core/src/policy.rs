@@ -321,35 +321,24 @@ pub fn plaintext_door(
         Transport::Permissive => Cidr::EVERYWHERE.to_vec(),
         Transport::Strict => widest(plaintext_from.to_vec()),
     };
-    let levels = [
-        Level::Service(target.service.clone()),
-        Level::Namespace(target.service.namespace.clone()),
-        Level::Mesh,
-    ];
-    for level in levels {
-        let here = || {
-            let all = policies.policies.iter();
-            all.filter(|p| p.level == level && !p.rules.is_empty())
-        };
-        if here().next().is_none() {
-            continue;
-        }
-        let rules = here().flat_map(|p| &p.rules);
-        let rules = rules.filter(|r| r.ports.is_empty() || r.ports.contains(&target.port));
-        let ranges = rules
-            .flat_map(|r| &r.callers)
-            .filter_map(|caller| match caller {
-                Caller::Plaintext(range) => Some(*range),
-                _ => None,
-            });
-        let by_policy: Vec<Cidr> = ranges.collect();
-        let audit = here().all(|p| p.enforce == Enforce::Audit);
-        return PlaintextDoor {
-            open: common(&by_transport, &by_policy),
-            audited: if audit { by_transport } else { Vec::new() },
-        };
+    let here = deciding(policies, &target.service);
+    if here.is_empty() {
+        return PlaintextDoor::default();
     }
-    PlaintextDoor::default()
+    let rules = here.iter().flat_map(|p| &p.rules);
+    let rules = rules.filter(|r| r.ports.is_empty() || r.ports.contains(&target.port));
+    let ranges = rules
+        .flat_map(|r| &r.callers)
+        .filter_map(|caller| match caller {
+            Caller::Plaintext(range) => Some(*range),
+            _ => None,
+        });
+    let by_policy: Vec<Cidr> = ranges.collect();
+    let audit = here.iter().all(|p| p.enforce == Enforce::Audit);
+    PlaintextDoor {
+        open: common(&by_transport, &by_policy),
+        audited: if audit { by_transport } else { Vec::new() },
+    }
 }
 
 /// What is in a range of both lists: of two ranges one holds the other, or they share nothing.

@@ -49,6 +49,7 @@ fn what_is_said_of_policies_is_what_calls_meet() {
     assert!(rule.contains(" on everyone of corp.test"), "{rule}");
     decided("shop/other", "allowed everyone/mesh");
     decided("host:client", "allowed everyone/mesh");
+    decided("10.77.0.99", "allowed everyone");
     met("other", " 200 ");
 
     pair.control.apply(&policy("web", "on", "shop/client")).ok();
@@ -61,6 +62,7 @@ fn what_is_said_of_policies_is_what_calls_meet() {
     decided("shop/other", "denied web");
     decided("host:client", "denied web");
     decided("spiffe://evil.test/ns/shop/sa/client", "denied web");
+    decided("10.77.0.99", "denied web");
     met("client", " 200 ");
     met("other", "x-meshwork-reason: not_allowed");
 
@@ -68,6 +70,7 @@ fn what_is_said_of_policies_is_what_calls_meet() {
         .apply(&policy("web", "audit", "shop/client"))
         .ok();
     decided("shop/other", "audited web");
+    decided("10.77.0.99", "audited web");
     met("other", " 200 ");
 
     for (words, said) in [
