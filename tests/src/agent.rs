@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use crate::binary;
 use crate::host::Host;
 use crate::metrics::Metrics;
-use crate::process::{Output, Process};
+use crate::process::{Cmd, Output, Process};
 use crate::wait::{SOON, check, wait_until};
 
 /// Where agents listen for each other.
@@ -99,23 +99,27 @@ impl Agent {
     /// Starts it without waiting.
     #[track_caller]
     pub fn spawn(&mut self) {
-        self.spawn_by(&[]);
+        self.process = Some(self.to_run().spawn("agent"));
     }
 
     /// Starts it with a wall clock that is so many seconds off; nothing else of the host is.
     #[track_caller]
     pub fn start_off_clock(&mut self, seconds: i64) {
-        let offset = format!("{seconds:+}s");
-        self.spawn_by(&["faketime", "--exclude-monotonic", "-f", &offset]);
+        let command = self
+            .to_run()
+            .env("LD_PRELOAD", &faketime())
+            .env("FAKETIME", &format!("{seconds:+}s"))
+            .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+            .env("DONT_FAKE_MONOTONIC", "1");
+        self.process = Some(command.spawn("agent"));
         self.wait_ready();
     }
 
-    fn spawn_by(&mut self, wrapper: &[&str]) {
+    fn to_run(&self) -> Cmd {
         let program = binary("mesh-agent").display().to_string();
         let config = self.config().display().to_string();
-        let own = [&program, "--config", &config, "run"];
-        let command = self.host.program(wrapper.iter().copied().chain(own));
-        self.process = Some(command.cgroup("agent").spawn("agent"));
+        let words = [program, "--config".to_owned(), config, "run".to_owned()];
+        self.host.program(words).cgroup("agent")
     }
 
     #[track_caller]
@@ -283,6 +287,17 @@ impl Agent {
     pub fn config(&self) -> PathBuf {
         self.host.dir().join("agent.toml")
     }
+}
+
+/// The library of Debian's `faketime`. Its program would stand between us and the agent.
+fn faketime() -> String {
+    let places = fs::read_dir("/usr/lib").expect("/usr/lib");
+    let mut files = places
+        .filter_map(Result::ok)
+        .map(|place| place.path().join("faketime/libfaketime.so.1"));
+    let file = files.find(|path| path.exists());
+    let file = file.expect("libfaketime; `cargo xtask test` installs it");
+    file.display().to_string()
 }
 
 /// `GET path` over a unix socket.
