@@ -294,7 +294,7 @@ fn faketime() -> String {
     let places = fs::read_dir("/usr/lib").expect("/usr/lib");
     let mut files = places
         .filter_map(Result::ok)
-        .map(|place| place.path().join("faketime/libfaketime.so.1"));
+        .map(|place| place.path().join("faketime/libfaketimeMT.so.1"));
     let file = files.find(|path| path.exists());
     let file = file.expect("libfaketime; `cargo xtask test` installs it");
     file.display().to_string()
