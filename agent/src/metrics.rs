@@ -285,37 +285,8 @@ impl Metrics {
             door_disarmed: Gauge::default(),
             repairs: Gauge::default(),
         };
+        metrics.register_flows();
         metrics.register(|registry| {
-            registry.register(
-                "requests",
-                "HTTP responses and ended connections",
-                metrics.requests.clone(),
-            );
-            registry.register(
-                "grpc_responses",
-                "Ends of gRPC calls by their status",
-                metrics.grpc_responses.clone(),
-            );
-            registry.register(
-                "sent_bytes",
-                "Bytes from callers to services",
-                metrics.bytes_sent.clone(),
-            );
-            registry.register(
-                "received_bytes",
-                "Bytes from services to callers",
-                metrics.bytes_received.clone(),
-            );
-            registry.register(
-                "open_connections",
-                "Calls that are open now",
-                metrics.open.clone(),
-            );
-            registry.register(
-                "latency_seconds",
-                "Until the response head, or until the app took the connection",
-                metrics.latency.clone(),
-            );
             registry.register(
                 "refused",
                 "Refused connections and calls by reason",
@@ -363,6 +334,42 @@ impl Metrics {
             );
         });
         Arc::new(metrics)
+    }
+
+    /// What each flow counts.
+    fn register_flows(&self) {
+        self.register(|registry| {
+            registry.register(
+                "requests",
+                "HTTP responses and ended connections",
+                self.requests.clone(),
+            );
+            registry.register(
+                "grpc_responses",
+                "Ends of gRPC calls by their status",
+                self.grpc_responses.clone(),
+            );
+            registry.register(
+                "sent_bytes",
+                "Bytes from callers to services",
+                self.bytes_sent.clone(),
+            );
+            registry.register(
+                "received_bytes",
+                "Bytes from services to callers",
+                self.bytes_received.clone(),
+            );
+            registry.register(
+                "open_connections",
+                "Calls that are open now",
+                self.open.clone(),
+            );
+            registry.register(
+                "latency_seconds",
+                "Until the response head, or until the app took the connection",
+                self.latency.clone(),
+            );
+        });
     }
 
     /// Adds metrics of other parts of the worker.

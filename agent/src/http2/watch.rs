@@ -44,7 +44,7 @@ pub(crate) fn begins_as_server(bytes: &[u8]) -> bool {
         return false;
     };
     let length = u32::from_be_bytes([0, a, b, c]);
-    kind == SETTINGS && flags == 0 && stream == [0; 4] && length % SETTING_LEN == 0
+    kind == SETTINGS && flags == 0 && stream == [0; 4] && length.is_multiple_of(SETTING_LEN)
 }
 
 /// What a connection's first bytes are.

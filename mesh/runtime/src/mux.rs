@@ -91,6 +91,8 @@ struct Shared {
     incoming: VecDeque<(u32, Vec<u8>)>,
     accepting: Option<Waker>,
     opening: Vec<Waker>,
+    /// Who is at opening a stream, woken or not.
+    openers: usize,
     driver: Option<Waker>,
     /// Set once; nothing happens afterwards.
     closed: Option<Reason>,
@@ -167,6 +169,7 @@ pub fn connection<C>(
         incoming: VecDeque::new(),
         accepting: None,
         opening: Vec::new(),
+        openers: 0,
         driver: None,
         closed: None,
         closing: false,
@@ -189,6 +192,7 @@ impl Mux {
     /// # Errors
     /// Why the connection takes no new stream.
     pub async fn open(&self, header: &[u8]) -> Result<MuxStream, Reason> {
+        let _opener = Opener::begin(&self.0);
         let mut place = None;
         poll_fn(|cx| self.poll_open(cx, header, &mut place)).await
     }
@@ -251,7 +255,7 @@ impl Mux {
         let shared = self.0.borrow();
         let fresh = matches!(shared.machine.can_open(), Err(OpenError::NotReady));
         shared.machine.open_streams() == 0
-            && shared.opening.is_empty()
+            && shared.openers == 0
             && shared.waiting.is_empty()
             && !fresh
     }
@@ -275,6 +279,22 @@ impl Mux {
         let mut shared = self.0.borrow_mut();
         shared.closing = true;
         shared.wake_driver();
+    }
+}
+
+/// Somebody who is at opening a stream: also between being woken and having its turn.
+struct Opener<'a>(&'a RefCell<Shared>);
+
+impl<'a> Opener<'a> {
+    fn begin(shared: &'a RefCell<Shared>) -> Self {
+        shared.borrow_mut().openers += 1;
+        Self(shared)
+    }
+}
+
+impl Drop for Opener<'_> {
+    fn drop(&mut self) {
+        self.0.borrow_mut().openers -= 1;
     }
 }
 

@@ -350,9 +350,12 @@ fn a_connection_is_idle_only_when_nobody_has_or_waits_for_a_stream() {
             let client = client.clone();
             async move { client.open(b"second").await.unwrap() }
         });
-        tokio::task::yield_now().await;
+        while client.0.borrow().opening.is_empty() {
+            tokio::task::yield_now().await;
+        }
         drop(first);
-        assert!(!client.is_idle(), "the next stream waits for its place");
+        assert!(client.0.borrow().opening.is_empty(), "it is woken");
+        assert!(!client.is_idle(), "the next stream has its place soon");
         drop(waiting.await.unwrap());
         while !client.is_idle() {
             tokio::task::yield_now().await;
