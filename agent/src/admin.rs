@@ -22,13 +22,14 @@ use crate::config::Config;
 use crate::control::SessionStatus;
 use crate::dns;
 use crate::health::Verdicts;
+use crate::holder::protocol::Arming;
 use crate::leaves::{LeafStanding, Standings, now_ms};
 use crate::metrics::Metrics;
 use crate::owners::OwnerStatus;
 use crate::state::Membership;
 use crate::status::{
-    CaptureStatus, ControlStatus, ExampleStatus, IndexStatus, LeafStatus, RefusalStatus,
-    ServiceStatus, Status, UsageStatus, WorkloadStatus,
+    CaptureStatus, ControlStatus, DoorStatus, ExampleStatus, IndexStatus, LeafStatus,
+    RefusalStatus, ServiceStatus, Status, UsageStatus, WorkloadStatus,
 };
 use crate::view::{View, ViewReader};
 use crate::workloads::WorkloadSet;
@@ -162,6 +163,13 @@ impl Sources {
             capture: CaptureStatus {
                 applied: owners.applied,
                 error: owners.error.clone(),
+            },
+            door: DoorStatus {
+                ports: owners.door.ports,
+                disarmed: owners.door.arming == Arming::Disarmed,
+                overflowed: owners.door.overflowed,
+                repaired: owners.door.repaired,
+                error: owners.door.error.clone(),
             },
             host_leaf: leaf(&host_identity, standings.get(&host_identity)),
             workloads: Vec::new(),

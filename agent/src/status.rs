@@ -36,6 +36,7 @@ pub(crate) struct Status {
     /// Services whose endpoints are known.
     pub(crate) endpoints_known: usize,
     pub(crate) capture: CaptureStatus,
+    pub(crate) door: DoorStatus,
     /// Identity of programs that match no workload.
     pub(crate) host_leaf: LeafStatus,
     pub(crate) workloads: Vec<WorkloadStatus>,
@@ -90,6 +91,20 @@ pub(crate) struct ExampleStatus {
 pub(crate) struct CaptureStatus {
     /// Whether the kernel knows exactly what the files say.
     pub(crate) applied: bool,
+    pub(crate) error: Option<String>,
+}
+
+/// How the input door stands, which looks at plaintext callers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DoorStatus {
+    /// Ports at which plaintext callers are looked for.
+    pub(crate) ports: usize,
+    /// Control was not reached after a change: it refuses nothing new.
+    pub(crate) disarmed: bool,
+    /// There were more callers than can be told apart.
+    pub(crate) overflowed: bool,
+    /// How often what other programs took away was put back.
+    pub(crate) repaired: u64,
     pub(crate) error: Option<String>,
 }
 

@@ -20,12 +20,13 @@ const USED_WARN: u64 = 90;
 type Judge = fn(&Facts, &Status) -> Check;
 
 /// In the order in which causes come before what they cause.
-const OF_AGENT: [(&str, Judge); 13] = [
+const OF_AGENT: [(&str, Judge); 14] = [
     ("control", control),
     ("clock", clock),
     ("index", index),
     ("names", names),
     ("capture", capture),
+    ("door", door),
     ("mesh_port", mesh_port),
     ("firewall", firewall),
     ("peers", peers),
@@ -311,6 +312,41 @@ fn capture(_: &Facts, status: &Status) -> Check {
         None if status.capture.applied => Check::ok(NAME, "the kernel knows all workloads"),
         None => Check::warning(NAME, "it is being set up", "wait, e.g. with --wait 30s"),
     }
+}
+
+fn door(_: &Facts, status: &Status) -> Check {
+    const NAME: &str = "door";
+    let door = &status.door;
+    if let Some(error) = &door.error {
+        let remedy = "what stood before stays; mend the cause, the agent tries again";
+        return Check::failed(
+            NAME,
+            format!("the input door can not be kept: {error}"),
+            remedy,
+        );
+    }
+    if door.disarmed {
+        let found =
+            "control was not reached after the input door was changed: it refuses nothing new";
+        let remedy = "see `control`: the door refuses as soon as control is reached";
+        return Check::failed(NAME, found, remedy);
+    }
+    let found = match door.repaired {
+        0 => format!("plaintext callers are looked for at {} ports", door.ports),
+        times => format!(
+            "plaintext callers are looked for at {} ports; what other programs took away was put back {times} times",
+            door.ports
+        ),
+    };
+    if door.overflowed {
+        let remedy = "`meshctl edges` is not whole; let fewer strangers reach the ports";
+        return Check::warning(
+            NAME,
+            "there are more callers than can be told apart",
+            remedy,
+        );
+    }
+    Check::ok(NAME, found)
 }
 
 /// Whether control could not prove that this host's agent is at its address.

@@ -194,6 +194,13 @@ fn each_wrong_is_found_by_its_check_alone() {
         (&["capture"], Verdict::Warning, |f| {
             of(f).capture.applied = false
         }),
+        (&["door"], Verdict::Failed, |f| of(f).door.disarmed = true),
+        (&["door"], Verdict::Failed, |f| {
+            of(f).door.error = Some("EPERM".to_owned());
+        }),
+        (&["door"], Verdict::Warning, |f| {
+            of(f).door.overflowed = true
+        }),
         (&["mesh_port"], Verdict::Failed, |f| {
             f.mesh_port = Ok(vec![])
         }),
