@@ -184,6 +184,11 @@ impl Sources {
             let mut shown = workload_status(workload, &session.problems, &verdicts);
             let identity = Identity::Workload(account.clone());
             shown.leaf = leaf(&identity, standings.get(&identity));
+            if view.revoked.cover(&host.uid, &identity) {
+                let reason = Reason::IdentityRevoked;
+                shown.leaf.left_s = None;
+                shown.leaf.refused = Some(refusal(reason, reason.text(), &identity));
+            }
             shown.number = set.number(account).unwrap_or_default();
             let problem = owners.problems.get(account);
             shown.problem = problem.or_else(|| owners.absent.get(account)).cloned();

@@ -204,8 +204,7 @@ pub(crate) async fn open(
             break;
         };
         let endpoint = Rc::clone(&started.endpoint);
-        let leaf = thread.view.borrow().leaves.of(&caller.id.identity).cloned();
-        let leaf = leaf.ok_or(Reason::NoIdentity)?;
+        let leaf = thread.view.borrow().leaf(&caller.id.identity).cloned()?;
         let opened = match thread.peers.connection(thread, &leaf, &endpoint).await {
             Ok(mux) => tokio::time::timeout(thread.settings.connect, mux.open(&header))
                 .await

@@ -8,6 +8,7 @@
 mod dial;
 mod keep;
 mod mirror;
+mod rejoin;
 mod report;
 
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use mesh_api::proto::from_agent::Message as Ours;
 use mesh_api::proto::from_control::Message as Theirs;
 use mesh_api::sync::{IndexChange, MeshSettings, Problem, SyncError};
@@ -28,12 +30,11 @@ use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
 use rustls::sign::CertifiedKey;
 use tokio::sync::{mpsc, watch};
-use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use dial::Event;
 pub(crate) use dial::{ALPN_H2, DialError, Ended, channel, dial, reason_of};
+use dial::{Connection, Event};
 use keep::Persisted;
 use mirror::Mirror;
 
@@ -65,6 +66,8 @@ pub(crate) struct Links {
     /// Who calls what this host serves; not replaced oftener than control wants to hear it.
     pub(crate) edges: watch::Receiver<Arc<EdgeReport>>,
     pub(crate) credential: watch::Receiver<Option<Arc<CertifiedKey>>>,
+    /// A new credential of this host, for the owner of the certificates.
+    pub(crate) rejoined: mpsc::Sender<Vec<Bytes>>,
     /// The way to control for renewals, while the session is live.
     pub(crate) channel: watch::Sender<Option<Channel>>,
     /// Grows when control has judged a report.
@@ -123,20 +126,6 @@ pub(crate) struct Shell {
     generation: u64,
     status: SessionStatus,
     skewed: bool,
-}
-
-#[derive(Debug)]
-struct Connection {
-    attempt: Attempt,
-    task: AbortHandle,
-    outgoing: Option<mpsc::Sender<proto::FromAgent>>,
-    channel: Option<Channel>,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
 }
 
 impl Shell {
@@ -268,6 +257,12 @@ impl Shell {
                     self.session.handle_lost(attempt, Lost::Protocol, now);
                 }
             }
+            Event::Rejoined(chain) => {
+                log::info!("this host's credential had ended; control gave it another");
+                // Full: the last one was not even taken yet.
+                let _ = self.links.rejoined.try_send(chain);
+                self.session.handle_lost(attempt, Lost::Broken, now);
+            }
             Event::Lost(ended) => {
                 let why = ended.why;
                 self.failed(ended);
@@ -314,6 +309,15 @@ impl Shell {
             Theirs::Endpoints(update) => self.mirror.endpoints(update, now_ms())?,
             Theirs::Policies(update) => self.mirror.policies(update, now_ms())?,
             Theirs::Bundle(bundle) => self.mirror.bundle(bundle)?,
+            Theirs::Revocations(update) => {
+                if self.mirror.revocations(&update, now_ms())? {
+                    log::warn!(
+                        "control has forgotten revocations that this host knows; it is told"
+                    );
+                    self.session.handle_revocations_forgotten();
+                }
+                true
+            }
             Theirs::ReportStatus(status) => {
                 self.report_status(&status)?;
                 true
@@ -436,6 +440,16 @@ impl Shell {
             Accept::Control(self.membership.host.trust_domain.clone()),
         );
         let credential = self.links.credential.borrow_and_update().clone();
+        if credential.as_deref().is_some_and(rejoin::is_over)
+            && let Ok(Some(key)) = self.links.state.agent_key()
+        {
+            let who = (self.membership.host.uid.clone(), key);
+            let address = self.status.address.clone();
+            let events = self.events_by.clone();
+            let task = tokio::spawn(rejoin::run(attempt, address, verifier, who, events));
+            self.connection = Some(Connection::of(attempt, task.abort_handle()));
+            return;
+        }
         let tls = match client_config(credential, verifier, &[ALPN_H2]) {
             Ok(tls) => Arc::new(tls),
             Err(error) => {
@@ -451,12 +465,7 @@ impl Shell {
         };
         let address = self.status.address.clone();
         let task = tokio::spawn(dial::run(attempt, address, tls, self.events_by.clone()));
-        self.connection = Some(Connection {
-            attempt,
-            task: task.abort_handle(),
-            outgoing: None,
-            channel: None,
-        });
+        self.connection = Some(Connection::of(attempt, task.abort_handle()));
     }
 
     fn disconnect(&mut self, attempt: Attempt, why: Lost) {
@@ -489,6 +498,7 @@ impl Shell {
     }
 
     fn send(&mut self, what: Outgoing, persisted: Persisted) {
+        let revocations = self.mirror.revocations_at();
         let message = match what {
             Outgoing::Hello(installed) => Ours::Hello(proto::Hello {
                 boot_id: self.boot_id.clone(),
@@ -498,6 +508,8 @@ impl Shell {
                 index_revision: installed.map_or(0, |i| i.revision),
                 address: String::new(),
                 mesh_port: self.links.mesh_port.into(),
+                revocations_epoch: revocations.map_or(0, |at| at.epoch),
+                revocations_revision: revocations.map_or(0, |at| at.revision),
             }),
             Outgoing::Beat { sequence } => Ours::Beat(proto::Beat {
                 sequence,
@@ -505,12 +517,17 @@ impl Shell {
             }),
             Outgoing::Report => Ours::Report(self.report()),
             Outgoing::Subscribe => Ours::Subscribe(self.mirror.subscribe()),
-            Outgoing::Ack => Ours::Ack(proto::Ack {
-                index_revision: persisted.index_revision,
-                bundle_number: persisted.bundle_number,
-                policy_revision: persisted.policy_revision,
-            }),
             Outgoing::Edges => Ours::Edges((&**self.links.edges.borrow_and_update()).into()),
+            Outgoing::Ack => Ours::Ack(persisted.ack(self.mirror.epoch())),
+            Outgoing::Revocations => match self.mirror.take_forgotten() {
+                Some(part) => {
+                    if part.more {
+                        self.session.handle_revocations_forgotten();
+                    }
+                    Ours::Revocations(part)
+                }
+                None => return,
+            },
         };
         let Some(connection) = &self.connection else {
             return;

@@ -33,6 +33,7 @@ use crate::inbound::certificates;
 use crate::inbound::front::Fronts;
 use crate::inbound::http2::app::Connections;
 use crate::limits::{self, Limit, ShedLog};
+use crate::live::{self, Live};
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
 use crate::quiet::Quiet;
@@ -201,6 +202,7 @@ pub(crate) struct Thread {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) settings: DataSettings,
     pub(crate) peers: Peers,
+    pub(crate) live: Live,
     pub(crate) balancers: RefCell<Balancers>,
     pub(crate) rng: RefCell<Rng>,
     pub(crate) diag: RefCell<SockDiag>,
@@ -424,6 +426,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         metrics: shared.metrics,
         settings: shared.settings,
         peers: Peers::default(),
+        live: Live::default(),
         balancers: RefCell::default(),
         rng: RefCell::new(Rng::new(seed)),
         diag: RefCell::new(SockDiag::open()?),
@@ -445,6 +448,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         draining: watch::Sender::new(false),
     });
     spawn_local(sweep(Rc::clone(&thread)));
+    spawn_local(live::heed(Rc::clone(&thread)));
     let clock = Rc::clone(&thread);
     spawn_local(async move { clock.quiet.run().await });
     let mut accepting: Vec<(Account, AbortHandle)> = Vec::new();

@@ -21,7 +21,7 @@ use mesh_core::service::Protocol;
 use mesh_core::stream::Side;
 use mesh_runtime::mux::{self, Mux, MuxStream, StreamError};
 use mesh_runtime::tls::handshake::{self, Handshaken};
-use mesh_runtime::tls::leaf::read_leaf;
+use mesh_runtime::tls::leaf::{LeafFacts, read_leaf};
 use mesh_runtime::tls::verify::handshake_reason;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
@@ -30,6 +30,7 @@ use tokio::task::spawn_local;
 
 use crate::data::Thread;
 use crate::limits::Limit;
+use crate::live::{self, Ends};
 use crate::metrics::{Direction, Flow, FlowLabels};
 use crate::peers::unix_now_s;
 use crate::relay::{self, Activity, Local, Open};
@@ -105,10 +106,8 @@ impl ResolvesServerCert for ByServerName {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let view = self.0.borrow();
         let account = SpiffeId::account_of_sni(hello.server_name()?, &view.host.trust_domain)?;
-        view.leaves
-            .workloads
-            .get(&account)
-            .map(|leaf| Arc::clone(&leaf.key))
+        let leaf = view.leaf(&Identity::Workload(account)).ok()?;
+        Some(Arc::clone(&leaf.key))
     }
 }
 
@@ -131,7 +130,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
             return not_authenticated(thread, from, Reason::Timeout, &"no handshake in time");
         }
     };
-    let (id, not_after_s, server) = match authenticated(thread, &tls) {
+    let (leaf, server) = match authenticated(thread, &tls) {
         Ok(both) => both,
         Err(reason) => return not_authenticated(thread, from, reason, &"after the handshake"),
     };
@@ -140,6 +139,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         identity: Identity::Workload(server.clone()),
     };
     // An id is an URI.
+    let (id, not_after_s) = (leaf.id, leaf.not_after_s);
     let Ok(client_id) = HeaderValue::try_from(id.to_string()) else {
         return not_authenticated(thread, from, Reason::CertificateMalformed, &"its id");
     };
@@ -160,6 +160,16 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     let (mux, mut incoming, driver) =
         mux::connection(tls.stream, Side::Server, thread.mux_settings());
     let driver = spawn_local(driver);
+    // Control's own certificate is of no host.
+    let entered = leaf.host.map(|host| {
+        let ends = Ends {
+            direction: Direction::Inbound,
+            ours: Identity::Workload(peer.server.clone()),
+            theirs: peer.id.identity.clone(),
+            host,
+        };
+        live::enter(thread, &mux, ends)
+    });
     thread.metrics.mesh_connections.inc();
     let live = Rc::new(Cell::new(0));
     let mut watched = pin!(peer.watch(&mux));
@@ -182,6 +192,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         });
     }
     thread.metrics.mesh_connections.dec();
+    drop(entered);
     if let Ok(reason) = driver.await {
         log::debug!(peer:% = peer.id, reason:% = reason; "a peer's connection is over");
     }
@@ -192,7 +203,7 @@ fn id_domain(thread: &Thread) -> mesh_core::names::TrustDomain {
 }
 
 /// Who the peer is, and which workload it asked for. The chain was verified in the handshake.
-fn authenticated(thread: &Thread, tls: &Handshaken) -> Result<(SpiffeId, i64, Account), Reason> {
+fn authenticated(thread: &Thread, tls: &Handshaken) -> Result<(LeafFacts, Account), Reason> {
     let leaf = tls.peer.as_ref().ok_or(Reason::NoCertificate)?;
     let facts = read_leaf(leaf)?;
     let name = tls
@@ -201,7 +212,7 @@ fn authenticated(thread: &Thread, tls: &Handshaken) -> Result<(SpiffeId, i64, Ac
         .ok_or(Reason::UnknownServerName)?;
     let server =
         SpiffeId::account_of_sni(name, &id_domain(thread)).ok_or(Reason::UnknownServerName)?;
-    Ok((facts.id, facts.not_after_s, server))
+    Ok((facts, server))
 }
 
 fn not_authenticated(

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use mesh_core::identity::SpiffeId;
 use mesh_runtime::tls;
 use mesh_runtime::tls::leaf::{LeafFacts, read_leaf};
-use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType, SigningKey as _};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -38,6 +38,12 @@ pub(crate) fn request(key: &str, id: Option<&SpiffeId>) -> anyhow::Result<Vec<u8
     let request = params.serialize_request(&key);
     let request = request.context("cannot make a certificate request")?;
     Ok(request.der().to_vec())
+}
+
+/// A signature by `key`: ECDSA with SHA-256, ASN.1.
+pub(crate) fn sign(key: &str, text: &str) -> anyhow::Result<Vec<u8>> {
+    let key = KeyPair::from_pem(key).context("cannot read a private key that was kept")?;
+    key.sign(text.as_bytes()).context("cannot sign")
 }
 
 /// A chain of the wire as PEM.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use bytes::Bytes;
 use mesh_api::proto::mesh_client::MeshClient;
 use mesh_api::{proto, sync};
 use mesh_core::identity::{Identity, SpiffeId};
@@ -24,7 +25,7 @@ use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
 use mesh_runtime::tls::{ALPN_MESH, client_config};
 use rustls::sign::CertifiedKey;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
@@ -62,6 +63,8 @@ pub(crate) struct Links {
     pub(crate) sets: watch::Receiver<Arc<WorkloadSet>>,
     /// The way to control while the session is live.
     pub(crate) channel: watch::Receiver<Option<Channel>>,
+    /// A new credential of the agent's own, where the old one had ended.
+    pub(crate) rejoined: mpsc::Receiver<Vec<Bytes>>,
     /// Changes when control has judged what this host reports.
     pub(crate) judged: watch::Receiver<u64>,
     /// The agent's own credential.
@@ -138,6 +141,7 @@ impl Keeper {
                     changed.context("the session with control is gone")?;
                     self.want(Entry::end_rest);
                 }
+                Some(chain) = self.links.rejoined.recv() => self.rejoined(&chain),
                 Some(done) = calls.join_next() => self.renewed(done.context("a renewal failed")?),
                 () = tokio::time::sleep(sleep) => (),
             }
@@ -419,6 +423,18 @@ impl Keeper {
         Ok(())
     }
 
+    fn rejoined(&mut self, chain: &[Bytes]) {
+        let agent = self.agent.clone();
+        let key = self.entries.get(&agent).map(|entry| entry.key.clone());
+        let installed = key.map(|key| self.install(&agent, key, chain, now_ms()));
+        if let Some(Err(error)) = installed {
+            log::warn!(
+                error:% = format!("{error:#}");
+                "the new credential of this host is of no use; another is asked for"
+            );
+        }
+    }
+
     fn refused(&mut self, identity: &Identity, refusal: &proto::Refusal, now: u64) {
         let (reason, message) = sync::refusal(refusal);
         let Some(entry) = self.entries.get_mut(identity) else {
@@ -603,6 +619,7 @@ mod tests {
             unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::new(Leaves::default()),
+            revoked: Arc::default(),
             live: false,
         });
         let (sets, sets_at) = watch::channel(set(accounts));
@@ -614,6 +631,7 @@ mod tests {
             trust: TrustStore::default().shared(),
             sets: sets_at,
             channel: watch::channel(None).1,
+            rejoined: mpsc::channel(1).1,
             judged: watch::channel(0).1,
             credential: credential_by,
             standings: standings_by,

@@ -34,6 +34,7 @@ mod http;
 mod http2;
 mod inbound;
 mod limits;
+mod live;
 mod metrics;
 mod outbound;
 mod peers;

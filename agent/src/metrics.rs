@@ -24,7 +24,9 @@ use tokio::sync::watch;
 
 use crate::workloads::WorkloadSet;
 
+use crate::leaves::Standings;
 use crate::limits::Limits;
+use crate::peers::unix_now_s;
 
 /// Different flows that are told apart; later ones are counted together under `overflow`. A peer can make us see
 /// as many identities as it has certificates.
@@ -130,6 +132,31 @@ impl Collector for FrontedServices {
             let labels = [("dst", service.name.to_string())];
             let count = ConstGauge::new(i64::try_from(service.endpoints.len()).unwrap_or(i64::MAX));
             count.encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// Says at each scrape how long each certificate of this host still lives.
+#[derive(Debug)]
+pub(crate) struct CertificateLives(pub(crate) watch::Receiver<Arc<Standings>>);
+
+impl Collector for CertificateLives {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let mut family = encoder.encode_descriptor(
+            "certificate_remaining_seconds",
+            "Until the certificate of an identity of this host ends; below a third of its life it is late",
+            None,
+            MetricType::Gauge,
+        )?;
+        let standings = Arc::clone(&self.0.borrow());
+        let now_s = unix_now_s();
+        for (identity, standing) in standings.iter() {
+            if let Some(not_after_s) = standing.not_after_s {
+                let labels = [("identity", identity.to_string())];
+                let left = ConstGauge::new(not_after_s.saturating_sub(now_s));
+                left.encode(family.encode_family(&labels)?)?;
+            }
         }
         Ok(())
     }

@@ -47,8 +47,8 @@ pub(crate) async fn serve(
         trust_domain: view.host.trust_domain.clone(),
         identity,
     };
-    if view.leaves.of(&id.identity).is_none() {
-        return refuse(thread, client, Reason::NoIdentity, from, to);
+    if let Err(reason) = view.leaf(&id.identity) {
+        return refuse(thread, client, reason, from, to);
     }
     drop(view);
     relay::guard(&client);

@@ -23,6 +23,8 @@ use tokio::task::spawn_local;
 use crate::call::EndpointKey;
 use crate::data::Thread;
 use crate::limits::{self, Limit};
+use crate::live::{self, Ends};
+use crate::metrics::Direction;
 use crate::view::Leaf;
 
 /// Connections to one endpoint as one identity. A second one is made when readers that stand still hold the credit
@@ -199,7 +201,9 @@ async fn dial(
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
             let reason = match handshake_reason(&error) {
-                reason @ (Reason::PeerIdentity | Reason::CertificateExpired) => reason,
+                reason @ (Reason::PeerIdentity
+                | Reason::PeerRevoked
+                | Reason::CertificateExpired) => reason,
                 _ => Reason::PeerHandshake,
             };
             return Err(log_failure(reason, &error));
@@ -217,12 +221,19 @@ async fn dial(
         ));
     }
     let (mux, _, driver) = mux::connection(tls.stream, Side::Client, thread.mux_settings());
+    let ends = Ends {
+        direction: Direction::Outbound,
+        ours: leaf.id.identity.clone(),
+        theirs: Identity::Workload(endpoint.account.clone()),
+        host: endpoint.host.clone(),
+    };
+    let entered = live::enter(thread, &mux, ends);
     let open = thread.metrics.mesh_connections.clone();
     open.inc();
     spawn_local(async move {
         driver.await;
         open.dec();
-        drop(dialled);
+        drop((entered, dialled));
     });
     Ok(mux)
 }

@@ -120,9 +120,19 @@ pub(crate) enum Kept {
     Policies,
     /// Not control's: who called, and since when.
     Edges,
+    Revocations,
 }
 
 impl Kept {
+    const ALL: [Self; 6] = [
+        Self::Bundle,
+        Self::Index,
+        Self::Endpoints,
+        Self::Policies,
+        Self::Edges,
+        Self::Revocations,
+    ];
+
     const fn name(self) -> &'static str {
         match self {
             Self::Bundle => "bundle",
@@ -130,6 +140,7 @@ impl Kept {
             Self::Endpoints => "endpoints",
             Self::Policies => "policies",
             Self::Edges => "edges",
+            Self::Revocations => "revocations",
         }
     }
 }
@@ -229,18 +240,12 @@ impl State {
 
     /// Removes what an earlier membership may have left, but for the key: it is not this mesh's.
     pub(crate) fn forget_mesh(&self) -> anyhow::Result<()> {
-        let kept = [
-            Kept::Bundle,
-            Kept::Index,
-            Kept::Endpoints,
-            Kept::Policies,
-            Kept::Edges,
-        ];
-        for name in
-            kept.map(Kept::name)
-                .into_iter()
-                .chain(["contact", DOOR_FILE, "leaves", "agent.crt"])
-        {
+        for name in Kept::ALL.map(Kept::name).into_iter().chain([
+            "contact",
+            DOOR_FILE,
+            "leaves",
+            "agent.crt",
+        ]) {
             remove(&self.root.join(name))?;
         }
         Ok(())

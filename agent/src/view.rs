@@ -7,6 +7,8 @@ use std::sync::Arc;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::{Account, HostUid, Label, Network, ServiceName, TrustDomain};
 use mesh_core::policy::PolicySet;
+use mesh_core::reason::Reason;
+use mesh_core::revocation::Revocations;
 use mesh_core::service::{Endpoint, Index};
 use mesh_core::vip::VipRanges;
 use rustls::ClientConfig;
@@ -33,8 +35,20 @@ pub(crate) struct View {
     /// Whose a socket is, by what the kernel says of it.
     pub(crate) owners: Arc<OwnerTable>,
     pub(crate) leaves: Arc<Leaves>,
+    /// What must no more be believed, of this host too.
+    pub(crate) revoked: Arc<Revocations>,
     /// Whether the session with control is live: only then is it worth waiting for an answer.
     pub(crate) live: bool,
+}
+
+impl View {
+    /// The certificate of an identity that this host may speak for.
+    pub(crate) fn leaf(&self, identity: &Identity) -> Result<&Arc<Leaf>, Reason> {
+        if self.revoked.cover(&self.host.uid, identity) {
+            return Err(Reason::IdentityRevoked);
+        }
+        self.leaves.of(identity).ok_or(Reason::NoIdentity)
+    }
 }
 
 /// What the join gave this host.

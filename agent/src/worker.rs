@@ -31,7 +31,7 @@ use crate::health::{self, Listening, Verdicts};
 use crate::holder::client::{HolderLink, HolderSender};
 use crate::holder::protocol::{FromHolder, Sockets};
 use crate::leaves::{self, Standings};
-use crate::metrics::{FrontedServices, Metrics};
+use crate::metrics::{CertificateLives, FrontedServices, Metrics};
 use crate::owners::{self, OwnerStatus, Owners};
 use crate::state::{Kept, Membership, State};
 use crate::view::{Leaves, View, ViewReader, ViewWriter};
@@ -177,6 +177,7 @@ impl Parts {
             unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::new(Leaves::default()),
+            revoked: Arc::default(),
             live: false,
         });
         Ok(Self {
@@ -207,6 +208,7 @@ impl Parts {
         let (channel_by, channel) = watch::channel(None);
         let (judged_by, judged) = watch::channel(0);
         let (edges_by, edges) = watch::channel(Arc::default());
+        let (rejoined_by, rejoined) = mpsc::channel(1);
 
         // All that is on disk is in use before the first call is taken.
         let keeper = leaves::Keeper::new(
@@ -216,6 +218,7 @@ impl Parts {
                 trust: Arc::clone(&self.trust),
                 sets: self.sets.clone(),
                 channel: channel.clone(),
+                rejoined,
                 judged,
                 credential: credential_by,
                 standings: standings_by,
@@ -233,6 +236,7 @@ impl Parts {
                 verdicts: verdicts.clone(),
                 edges,
                 credential,
+                rejoined: rejoined_by,
                 channel: channel_by,
                 judged: judged_by,
                 status: session_by,
@@ -241,7 +245,7 @@ impl Parts {
             self.membership.clone(),
         )?;
 
-        let metrics = make_metrics(&config, &self.sets);
+        let metrics = make_metrics(&config, &self.sets, &standings);
         let shared = DataShared {
             view: self.view.reader(),
             wants: wants_by.clone(),
@@ -300,10 +304,15 @@ impl Parts {
     }
 }
 
-fn make_metrics(config: &Config, sets: &watch::Receiver<Arc<WorkloadSet>>) -> Arc<Metrics> {
+fn make_metrics(
+    config: &Config,
+    sets: &watch::Receiver<Arc<WorkloadSet>>,
+    standings: &watch::Receiver<Arc<Standings>>,
+) -> Arc<Metrics> {
     let metrics = Metrics::new(Budget::new(config.buffer_max()));
     metrics.register(|registry| {
         registry.register_collector(Box::new(FrontedServices(sets.clone())));
+        registry.register_collector(Box::new(CertificateLives(standings.clone())));
     });
     metrics
 }

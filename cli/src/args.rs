@@ -47,6 +47,11 @@ pub(crate) enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
+    /// Take back, for ever, what a host, a workload of it or a token was given
+    Revoke {
+        #[command(subcommand)]
+        command: RevokeCommand,
+    },
     /// Show how control and the mesh are
     Status {
         /// The form of the answer
@@ -71,11 +76,37 @@ pub(crate) enum TokenCommand {
         #[arg(short, long, value_enum, default_value_t)]
         output: Format,
     },
-    /// Make a token useless. Hosts that joined with it stay
-    Revoke {
-        /// As `meshctl token list` shows it, e.g. t-3f9c1a2b4d5e
-        id: String,
+    /// Make a token useless; the same as `meshctl revoke token`
+    Revoke(RevokeToken),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum RevokeCommand {
+    /// Remove a host; all hosts refuse its certificates at once, and what is open with it ends
+    Host {
+        /// As `meshctl get hosts` shows it
+        name: String,
     },
+    /// The same for one identity of a host. The host itself stays
+    Workload {
+        /// Of the identity
+        #[arg(value_name = "NS/ACCOUNT")]
+        account: String,
+        /// On which host
+        #[arg(long, value_name = "HOST")]
+        host: String,
+    },
+    /// Make a join token useless
+    Token(RevokeToken),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RevokeToken {
+    /// As `meshctl token list` shows it, e.g. t-3f9c1a2b4d5e
+    pub id: String,
+    /// Revoke the hosts that joined with it too; else they stay
+    #[arg(long)]
+    pub hosts: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -205,6 +236,8 @@ pub(crate) enum Kind {
     Hosts,
     #[value(alias = "policy")]
     Policies,
+    #[value(alias = "revocation")]
+    Revocations,
     Audit,
 }
 
@@ -212,8 +245,7 @@ pub(crate) enum Kind {
 pub(crate) enum Deletable {
     #[value(alias = "services")]
     Service,
-    /// Removes a host: its session and its endpoints go at once, and no certificate of it is renewed. Those that it
-    /// has open other hosts' mesh ports until they end, 48 h at most
+    /// Removes a host; the same as `meshctl revoke host`
     #[value(alias = "hosts")]
     Host,
     #[value(alias = "policies")]

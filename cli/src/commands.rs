@@ -6,6 +6,7 @@ pub(crate) mod check;
 pub(crate) mod edges;
 mod find;
 pub(crate) mod get;
+pub(crate) mod revoke;
 pub(crate) mod status;
 pub(crate) mod token;
 pub(crate) mod write;

@@ -45,6 +45,7 @@ fn run(args: Args) -> Result<ExitCode, Failure> {
             Command::Get(get) => commands::get::run(&client, get).await,
             Command::Apply(apply) => commands::write::apply(&client, apply).await,
             Command::Delete(delete) => commands::write::delete(&client, delete).await,
+            Command::Revoke { command } => commands::revoke::run(&client, &command).await,
             Command::Status { output } => commands::status::run(&client, output).await,
             Command::Backup { out } => commands::backup::run(&client, &out).await,
         };

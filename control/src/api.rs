@@ -133,12 +133,12 @@ async fn list(
     Path(kind): Path<String>,
     Query(filter): Query<Filter>,
 ) -> Result<Json<Value>, Refusal> {
-    let items = show::list(&control.writer.now(), &kind, filter.namespace.as_deref())?;
+    let items = show::list(&control, &kind, filter.namespace.as_deref())?;
     Ok(Json(json!({"items": items})))
 }
 
 async fn list_tokens(State(control): State<Arc<Control>>) -> Result<Json<Value>, Refusal> {
-    let items = show::list(&control.writer.now(), "tokens", None)?;
+    let items = show::list(&control, "tokens", None)?;
     Ok(Json(json!({"items": items})))
 }
 
@@ -146,7 +146,7 @@ async fn one(
     State(control): State<Arc<Control>>,
     Path((kind, namespace, name)): Path<(String, String, String)>,
 ) -> Result<Json<Value>, Refusal> {
-    show::one(&control.writer.now(), &kind, &namespace, &name).map(Json)
+    show::one(&control, &kind, &namespace, &name).map(Json)
 }
 
 #[derive(Deserialize)]

@@ -12,11 +12,11 @@ use mesh_core::identity::SpiffeId;
 use mesh_core::names::{HostUid, TrustDomain};
 use mesh_core::reason::Reason;
 use mesh_runtime::files::{self, FileError};
-use mesh_runtime::tls::leaf;
+use mesh_runtime::tls::{leaf, verify};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, DnValue, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PublicKeyData, SanType, SerialNumber,
+    PublicKeyData, SanType, SerialNumber, SigningKey as _,
 };
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
@@ -76,7 +76,15 @@ pub(crate) struct Ca {
     pub root: CertificateDer<'static>,
     chain: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
-    issuer_ends_s: u64,
+    root_life: Life,
+    issuer_life: Life,
+}
+
+/// From when until when a certificate is good, in Unix seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Life {
+    pub not_before_s: i64,
+    pub not_after_s: i64,
 }
 
 impl std::fmt::Debug for Ca {
@@ -140,13 +148,14 @@ impl Ca {
         if ours != Digest::of(&key.subject_public_key_info()).0 {
             return Err(given("issuer.key is not its key".to_owned()));
         }
-        let issuer_ends_s = check_issuer(&chain, &root).map_err(given)?;
+        let (issuer_life, root_life) = check_issuer(&chain, &root).map_err(given)?;
         let issuer = Issuer::from_ca_cert_der(&chain, key).map_err(make("the issuer"))?;
         Ok(Self {
             root,
             chain,
             issuer,
-            issuer_ends_s,
+            root_life,
+            issuer_life,
         })
     }
 
@@ -197,7 +206,7 @@ impl Ca {
         params.is_ca = IsCa::ExplicitNoCa;
         params.use_authority_key_identifier_extension = true;
         params.serial_number = Some(serial());
-        let ends_s = (now_s + order.life_s).min(self.issuer_ends_s);
+        let ends_s = (now_s + order.life_s).min(self.issuer_ends_s());
         set_life(&mut params, now_s, ends_s);
         let leaf = params.signed_by(key, &self.issuer).map_err(failed)?;
         Ok(vec![leaf.der().clone(), self.chain.clone()])
@@ -208,9 +217,29 @@ impl Ca {
         &self.chain
     }
 
+    /// Signs what this mesh states, for itself to believe later.
+    pub(crate) fn sign_statement(&self, statement: &str) -> Result<Vec<u8>, CaError> {
+        let signed = self.issuer.key().sign(statement.as_bytes());
+        signed.map_err(make("a signature"))
+    }
+
+    /// Whether [`Ca::sign_statement`] of this issuer made `signature`.
+    pub(crate) fn has_signed(&self, statement: &str, signature: &[u8]) -> bool {
+        verify::has_signed(&self.chain, statement.as_bytes(), signature)
+    }
+
     /// When the issuer, or the root, ends: no leaf lives longer.
     pub(crate) fn issuer_ends_s(&self) -> u64 {
-        self.issuer_ends_s
+        let ends_s = self.issuer_life.not_after_s.min(self.root_life.not_after_s);
+        ends_s.max(0).cast_unsigned()
+    }
+
+    pub(crate) fn root_life(&self) -> Life {
+        self.root_life
+    }
+
+    pub(crate) fn issuer_life(&self) -> Life {
+        self.issuer_life
     }
 }
 
@@ -332,8 +361,8 @@ fn read_certificate(path: &Path) -> Result<CertificateDer<'static>, CaError> {
     })
 }
 
-/// Whether `issuer` is a CA under `root`. Returns when the shorter-lived of them ends.
-fn check_issuer(issuer: &[u8], root: &[u8]) -> Result<u64, String> {
+/// Whether `issuer` is a CA under `root`. Returns the lives of both.
+fn check_issuer(issuer: &[u8], root: &[u8]) -> Result<(Life, Life), String> {
     let read = |der| {
         x509_parser::parse_x509_certificate(der)
             .map(|(_, certificate)| certificate)
@@ -346,10 +375,11 @@ fn check_issuer(issuer: &[u8], root: &[u8]) -> Result<u64, String> {
     issuer
         .verify_signature(Some(root.public_key()))
         .map_err(|_| "it was not signed by the root".to_owned())?;
-    let ends =
-        |c: &x509_parser::certificate::X509Certificate<'_>| c.validity().not_after.timestamp();
-    let ends = ends(&issuer).min(ends(&root));
-    Ok(ends.max(0).cast_unsigned())
+    let life = |c: &x509_parser::certificate::X509Certificate<'_>| Life {
+        not_before_s: c.validity().not_before.timestamp(),
+        not_after_s: c.validity().not_after.timestamp(),
+    };
+    Ok((life(&issuer), life(&root)))
 }
 
 #[cfg(test)]

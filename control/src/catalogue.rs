@@ -9,7 +9,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet, Vector};
-use mesh_core::names::{HostUid, Label, Network, ServiceName};
+use mesh_core::names::{Account, HostUid, Label, Network, ServiceName};
+use mesh_core::revocation::Subject;
 use mesh_core::service::{Endpoint, Pattern};
 
 pub(crate) mod authz;
@@ -52,7 +53,9 @@ pub(crate) struct Catalogue {
     pub revision: u64,
     pub settings: Arc<Settings>,
     pub hosts: OrdMap<HostUid, Arc<Host>>,
-    pub revoked: OrdMap<HostUid, Arc<Revoked>>,
+    pub revoked: OrdMap<Subject, Arc<Revoked>>,
+    /// The same in the order in which they came about.
+    revoked_in_turn: OrdMap<Turn, Arc<Revoked>>,
     pub tokens: OrdMap<String, Arc<Token>>,
     pub operators: OrdMap<Label, Arc<Operator>>,
     pub services: OrdMap<ServiceName, Arc<Service>>,
@@ -75,6 +78,9 @@ pub(crate) struct Catalogue {
     changes_floor: u64,
 }
 
+/// The place of a revocation among all: its revision, then who. `None` is before all of its revision.
+pub(crate) type Turn = (u64, Option<Subject>);
+
 /// Where a service is served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Endpoints {
@@ -92,6 +98,14 @@ pub(crate) enum IndexChange {
     },
 }
 
+/// A host with all that it was given.
+pub(crate) fn whole(host: &HostUid) -> Subject {
+    Subject {
+        host: host.clone(),
+        account: None,
+    }
+}
+
 impl Catalogue {
     /// An empty one, as `init` begins.
     pub(crate) fn new(epoch: u64, settings: Settings) -> Self {
@@ -101,6 +115,7 @@ impl Catalogue {
             settings: Arc::new(settings),
             hosts: OrdMap::new(),
             revoked: OrdMap::new(),
+            revoked_in_turn: OrdMap::new(),
             tokens: OrdMap::new(),
             operators: OrdMap::new(),
             services: OrdMap::new(),
@@ -148,11 +163,59 @@ impl Catalogue {
 
     /// A host's name for people; its uid once it is gone.
     pub(crate) fn host_label(&self, uid: &HostUid) -> String {
-        match (self.hosts.get(uid), self.revoked.get(uid)) {
+        match (self.hosts.get(uid), self.revoked.get(&whole(uid))) {
             (Some(host), _) => format!("host/{}", host.name),
             (None, Some(revoked)) => format!("host/{} (removed)", revoked.name),
             (None, None) => format!("host/{uid}"),
         }
+    }
+
+    /// Whether this identity was revoked on this host, alone or with it.
+    pub(crate) fn is_revoked(&self, host: &HostUid, account: &Account) -> bool {
+        let alone = Subject {
+            host: host.clone(),
+            account: Some(account.clone()),
+        };
+        self.revoked.contains_key(&alone) || self.revoked.contains_key(&whole(host))
+    }
+
+    /// What was revoked after `turn`, with its own.
+    pub(crate) fn revoked_after(
+        &self,
+        turn: &Turn,
+    ) -> impl Iterator<Item = (&Turn, &Arc<Revoked>)> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let after = (Excluded(turn.clone()), Unbounded);
+        self.revoked_in_turn.range::<_, Turn>(after)
+    }
+
+    /// The hosts that were removed after `revision`.
+    pub(crate) fn revoked_hosts_since(&self, revision: u64) -> impl Iterator<Item = &Arc<Revoked>> {
+        let newer = self.revoked_in_turn.iter().rev();
+        let newer = newer.take_while(move |((at, _), _)| revision < *at);
+        newer
+            .map(|(_, revoked)| revoked)
+            .filter(|r| r.account.is_none())
+    }
+
+    /// Of the last revocation; 0 when there is none.
+    pub(crate) fn revoked_revision(&self) -> u64 {
+        let last = self.revoked_in_turn.get_max();
+        last.map_or(0, |((revision, _), _)| *revision)
+    }
+
+    fn index_revoked(&mut self, revoked: &Arc<Revoked>) {
+        let subject = revoked.subject();
+        let turn = (revoked.revision, Some(subject.clone()));
+        self.revoked_in_turn.insert(turn, Arc::clone(revoked));
+        self.revoked.insert(subject, Arc::clone(revoked));
+    }
+
+    fn unindex_revoked(&mut self, revoked: &Revoked) {
+        let subject = revoked.subject();
+        self.revoked.remove(&subject);
+        self.revoked_in_turn
+            .remove(&(revoked.revision, Some(subject)));
     }
 
     /// What the index changed since `have` of this epoch; everything if the ring does not reach back so far.

@@ -6,13 +6,15 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use mesh_api::proto;
 use mesh_core::reason::Fault;
+use mesh_core::revocation::Revocation;
 use rcgen::PublicKeyData;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::acks::Acks;
 use crate::audit::{Actor, Audit};
 use crate::ca::{Ca, LeafOrder};
-use crate::catalogue::objects::Settings;
+use crate::catalogue::objects::{Revoked, Settings};
 use crate::clocks::Clocks;
 use crate::config::{Config, Leaves};
 use crate::edges::Edges;
@@ -20,6 +22,7 @@ use crate::lease::{LeaseHandle, LeaseLoop};
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::refusal::Refusal;
+use crate::rpc::rejoin::Nonces;
 use crate::store::Store;
 use crate::writer::{Writer, WriterLoop};
 use crate::{clock, init};
@@ -33,6 +36,8 @@ pub(crate) struct Control {
     pub writer: Writer,
     pub leases: LeaseHandle,
     pub edges: Edges,
+    pub acks: Acks,
+    pub nonces: Nonces,
     pub limits: Limits,
     pub clocks: Clocks,
     pub audit: Arc<Audit>,
@@ -85,6 +90,8 @@ impl Control {
             writer,
             leases,
             edges: Edges::default(),
+            acks: Acks::default(),
+            nonces: Nonces::default(),
             limits: Limits::default(),
             clocks: Clocks::default(),
             audit,
@@ -119,6 +126,26 @@ impl Control {
             Refusal::internal()
         })?;
         Ok(chain.iter().map(|der| der.to_vec().into()).collect())
+    }
+
+    /// A revocation as agents get it. It is signed once.
+    pub(crate) fn signed(&self, revoked: &Revoked) -> Revocation {
+        let subject = revoked.subject();
+        let signature = revoked.signature.get_or_init(|| {
+            let statement = subject.statement(&self.settings.trust_domain, revoked.at_s);
+            let signed = self.ca.sign_statement(&statement);
+            // Unsigned it has its effect, and only a restored control will not believe it.
+            let signed = signed.unwrap_or_else(|error| {
+                log::error!("{error}");
+                Vec::new()
+            });
+            signed.into()
+        });
+        Revocation {
+            at_s: revoked.at_s,
+            signature: Arc::clone(signature),
+            subject,
+        }
     }
 
     /// Notes a refusal that never came to the writer.

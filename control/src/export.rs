@@ -157,6 +157,11 @@ pub(crate) fn newest(state: &Path) -> Option<(PathBuf, Catalogue)> {
         })
 }
 
+/// All exports that are whole.
+pub(crate) fn all(state: &Path) -> impl Iterator<Item = Catalogue> {
+    list(state).into_iter().filter_map(|path| read(&path).ok())
+}
+
 /// Epoch and revision of the newest file, as its name says.
 pub(crate) fn last(state: &Path) -> Option<(u64, u64)> {
     let newest = list(state).pop()?;

@@ -175,7 +175,7 @@ impl LeaseLoop {
     fn drop_removed(&mut self) {
         let now = Arc::clone(&self.catalogue.borrow_and_update());
         let seen = std::mem::replace(&mut self.seen, now.revision);
-        for gone in now.revoked.values().filter(|r| seen < r.revision) {
+        for gone in now.revoked_hosts_since(seen) {
             let session = self.leases.removed(&gone.uid);
             if let Some(end) = session.and_then(|s| self.sessions.remove(&s)) {
                 end.cancel();

@@ -13,6 +13,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use mesh_core::names::TrustDomain;
 
+mod acks;
 mod api;
 mod audit;
 mod auth;
@@ -23,6 +24,7 @@ mod clocks;
 mod config;
 mod control;
 mod edges;
+mod expiry;
 mod export;
 mod exporter;
 mod init;
@@ -31,6 +33,7 @@ mod limits;
 mod metrics;
 mod prover;
 mod refusal;
+mod restore;
 mod rpc;
 mod run;
 mod server;
@@ -131,7 +134,7 @@ fn main() -> ExitCode {
         Command::Init(args) => init(args),
         Command::Run(args) => run(args),
         Command::Restore(args) => {
-            run::restore(&args.file, &args.state_dir, args.force).map(|told| print(&told))
+            restore::restore(&args.file, &args.state_dir, args.force).map(|told| print(&told))
         }
     };
     match done {

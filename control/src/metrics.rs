@@ -9,6 +9,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
+use crate::expiry::Certificate;
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByReason {
     reason: &'static str,
@@ -17,6 +19,11 @@ struct ByReason {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByState {
     state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByCertificate {
+    certificate: &'static str,
 }
 
 #[derive(Debug)]
@@ -31,6 +38,7 @@ pub(crate) struct Metrics {
     endpoints: Gauge,
     services: Gauge,
     refusals: Family<ByReason, Counter>,
+    lives: Family<ByCertificate, Gauge>,
 }
 
 impl Metrics {
@@ -46,6 +54,7 @@ impl Metrics {
             endpoints: Gauge::default(),
             services: Gauge::default(),
             refusals: Family::default(),
+            lives: Family::default(),
             registry: Registry::default(),
         };
         registry.register(
@@ -77,6 +86,11 @@ impl Metrics {
         registry.register("endpoints", "Listed endpoints", metrics.endpoints.clone());
         registry.register("services", "Services", metrics.services.clone());
         registry.register("refused", "Refusals by reason", metrics.refusals.clone());
+        registry.register(
+            "certificate_remaining_seconds",
+            "Until the root and the issuer end; at 60, 30 and 7 days somebody is needed",
+            metrics.lives.clone(),
+        );
         Arc::new(Self {
             registry,
             ..metrics
@@ -86,6 +100,15 @@ impl Metrics {
     pub(crate) fn refused(&self, reason: Reason) {
         let reason = reason.code();
         self.refusals.get_or_create(&ByReason { reason }).inc();
+    }
+
+    pub(crate) fn lives(&self, certificates: &[Certificate]) {
+        for one in certificates {
+            let certificate = one.name;
+            self.lives
+                .get_or_create(&ByCertificate { certificate })
+                .set(one.left_s);
+        }
     }
 
     /// All metrics as text; the gauges of the catalogue are read from it now.

@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 mod explain;
 mod join;
 mod outbox;
+pub(crate) mod rejoin;
 mod renew;
 mod report;
 mod sync;
@@ -69,6 +70,28 @@ impl Mesh for MeshService {
         let host = peer.agent(&self.control.writer.now());
         let host = host.inspect_err(|r| self.refused(&unknown(&peer), "renew", "", r))?;
         let response = renew::renew(&self.control, &host, &peer, request.get_ref())?;
+        Ok(Response::new(response))
+    }
+
+    async fn challenge(
+        &self,
+        request: Request<proto::ChallengeRequest>,
+    ) -> Result<Response<proto::ChallengeResponse>, Status> {
+        let address = peer(&request)?.address.ip().to_canonical();
+        self.control.limits.check(address, Instant::now())?;
+        let response = rejoin::challenge(&self.control, request.get_ref())?;
+        Ok(Response::new(response))
+    }
+
+    async fn rejoin(
+        &self,
+        request: Request<proto::RejoinRequest>,
+    ) -> Result<Response<proto::RejoinResponse>, Status> {
+        let address = peer(&request)?.address.ip().to_canonical();
+        let limits = &self.control.limits;
+        limits.check(address, Instant::now())?;
+        let rejoined = rejoin::rejoin(&self.control, address, request.get_ref());
+        let response = rejoined.inspect_err(|_| limits.failed(address, Instant::now()))?;
         Ok(Response::new(response))
     }
 

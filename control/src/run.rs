@@ -1,6 +1,5 @@
 //! `mesh-control run`: opens what is stored, binds, serves, and ends in order.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,14 +15,11 @@ use crate::config::Config;
 use crate::control::{Control, Opened};
 use crate::prover::Prover;
 use crate::server::{Bound, Own};
-use crate::store::Store;
 use crate::writer::WriterLoop;
-use crate::{exporter, init, server_names};
+use crate::{expiry, exporter, server_names};
 
 /// How long what is under way may take when control stops: the drain of the port, a commit, an export.
 const STOP_MAX: Duration = Duration::from_secs(20);
-/// Below this, the end of the issuer is said at each start.
-const ISSUER_WARN_S: u64 = 60 * 24 * 3600;
 
 pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let Opened {
@@ -31,7 +27,6 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         writer_loop,
         lease_loop,
     } = Control::open(&config)?;
-    warn_of_the_end(&control);
     let names = server_names::all(&config.names, &config.listen, &control.settings.addresses);
     let own = Arc::new(Own::new(&control, names)?);
     let bound = Bound::bind(Arc::clone(&control), Arc::clone(&own), &config.listen).await?;
@@ -52,6 +47,11 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     tasks.spawn(async move {
         its.renew(&renewing).await;
         ended("the renewal")
+    });
+    let watched = Arc::clone(&control);
+    tasks.spawn(async move {
+        expiry::watch(watched).await;
+        ended("the watch over certificates")
     });
     tasks.spawn(async move {
         lease_loop.run().await;
@@ -133,16 +133,6 @@ fn spawn_writer(
     })
 }
 
-fn warn_of_the_end(control: &Control) {
-    let ends_s = control.ca.issuer_ends_s();
-    if ends_s < crate::clock::now_s() + ISSUER_WARN_S {
-        log::warn!(
-            "the issuing certificate ends at {}; have the root sign a new one",
-            crate::clock::rfc3339(ends_s)
-        );
-    }
-}
-
 fn admin_handler(control: &Arc<Control>) -> admin::Handler {
     let control = Arc::clone(control);
     Arc::new(move |method, path| {
@@ -160,6 +150,7 @@ fn answer(control: &Control, method: &Method, path: &str) -> Answer {
                 .metrics
                 .held
                 .set(control.leases.held().cast_signed());
+            control.metrics.lives(&expiry::certificates(control));
             Answer::text(control.metrics.render(&control.writer.now()))
         }
         (&Method::GET, "/state") => Answer::json(&api::status_value(control)),
@@ -174,35 +165,4 @@ fn answer(control: &Control, method: &Method, path: &str) -> Answer {
             "there are /health, /ready, /metrics, /state and PUT /log?level=LEVEL",
         ),
     }
-}
-
-/// `mesh-control restore`: puts a backup in the place of a store, under a new epoch.
-pub(crate) fn restore(file: &Path, state: &Path, force: bool) -> anyhow::Result<String> {
-    let mut catalogue = crate::export::read(file)?;
-    if Store::exists(state) {
-        if !force {
-            anyhow::bail!(
-                "{} has a store; stop mesh-control and say --force to put the backup in its place",
-                state.display()
-            );
-        }
-        Store::set_aside(state)?;
-    }
-    catalogue.epoch = init::new_epoch();
-    mesh_runtime::files::create_private_dir(state)?;
-    drop(Store::create(state, &catalogue)?);
-    crate::export::write(state, &catalogue)?;
-    let ca = if state.join("ca/issuer.key").exists() {
-        ""
-    } else {
-        "\nits certificate authority is not in a backup: copy the directory ca/ here before you start control"
-    };
-    Ok(format!(
-        "restored revision {} of the mesh {}: {} hosts, {} services, {} policies{ca}\n",
-        catalogue.revision,
-        catalogue.settings.trust_domain,
-        catalogue.hosts.len(),
-        catalogue.services.len(),
-        catalogue.policies.len(),
-    ))
 }

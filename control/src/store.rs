@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::catalogue::draft::Op;
 use crate::catalogue::items::{Item, META_KEY, Meta};
 use crate::catalogue::{Catalogue, items};
-use crate::export;
+use crate::{export, restore};
 
 /// Bytes that sled keeps of its files in memory: the catalogue itself is in memory anyway.
 const CACHE: u64 = 16 * 1024 * 1024;
@@ -102,6 +102,11 @@ impl Store {
         Self::recover(state, &path, epoch, &broken)
     }
 
+    /// Reads what the store of `state` has, and lets go of it.
+    pub(crate) fn peek(state: &Path) -> Result<Catalogue, StoreError> {
+        Ok(Self::read(&state.join(DIRECTORY))?.1)
+    }
+
     fn read(path: &Path) -> Result<(Self, Catalogue), StoreError> {
         let unreadable = |cause: String| StoreError::Unreadable {
             path: path.display().to_string(),
@@ -125,19 +130,22 @@ impl Store {
             path: path.display().to_string(),
             cause,
         };
-        let Some((file, mut catalogue)) = export::newest(state) else {
+        let Some((file, catalogue)) = export::newest(state) else {
             return Err(unreadable(format!(
                 "{broken}, and there is no whole export; restore a backup with `mesh-control restore`"
             )));
         };
+        let renewed =
+            restore::renew(catalogue, &[], epoch, crate::clock::now_s()).map_err(unreadable)?;
+        let catalogue = renewed.catalogue;
         let aside = Self::set_aside(state)?;
-        catalogue.epoch = epoch;
         let store = Self::create(state, &catalogue)?;
         let lost = format!(
             "the store could not be opened ({broken}); {} of revision {} took its place, changes after it are \
-             lost; the broken files are in {}",
+             lost, {} join tokens that could have been used were revoked; the broken files are in {}",
             file.display(),
             catalogue.revision,
+            renewed.tokens,
             aside.display()
         );
         Ok(Opened {

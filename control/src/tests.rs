@@ -1,6 +1,8 @@
 //! A whole control in this process, with agents and operators that speak to it over real TLS.
 
 mod harness;
+mod hostile;
+mod trust;
 
 use std::sync::Arc;
 

@@ -92,6 +92,25 @@ impl Authority {
     #[track_caller]
     pub fn leaf(&self, uris: &[&str], days: (i64, i64), host_uid: Option<&str>) -> Credential {
         let key = KeyPair::generate().expect("a key");
+        self.leaf_of(&key, uris, days, host_uid)
+    }
+
+    /// The credential for control that an agent had so many days ago, as it is on its disk after it was off since.
+    #[track_caller]
+    pub fn age_agent(&self, state_dir: &Path, uri: &str, days: (i64, i64), host_uid: &str) {
+        let key = fs::read_to_string(state_dir.join("agent.key")).expect("the agent's key");
+        let key = KeyPair::from_pem(&key).expect("the agent's key");
+        let aged = self.leaf_of(&key, &[uri], days, Some(host_uid));
+        fs::write(state_dir.join("agent.crt"), aged.chain_pem()).expect("its chain");
+    }
+
+    fn leaf_of(
+        &self,
+        key: &KeyPair,
+        uris: &[&str],
+        days: (i64, i64),
+        host_uid: Option<&str>,
+    ) -> Credential {
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         if let Some(uid) = host_uid {
@@ -107,7 +126,7 @@ impl Authority {
         let now = time::OffsetDateTime::now_utc();
         params.not_before = now + DAY * i32::try_from(days.0).expect("days");
         params.not_after = now + DAY * i32::try_from(days.1).expect("days");
-        let certificate = params.signed_by(&key, &self.issuer).expect("a leaf");
+        let certificate = params.signed_by(key, &self.issuer).expect("a leaf");
         let mut chain = vec![certificate.der().clone()];
         chain.extend(self.chain.iter().cloned());
         Credential {
@@ -121,30 +140,44 @@ impl Credential {
     /// Puts it into an agent's state directory in the place of the leaf `name`: `namespace.account`.
     #[track_caller]
     pub fn replace_leaf(&self, state_dir: &Path, name: &str) {
-        let chain: String = self
-            .chain
-            .iter()
-            .map(|der| pem("CERTIFICATE", der))
-            .collect();
-        for (extension, text) in [("crt", chain), ("key", pem("PRIVATE KEY", &self.key))] {
+        for (extension, text) in [
+            ("crt", self.chain_pem()),
+            ("key", pem("PRIVATE KEY", &self.key)),
+        ] {
             let path = state_dir.join("leaves").join(format!("{name}.{extension}"));
             assert!(path.exists(), "{} is not there", path.display());
             fs::write(path, text).expect("a leaf");
         }
     }
 
+    fn chain_pem(&self) -> String {
+        let chain = self.chain.iter();
+        chain.map(|der| pem("CERTIFICATE", der)).collect()
+    }
+
     /// The credential for control of an agent, from its state directory.
     #[track_caller]
     pub fn of_agent(state_dir: &Path) -> Self {
+        Self::of_files(state_dir, "agent")
+    }
+
+    /// The leaf `name`, `namespace.account`, of an agent, from its state directory.
+    #[track_caller]
+    pub fn of_leaf(state_dir: &Path, name: &str) -> Self {
+        Self::of_files(&state_dir.join("leaves"), name)
+    }
+
+    #[track_caller]
+    fn of_files(dir: &Path, name: &str) -> Self {
         use rustls_pki_types::pem::PemObject as _;
-        let read = |name: &str| {
-            let path = state_dir.join(name);
+        let read = |extension: &str| {
+            let path = dir.join(format!("{name}.{extension}"));
             fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
         };
-        let chain = CertificateDer::pem_slice_iter(&read("agent.crt"))
+        let chain = CertificateDer::pem_slice_iter(&read("crt"))
             .collect::<Result<_, _>>()
-            .expect("the agent's chain");
-        let key = PrivateKeyDer::from_pem_slice(&read("agent.key")).expect("the agent's key");
+            .expect("a chain");
+        let key = PrivateKeyDer::from_pem_slice(&read("key")).expect("a key");
         Self {
             chain,
             key: key.secret_der().to_vec(),

@@ -63,6 +63,8 @@ mod pair;
 mod real_servers;
 #[path = "namespaces/removal.rs"]
 mod removal;
+#[path = "namespaces/revocation.rs"]
+mod revocation;
 #[path = "namespaces/services.rs"]
 mod services;
 #[path = "namespaces/shapes.rs"]

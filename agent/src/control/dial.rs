@@ -6,6 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use hyper_util::rt::TokioIo;
 use mesh_api::proto::from_control::Message;
 use mesh_api::proto::mesh_client::MeshClient;
@@ -17,6 +18,7 @@ use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -33,6 +35,32 @@ const OUTGOING_MAX: usize = 64;
 /// The header in which control says the reason of a refusal.
 const REASON_HEADER: &str = "x-meshwork-reason";
 
+/// The connection of an attempt, as the owner of the session holds it.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) attempt: Attempt,
+    task: AbortHandle,
+    pub(super) outgoing: Option<mpsc::Sender<proto::FromAgent>>,
+    pub(super) channel: Option<Channel>,
+}
+
+impl Connection {
+    pub(super) const fn of(attempt: Attempt, task: AbortHandle) -> Self {
+        Self {
+            attempt,
+            task,
+            outgoing: None,
+            channel: None,
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 /// What happened on the connection of an attempt.
 #[derive(Debug)]
 pub(super) enum Event {
@@ -41,6 +69,8 @@ pub(super) enum Event {
         channel: Channel,
     },
     Message(Box<Message>),
+    /// A new credential in the place of one that ended. Nothing follows on this connection.
+    Rejoined(Vec<Bytes>),
     Lost(Ended),
 }
 
@@ -78,7 +108,7 @@ pub(super) async fn run(
     let _ = events.send((attempt, Event::Lost(ended))).await;
 }
 
-async fn connect(address: &str, tls: Arc<ClientConfig>) -> Result<Channel, Ended> {
+pub(super) async fn connect(address: &str, tls: Arc<ClientConfig>) -> Result<Channel, Ended> {
     let stream = dial(address, tls).await;
     let stream = stream.map_err(|error| Ended::broken(error.text))?;
     channel(stream).await.map_err(Ended::broken)
@@ -214,7 +244,7 @@ pub(crate) fn reason_of(status: &Status) -> Option<String> {
     Some(sync::printable(value))
 }
 
-fn ended(status: &Status) -> Ended {
+pub(super) fn ended(status: &Status) -> Ended {
     // Refusals that repeating does not lift; all else is control's or the network's trouble.
     let refused = matches!(
         status.code(),

@@ -5,9 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_api::stored::{StoredEndpoints, StoredIndex, StoredPolicies, StoredService};
+use mesh_api::stored::{
+    StoredEndpoints, StoredIndex, StoredPolicies, StoredRevocations, StoredService,
+};
 use mesh_api::{proto, sync};
 use mesh_core::names::ServiceName;
+use mesh_core::revocation::Revocations;
 use mesh_core::service::Index;
 use mesh_core::session::Installed;
 use mesh_runtime::files::FileError;
@@ -27,6 +30,7 @@ pub(super) struct Wanted {
     pub(super) bundle: Option<Arc<proto::TrustBundle>>,
     pub(super) index: Option<Arc<KeptIndex>>,
     pub(super) policies: Option<Arc<KeptPolicies>>,
+    pub(super) revocations: Option<Arc<KeptRevocations>>,
     pub(super) endpoints: Arc<BTreeMap<ServiceName, KeptEndpoints>>,
     /// When control was last heard, Unix milliseconds; 0: never.
     pub(super) contact_ms: u64,
@@ -47,6 +51,13 @@ pub(super) struct KeptPolicies {
 }
 
 #[derive(Clone, Debug)]
+pub(super) struct KeptRevocations {
+    /// Of the control that was heard last, and what of that is whole.
+    pub(super) at: Installed,
+    pub(super) revoked: Arc<Revocations>,
+}
+
+#[derive(Clone, Debug)]
 pub(super) struct KeptEndpoints {
     pub(super) epoch: u64,
     pub(super) received_ms: u64,
@@ -57,9 +68,10 @@ pub(super) struct KeptEndpoints {
 /// What is persisted by now, and used since before that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Persisted {
-    pub(super) index_revision: u64,
     pub(super) bundle_number: u64,
-    pub(super) policy_revision: u64,
+    pub(super) index: Option<Installed>,
+    pub(super) policies: Option<Installed>,
+    pub(super) revocations: Option<Installed>,
 }
 
 /// Writes until `stop`, and once more then. What is wanted at the call came from disk.
@@ -121,15 +133,41 @@ async fn write_on(
 impl Persisted {
     fn of(wanted: &Wanted) -> Self {
         Self {
-            index_revision: wanted.index.as_ref().map_or(0, |i| i.installed.revision),
             bundle_number: wanted.bundle.as_ref().map_or(0, |b| b.number),
-            policy_revision: wanted.policies.as_ref().map_or(0, |p| p.update.revision),
+            index: wanted.index.as_ref().map(|i| i.installed),
+            policies: wanted.policies.as_ref().map(|p| Installed {
+                epoch: p.epoch,
+                revision: p.update.revision,
+            }),
+            revocations: wanted.revocations.as_ref().map(|r| r.at),
+        }
+    }
+
+    /// As control is told in a session of `epoch`: revisions of another one mean nothing there.
+    pub(super) fn ack(&self, epoch: u64) -> proto::Ack {
+        let of = |at: Option<Installed>| {
+            let at = at.filter(|at| at.epoch == epoch);
+            at.map_or(0, |at| at.revision)
+        };
+        proto::Ack {
+            bundle_number: self.bundle_number,
+            index_revision: of(self.index),
+            policy_revision: of(self.policies),
+            revocations_revision: of(self.revocations),
         }
     }
 }
 
-/// Writes what differs. Roots first: a leaf or policy must never be newer than what it is judged by.
+/// Writes what differs. Revocations and roots first: a leaf or policy must never be newer than what it is judged by.
 fn write(state: &State, before: &Wanted, after: &Wanted) -> Result<(), FileError> {
+    if let Some(kept) = changed(before.revocations.as_ref(), after.revocations.as_ref()) {
+        let stored = StoredRevocations {
+            epoch: kept.at.epoch,
+            revision: kept.at.revision,
+            revoked: kept.revoked.iter().map(sync::revocation_to_wire).collect(),
+        };
+        state.keep(Kept::Revocations, &stored)?;
+    }
     if let Some(bundle) = changed(before.bundle.as_ref(), after.bundle.as_ref()) {
         state.keep(Kept::Bundle, bundle)?;
     }

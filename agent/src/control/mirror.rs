@@ -5,17 +5,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use mesh_api::stored::{StoredEndpoints, StoredIndex, StoredPolicies};
-use mesh_api::sync::{EndpointsChange, IndexChange, SyncError, policy_set};
+use mesh_api::stored::{StoredEndpoints, StoredIndex, StoredPolicies, StoredRevocations};
+use mesh_api::sync::{EndpointsChange, IndexChange, REVOCATIONS_PART, SyncError, policy_set};
 use mesh_api::{proto, sync};
 use mesh_core::names::{ServiceName, TrustDomain};
+use mesh_core::revocation::{Known, Named, Revocations};
 use mesh_core::service::Index;
 use mesh_core::session::Installed;
 use mesh_core::vip::VipRanges;
 use mesh_runtime::tls::trust::{SharedTrust, TrustStore};
 use tokio::sync::watch;
 
-use super::keep::{KeptEndpoints, KeptIndex, KeptPolicies, Wanted};
+use super::keep::{KeptEndpoints, KeptIndex, KeptPolicies, KeptRevocations, Wanted};
 use crate::state::{Kept, State};
 use crate::view::{HostFacts, ViewWriter};
 
@@ -34,6 +35,7 @@ pub(super) struct Mirror {
     wanted: watch::Sender<Wanted>,
     /// The epoch of the live session.
     epoch: u64,
+    revocations: Known,
     /// Services whose endpoints are wanted, and when they last were.
     subscriptions: BTreeMap<ServiceName, u64>,
 }
@@ -59,9 +61,11 @@ impl Mirror {
                 ..Wanted::default()
             }),
             epoch: 0,
+            revocations: Known::default(),
             subscriptions: BTreeMap::new(),
         };
         let loaded = [
+            ("revocations", mirror.load_revocations(state)),
             ("index", mirror.load_index(state)),
             ("policies", mirror.load_policies(state)),
             ("endpoints", mirror.load_endpoints(state)),
@@ -72,6 +76,29 @@ impl Mirror {
             }
         }
         mirror
+    }
+
+    fn load_revocations(&mut self, state: &State) -> Result<(), SyncError> {
+        let Some(stored) = state.kept::<StoredRevocations>(Kept::Revocations) else {
+            return Ok(());
+        };
+        let mut all = Revocations::default();
+        for part in stored.revoked.chunks(REVOCATIONS_PART) {
+            let part = proto::Revocations {
+                revoked: part.to_vec(),
+                ..proto::Revocations::default()
+            };
+            for one in sync::revocations(&part)? {
+                all.add(one);
+            }
+        }
+        let at = Installed {
+            epoch: stored.epoch,
+            revision: stored.revision,
+        };
+        self.revocations = Known::new(all, Some(at));
+        self.use_revocations();
+        Ok(())
     }
 
     fn load_index(&mut self, state: &State) -> Result<(), SyncError> {
@@ -133,6 +160,61 @@ impl Mirror {
     /// The epoch of the session that is live from now on.
     pub(super) fn begin_epoch(&mut self, epoch: u64) {
         self.epoch = epoch;
+        self.revocations.begin();
+    }
+
+    /// Of the session that is live, or was last.
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// What is known of revocations, of which epoch.
+    pub(super) fn revocations_at(&self) -> Option<Installed> {
+        self.revocations.at()
+    }
+
+    /// More revocations. True when control must be told of some that it has forgotten.
+    pub(super) fn revocations(
+        &mut self,
+        update: &proto::Revocations,
+        now_ms: u64,
+    ) -> Result<bool, SyncError> {
+        let named = Named {
+            at: Installed {
+                epoch: self.epoch,
+                revision: update.revision,
+            },
+            snapshot: update.snapshot,
+            more: update.more,
+            revoked: sync::revocations(update)?,
+        };
+        let forgotten = self.revocations.handle(named, now_ms / 1000);
+        self.use_revocations();
+        Ok(forgotten)
+    }
+
+    /// What control has forgotten, in parts; each is told once.
+    pub(super) fn take_forgotten(&mut self) -> Option<proto::Revocations> {
+        let (part, more) = self.revocations.take_forgotten(REVOCATIONS_PART);
+        (!part.is_empty()).then(|| proto::Revocations {
+            more,
+            revoked: part.iter().map(sync::revocation_to_wire).collect(),
+            ..proto::Revocations::default()
+        })
+    }
+
+    /// First no new handshake is believed, then what is open is ended: so nothing slips between.
+    fn use_revocations(&self) {
+        let revoked = self.revocations.all();
+        let trust = TrustStore::clone(&self.trust.load());
+        self.trust
+            .store(Arc::new(trust.with_revoked(Arc::clone(revoked))));
+        self.view.change(|view| view.revoked = Arc::clone(revoked));
+        let kept = Arc::new(KeptRevocations {
+            at: self.revocations.at().unwrap_or_default(),
+            revoked: Arc::clone(revoked),
+        });
+        self.wanted.send_modify(|w| w.revocations = Some(kept));
     }
 
     pub(super) fn contact(&self, now_ms: u64) {
@@ -252,7 +334,8 @@ impl Mirror {
             .roots(&self.trust_domain)
             .filter(|roots| !roots.is_empty())
             .with_context(|| format!("it has no root of {}", self.trust_domain))?;
-        self.trust.store(Arc::new(store));
+        let revoked = Arc::clone(self.trust.load().revoked());
+        self.trust.store(Arc::new(store.with_revoked(revoked)));
         let bundle = Arc::new(bundle);
         self.wanted.send_modify(|w| w.bundle = Some(bundle));
         Ok(true)
@@ -344,6 +427,7 @@ mod tests {
             unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::default(),
+            revoked: Arc::default(),
             live: false,
         })
     }
@@ -434,11 +518,15 @@ mod tests {
         assert!(first.want(&service("web"), 1_000));
         assert_eq!(first.endpoints(endpoints("web", 7, true), 1_000), Ok(true));
         assert_eq!(first.policies(everyone(), 1_000), Ok(true));
+        let revoked = revocations(4, &[revoked(1)]);
+        assert_eq!(first.revocations(&revoked, 1_000), Ok(false));
         first.contact(2_000);
         stop.cancel();
         // Stopping writes what is still to be written.
         keeping.await.unwrap();
-        assert_eq!(known.borrow().policy_revision, 6);
+        let ack = known.borrow().ack(EPOCH);
+        assert_eq!((ack.policy_revision, ack.revocations_revision), (6, 4));
+        assert_eq!(known.borrow().ack(EPOCH + 1).policy_revision, 0);
 
         let second = mirror(state);
         let installed = Installed {
@@ -451,6 +539,54 @@ mod tests {
         let view = second.view.now();
         assert_eq!(view.policies.as_ref().unwrap().policies.len(), 1);
         assert_eq!(second.subscribe().services.len(), 1);
+        assert_eq!(view.revoked.len(), 1);
+        assert_eq!(second.trust.load().revoked(), &view.revoked);
+    }
+
+    fn revoked(host: u8) -> proto::Revocation {
+        proto::Revocation {
+            host_uid: format!("{host:032x}"),
+            at_s: 1,
+            ..proto::Revocation::default()
+        }
+    }
+
+    fn revocations(revision: u64, revoked: &[proto::Revocation]) -> proto::Revocations {
+        proto::Revocations {
+            revision,
+            snapshot: true,
+            more: false,
+            revoked: revoked.to_vec(),
+        }
+    }
+
+    #[test]
+    fn revocations_only_grow_and_a_control_that_forgot_some_is_told() {
+        let Scratch(state) = &Scratch::new();
+        let mut mirror = mirror(state);
+        let both = [revoked(1), revoked(2)];
+        assert_eq!(mirror.revocations(&revocations(7, &both), 1_000), Ok(false));
+        let installed = |epoch, revision| Some(Installed { epoch, revision });
+        assert_eq!(mirror.revocations_at(), installed(EPOCH, 7));
+
+        // A control of an older backup, in two parts: it knows of another one, and not of ours.
+        mirror.begin_epoch(EPOCH + 1);
+        let mut part = revocations(3, &[revoked(3)]);
+        part.more = true;
+        assert_eq!(mirror.revocations(&part, 1_000), Ok(false));
+        assert_eq!(mirror.revocations_at(), installed(EPOCH, 7), "not whole");
+        let rest = revocations(3, &[revoked(1)]);
+        assert_eq!(mirror.revocations(&rest, 1_000), Ok(true));
+        assert_eq!(mirror.revocations_at(), installed(EPOCH + 1, 3));
+        assert_eq!(mirror.view.now().revoked.len(), 3);
+        let told = mirror.take_forgotten().unwrap();
+        assert_eq!(told.revoked, [revoked(2)]);
+        assert_eq!(mirror.take_forgotten(), None);
+        // New roots leave them alone, and so does a bad update.
+        let mut bad = revocations(9, &[revoked(4)]);
+        bad.revoked[0].host_uid = "x".to_owned();
+        assert!(mirror.revocations(&bad, 1_000).is_err());
+        assert_eq!(mirror.trust.load().revoked().len(), 3);
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub(crate) async fn run(client: &Client, mut get: Get) -> Result<(), Failure> {
 /// The name, if it must be looked for in all namespaces.
 fn bare_name(get: &Get) -> Option<&str> {
     let name = get.name.as_deref()?;
-    let spaced = !matches!(get.kind, Kind::Hosts | Kind::Audit);
+    let spaced = !matches!(get.kind, Kind::Hosts | Kind::Revocations | Kind::Audit);
     (spaced && get.namespace == ALL && !name.contains('/')).then_some(name)
 }
 
@@ -59,6 +59,7 @@ fn word(kind: Kind) -> &'static str {
         Kind::Workloads => "workloads",
         Kind::Hosts => "hosts",
         Kind::Policies => "policies",
+        Kind::Revocations => "revocations",
         Kind::Audit => "audit",
     }
 }
@@ -67,7 +68,9 @@ fn path(get: &Get) -> Result<String, Failure> {
     let kind = word(get.kind);
     let Some(name) = &get.name else {
         let mut query = Vec::new();
-        if get.namespace != ALL && !matches!(get.kind, Kind::Hosts | Kind::Audit) {
+        if get.namespace != ALL
+            && !matches!(get.kind, Kind::Hosts | Kind::Revocations | Kind::Audit)
+        {
             query.push(format!("namespace={}", get.namespace));
         }
         if get.kind == Kind::Audit {
@@ -88,7 +91,7 @@ fn path(get: &Get) -> Result<String, Failure> {
                     "use `meshctl get audit --limit N`",
                 ));
             }
-            Kind::Hosts => (NO_NAMESPACE, name.as_str()),
+            Kind::Hosts | Kind::Revocations => (NO_NAMESPACE, name.as_str()),
             _ => (get.namespace.as_str(), name.as_str()),
         },
     };
@@ -101,6 +104,7 @@ fn table(kind: Kind, list: &Value) -> String {
         Kind::Workloads => workloads(list),
         Kind::Hosts => hosts(list),
         Kind::Policies => policies(list),
+        Kind::Revocations => revocations(list),
         Kind::Audit => audit(list),
     }
 }
@@ -185,7 +189,7 @@ fn workloads(list: &Value) -> String {
 
 fn hosts(list: &Value) -> String {
     let mut table = Table::new(&[
-        "NAME", "ADDRESS", "NETWORK", "LEASE", "SINCE", "VERSION", "PROBLEMS", "UID",
+        "NAME", "ADDRESS", "NETWORK", "LEASE", "SINCE", "VERSION", "BUNDLE", "PROBLEMS", "UID",
     ]);
     for host in items(list) {
         let problems = host.pointer("/status/problems").and_then(Value::as_array);
@@ -196,6 +200,7 @@ fn hosts(list: &Value) -> String {
             text(host, "/status/lease"),
             text(host, "/status/since"),
             text(host, "/status/version"),
+            text(host, "/status/acknowledged/bundle"),
             problems.map_or(0, Vec::len).to_string(),
             text(host, "/spec/uid"),
         ]);
@@ -223,6 +228,26 @@ fn policies(list: &Value) -> String {
                 enforce
             },
             names.join(","),
+        ]);
+    }
+    table.render()
+}
+
+fn revocations(list: &Value) -> String {
+    let mut table = Table::new(&["TIME", "HOST", "ACCOUNT", "ACKNOWLEDGED", "UID"]);
+    for revocation in items(list) {
+        let account = text(revocation, "/spec/account");
+        let of = |pointer| text(revocation, pointer);
+        table.row(vec![
+            of("/metadata/creationTimestamp"),
+            of("/spec/host"),
+            if account.is_empty() {
+                "all".to_owned()
+            } else {
+                account
+            },
+            format!("{}/{}", of("/status/acknowledged"), of("/status/hosts")),
+            of("/spec/uid"),
         ]);
     }
     table.render()

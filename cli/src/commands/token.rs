@@ -3,7 +3,7 @@
 use http::Method;
 use serde_json::{Value, json};
 
-use super::{NO_NAMESPACE, items, text};
+use super::{items, revoke, text};
 use crate::args::{CreateToken, Format, TokenCommand};
 use crate::client::{Ask, Client};
 use crate::failure::Failure;
@@ -15,7 +15,7 @@ pub(crate) async fn run(client: &Client, command: TokenCommand) -> Result<(), Fa
     match command {
         TokenCommand::Create(create) => self::create(client, &create).await,
         TokenCommand::List { output } => list(client, output).await,
-        TokenCommand::Revoke { id } => revoke(client, &id).await,
+        TokenCommand::Revoke(revoke) => revoke::token(client, &revoke).await,
     }
 }
 
@@ -115,22 +115,6 @@ fn table(list: &Value) -> String {
         ]);
     }
     table.render()
-}
-
-async fn revoke(client: &Client, id: &str) -> Result<(), Failure> {
-    let path = format!("/v1/tokens/{NO_NAMESPACE}/{id}");
-    let object = format!("token {id}");
-    client
-        .json(&Ask {
-            operation: "revoke",
-            object: &object,
-            method: Method::DELETE,
-            path: &path,
-            body: None,
-        })
-        .await?;
-    output::print(&format!("{object} revoked\n"));
-    Ok(())
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use mesh_api::resource;
 use serde_json::Value;
 
 use super::find::{self, Wanted};
-use super::{NO_NAMESPACE, items, text};
+use super::{NO_NAMESPACE, items, revoke, text};
 use crate::args::{Apply, Deletable, Delete};
 use crate::client::{Ask, Client};
 use crate::failure::Failure;
@@ -115,12 +115,8 @@ pub(crate) async fn delete(client: &Client, delete: Delete) -> Result<(), Failur
         .await?;
     output::print(&format!("{object} deleted\n"));
     output::warnings(&object, &answer);
-    let end = text(&answer, "/certificatesEnd");
-    if !end.is_empty() {
-        output::note(&format!(
-            "its session ended and its endpoints are gone; none of its certificates is renewed, but those that it \
-             has open other hosts' mesh ports until {end} at most"
-        ));
+    if delete.kind == Deletable::Host {
+        revoke::tell(&answer);
     }
     Ok(())
 }

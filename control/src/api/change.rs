@@ -7,7 +7,7 @@ use axum::extract::{Path, Query, State};
 use axum::{Extension, Json};
 use mesh_api::resource::{APPLY_MAX, Resource};
 use mesh_api::token::JoinToken;
-use mesh_core::names::{NameError, ServiceName};
+use mesh_core::names::{Account, NameError, ServiceName};
 use mesh_core::service::Pattern;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -183,12 +183,7 @@ pub(super) async fn delete(
     control.writer.ask(actor, command).await?;
     let mut answer = json!({"deleted": true});
     match kind.as_str() {
-        "hosts" => {
-            // Nothing revokes a leaf: what the host was given ends by itself.
-            let life_s = control.leaves.workload().as_secs();
-            let ends_s = (clock::now_s() + life_s).min(control.ca.issuer_ends_s());
-            answer["certificatesEnd"] = clock::rfc3339(ends_s).into();
-        }
+        "hosts" => answer["agents"] = agents(&control),
         "policies" => {
             let warning = warnings::of_no_rule(&control.writer.now());
             if let Some(warning) = warning {
@@ -200,18 +195,53 @@ pub(super) async fn delete(
     Ok(Json(answer))
 }
 
-/// `POST …/{name}:revoke` is how a host is removed by tools that do not delete.
+/// How many hosts hear of a revocation now, and how many when they are back.
+fn agents(control: &Control) -> Value {
+    let now = control.writer.now();
+    let live = now.hosts.values().filter(|h| h.live).count();
+    json!({"connected": live, "away": now.hosts.len() - live})
+}
+
+#[derive(Deserialize)]
+pub(super) struct RevokeQuery {
+    /// Of a workload: on which host.
+    host: Option<String>,
+    /// Of a token: with all hosts that joined with it.
+    #[serde(default)]
+    hosts: bool,
+}
+
+/// `POST …/{name}:revoke`: of hosts, workloads and tokens.
 pub(super) async fn act(
-    state: State<Arc<Control>>,
-    actor: Extension<Actor>,
+    State(control): State<Arc<Control>>,
+    Extension(actor): Extension<Actor>,
     Path((kind, namespace, name)): Path<(String, String, String)>,
+    Query(query): Query<RevokeQuery>,
 ) -> Result<Json<Value>, Refusal> {
-    match (kind.as_str(), name.strip_suffix(":revoke")) {
-        ("hosts" | "tokens", Some(name)) => {
-            delete(state, actor, Path((kind, namespace, name.to_owned()))).await
+    let invalid = |e: NameError| Refusal::invalid(e.to_string());
+    let command = match (kind.as_str(), name.strip_suffix(":revoke")) {
+        ("hosts", Some(name)) => deletion(&kind, &namespace, name)?,
+        ("tokens", Some(name)) => Command::RevokeToken {
+            id: name.to_owned(),
+            hosts: query.hosts,
+        },
+        ("workloads", Some(name)) => {
+            let host = query.host.as_deref();
+            let host = host.ok_or_else(|| {
+                Refusal::invalid("say the host: a workload is revoked on one host at a time")
+            })?;
+            Command::RevokeWorkload {
+                account: Account {
+                    namespace: namespace.parse().map_err(invalid)?,
+                    name: name.parse().map_err(invalid)?,
+                },
+                host: host.parse().map_err(invalid)?,
+            }
         }
-        _ => Err(Refusal::not_found(&format!("action {name} on {kind}"))),
-    }
+        _ => return Err(Refusal::not_found(&format!("action {name} on {kind}"))),
+    };
+    control.writer.ask(actor, command).await?;
+    Ok(Json(json!({"revoked": true, "agents": agents(&control)})))
 }
 
 fn deletion(kind: &str, namespace: &str, name: &str) -> Result<Command, Refusal> {
@@ -222,6 +252,7 @@ fn deletion(kind: &str, namespace: &str, name: &str) -> Result<Command, Refusal>
         },
         "tokens" => Command::RevokeToken {
             id: name.to_owned(),
+            hosts: false,
         },
         "services" => Command::DeleteService {
             name: ServiceName {

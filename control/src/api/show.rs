@@ -6,15 +6,17 @@ use std::sync::Arc;
 
 use mesh_api::resource::{OUR_API, PLAINTEXT_FROM_ANNOTATION, TRANSPORT_ANNOTATION};
 use mesh_core::edge::EdgeCaller;
+use mesh_core::expiry::Alarm;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::{Account, Label, Network, ServiceName};
 use mesh_core::service::{Health, Pattern, Transport};
 use serde_json::{Map, Value, json};
 
 use crate::catalogue::Catalogue;
-use crate::catalogue::objects::{Host, Offer, Policy, Scope, Service, Source, Token};
+use crate::catalogue::objects::{Host, Offer, Policy, Revoked, Scope, Service, Source, Token};
 use crate::clock;
 use crate::control::Control;
+use crate::expiry;
 use crate::refusal::Refusal;
 
 /// The namespace of a path for objects that are in none.
@@ -41,6 +43,8 @@ pub(crate) fn status(control: &Control) -> Value {
         "endpoints": now.endpoint_count(),
         "policies": now.policies.len(),
         "plaintextEdges": plaintext_edges(control),
+        "bundle": control.bundle.number,
+        "certificates": certificates(control),
         "ca": {
             "rootPin": pin.map(|p| p.to_string()).unwrap_or_default(),
             "issuerEnds": clock::rfc3339(control.ca.issuer_ends_s()),
@@ -58,12 +62,27 @@ fn plaintext_edges(control: &Control) -> usize {
         .count()
 }
 
+/// What people must replace in time.
+fn certificates(control: &Control) -> Vec<Value> {
+    let show = |one: &expiry::Certificate| {
+        let ends_s = one.life.not_after_s.max(0).cast_unsigned();
+        json!({
+            "name": one.name,
+            "ends": clock::rfc3339(ends_s),
+            "daysLeft": one.left_s / (24 * 3600),
+            "alarm": one.alarm.map(Alarm::as_str),
+        })
+    };
+    expiry::certificates(control).iter().map(show).collect()
+}
+
 /// All objects of a kind, of one namespace if one is named.
 pub(super) fn list(
-    now: &Catalogue,
+    control: &Control,
     kind: &str,
     namespace: Option<&str>,
 ) -> Result<Vec<Value>, Refusal> {
+    let now = &*control.writer.now();
     let wanted =
         |ns: Option<&Label>| namespace.is_none_or(|w| ns.is_some_and(|ns| ns.as_str() == w));
     Ok(match kind {
@@ -86,7 +105,8 @@ pub(super) fn list(
                 .map(|(account, on)| workload(now, account, on))
                 .collect()
         }
-        "hosts" => now.hosts.values().map(|h| host(now, h)).collect(),
+        "hosts" => now.hosts.values().map(|h| host(control, now, h)).collect(),
+        "revocations" => revocations(control, now),
         "tokens" => now.tokens.values().map(|t| token(t)).collect(),
         _ => return Err(unknown_kind(kind)),
     })
@@ -94,17 +114,18 @@ pub(super) fn list(
 
 fn unknown_kind(kind: &str) -> Refusal {
     Refusal::not_found(&format!(
-        "kind {kind}; there are services, workloads, hosts, policies, tokens and audit"
+        "kind {kind}; there are services, workloads, hosts, policies, tokens, revocations and audit"
     ))
 }
 
 /// One object.
 pub(super) fn one(
-    now: &Catalogue,
+    control: &Control,
     kind: &str,
     namespace: &str,
     name: &str,
 ) -> Result<Value, Refusal> {
+    let now = &*control.writer.now();
     let label = |text: &str| {
         text.parse::<Label>()
             .map_err(|e| Refusal::invalid(e.to_string()))
@@ -130,7 +151,9 @@ pub(super) fn one(
             let all = workloads(now);
             all.get(&account).map(|on| workload(now, &account, on))
         }
-        "hosts" => now.host_by_name(&label(name)?).map(|h| host(now, h)),
+        "hosts" => now
+            .host_by_name(&label(name)?)
+            .map(|h| host(control, now, h)),
         "tokens" => now.tokens.get(name).map(|t| token(t)),
         _ => return Err(unknown_kind(kind)),
     };
@@ -337,7 +360,42 @@ fn workload(now: &Catalogue, account: &Account, on: &[(&Arc<Host>, &[Offer])]) -
     )
 }
 
-fn host(now: &Catalogue, host: &Host) -> Value {
+/// What was revoked, newest first, and of how many of the hosts that are there it is known to be in force.
+fn revocations(control: &Control, now: &Catalogue) -> Vec<Value> {
+    let heard: Vec<u64> = now
+        .hosts
+        .keys()
+        .map(|uid| {
+            control
+                .acks
+                .of(uid)
+                .map_or(0, |ack| ack.revocations_revision)
+        })
+        .collect();
+    let mut all: Vec<_> = now.revoked_after(&(0, None)).collect();
+    all.reverse();
+    let show = |revoked: &Revoked| {
+        let account = revoked.account.as_ref().map(ToString::to_string);
+        let spec = json!({
+            "host": revoked.name,
+            "uid": revoked.uid.as_str(),
+            "account": account,
+        });
+        let status = json!({
+            "hosts": heard.len(),
+            "acknowledged": heard.iter().filter(|heard| revoked.revision <= **heard).count(),
+        });
+        let name = match &account {
+            None => revoked.uid.to_string(),
+            Some(account) => format!("{}/{account}", revoked.uid),
+        };
+        let metadata = metadata(None, &name, revoked.revision, revoked.at_s);
+        object(OUR_API, "Revocation", &metadata, &spec, &status)
+    };
+    all.into_iter().map(|(_, revoked)| show(revoked)).collect()
+}
+
+fn host(control: &Control, now: &Catalogue, host: &Host) -> Value {
     let problems = now.problems_of(host).into_iter().map(|problem| {
         json!({
             "account": problem.account.to_string(),
@@ -360,10 +418,22 @@ fn host(now: &Catalogue, host: &Host) -> Value {
         "since": clock::rfc3339(host.since_s),
         "version": host.version,
         "addressProven": host.proven,
+        "acknowledged": acknowledged(control, host),
         "problems": problems,
     });
     let metadata = metadata(None, host.name.as_str(), host.revision, host.created_s);
     object(OUR_API, "Host", &metadata, &spec, &status)
+}
+
+/// What the host has on disk and in use. The bundle is known of hosts that are away, too.
+fn acknowledged(control: &Control, host: &Host) -> Value {
+    let mut shown = json!({"bundle": host.bundle});
+    if let Some(ack) = control.acks.of(&host.uid) {
+        shown["index"] = ack.index_revision.into();
+        shown["policies"] = ack.policy_revision.into();
+        shown["revocations"] = ack.revocations_revision.into();
+    }
+    shown
 }
 
 fn token(token: &Token) -> Value {

@@ -5,11 +5,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_api::resource::Resource;
-use mesh_core::names::{HostUid, Label, Network, ServiceName};
+use mesh_core::names::{Account, HostUid, Label, Network, ServiceName};
+use mesh_core::revocation::Revocation;
 use mesh_core::vip::Allocator;
 
 use super::draft::{Draft, Op};
-use super::objects::{Digest, Host, PolicyKey, Scope, Workload};
+use super::objects::{Digest, Host, PolicyKey, Revoked, Scope, Workload};
 use super::{Catalogue, host, policy, service, token, warnings};
 use crate::refusal::Refusal;
 
@@ -19,6 +20,8 @@ pub(crate) enum Command {
     CreateToken(NewToken),
     RevokeToken {
         id: String,
+        /// All that joined with it too.
+        hosts: bool,
     },
     Join(Box<Join>),
     /// A session began: what the host says of itself.
@@ -37,6 +40,11 @@ pub(crate) enum Command {
         uid: HostUid,
         live: bool,
     },
+    /// A host has the roots of this bundle on disk and in use.
+    Acked {
+        uid: HostUid,
+        bundle: u64,
+    },
     /// Control reached a host's agent where the host says it is.
     Proven {
         uid: HostUid,
@@ -52,6 +60,16 @@ pub(crate) enum Command {
     RemoveHost {
         name: Label,
     },
+    RevokeWorkload {
+        account: Account,
+        host: Label,
+    },
+    /// This catalogue takes the place of a newer one, which had revoked this.
+    Restore {
+        revoked: Vec<Arc<Revoked>>,
+    },
+    /// Revocations whose signatures are ours, of which this epoch may not know.
+    MergeRevocations(Vec<Revocation>),
     /// All or nothing.
     Apply {
         resources: Vec<Resource>,
@@ -96,6 +114,10 @@ pub(crate) enum Outcome {
     Done,
     Joined(Arc<Host>),
     Applied(Vec<Applied>),
+    /// How many tokens could have been used.
+    Restored {
+        tokens: usize,
+    },
 }
 
 /// What `apply` did with one resource.
@@ -136,9 +158,13 @@ impl Command {
             Self::Report { .. } => "report",
             Self::Lease { live: true, .. } => "lease live",
             Self::Lease { live: false, .. } => "lease stale",
+            Self::Acked { .. } => "acknowledge bundle",
             Self::Proven { .. } => "prove address",
             Self::Doubted { .. } => "doubt address",
             Self::RemoveHost { .. } => "remove host",
+            Self::RevokeWorkload { .. } => "revoke workload",
+            Self::Restore { .. } => "restore",
+            Self::MergeRevocations(_) => "merge revocations",
             Self::Apply { dry_run: true, .. } => "apply (dry run)",
             Self::Apply { .. } => "apply",
             Self::DeleteService { .. } => "delete service",
@@ -150,14 +176,18 @@ impl Command {
     pub(crate) fn object(&self, catalogue: &Catalogue) -> String {
         match self {
             Self::CreateToken(new) => format!("token/{}", new.id),
-            Self::RevokeToken { id } => format!("token/{id}"),
+            Self::RevokeToken { id, .. } => format!("token/{id}"),
             Self::Join(join) => format!("host/{}", join.host_name),
             Self::Hello { uid, .. }
             | Self::Report { uid, .. }
             | Self::Lease { uid, .. }
+            | Self::Acked { uid, .. }
             | Self::Proven { uid, .. }
             | Self::Doubted { uid, .. } => catalogue.host_label(uid),
             Self::RemoveHost { name } => format!("host/{name}"),
+            Self::RevokeWorkload { account, host } => format!("workload/{account} of host/{host}"),
+            Self::Restore { revoked } => format!("{} revocations", revoked.len()),
+            Self::MergeRevocations(known) => format!("{} revocations", known.len()),
             Self::Apply { resources, .. } => match resources.as_slice() {
                 [one] => one.object(),
                 all => format!("{} resources", all.len()),
@@ -211,7 +241,7 @@ impl State {
 fn reduce(draft: &mut Draft<'_>, command: &Command) -> Result<Outcome, Refusal> {
     match command {
         Command::CreateToken(new) => token::create(draft, new),
-        Command::RevokeToken { id } => token::revoke(draft, id),
+        Command::RevokeToken { id, hosts } => token::revoke(draft, id, *hosts),
         Command::Join(join) => host::join(draft, join),
         Command::Hello {
             uid,
@@ -221,6 +251,7 @@ fn reduce(draft: &mut Draft<'_>, command: &Command) -> Result<Outcome, Refusal> 
         } => host::hello(draft, uid, version, *address, *mesh_port),
         Command::Report { uid, workloads } => host::report(draft, uid, workloads),
         Command::Lease { uid, live } => host::lease(draft, uid, *live),
+        Command::Acked { uid, bundle } => host::acked(draft, uid, *bundle),
         Command::Proven {
             uid,
             address,
@@ -232,6 +263,15 @@ fn reduce(draft: &mut Draft<'_>, command: &Command) -> Result<Outcome, Refusal> 
             mesh_port,
         } => host::judged(draft, uid, (*address, *mesh_port), false),
         Command::RemoveHost { name } => host::remove(draft, name),
+        Command::RevokeWorkload { account, host } => host::revoke_workload(draft, account, host),
+        Command::Restore { revoked } => {
+            for one in revoked {
+                draft.revoke_as(one);
+            }
+            let tokens = token::revoke_usable(draft);
+            Ok(Outcome::Restored { tokens })
+        }
+        Command::MergeRevocations(known) => host::merge(draft, known),
         Command::Apply { resources, .. } => {
             let applied = resources.iter().map(|resource| match resource {
                 Resource::Service(object) => service::apply(draft, object),

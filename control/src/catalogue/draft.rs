@@ -2,15 +2,16 @@
 //! a refused command is dropped, and nothing happened.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use mesh_core::names::{HostUid, ServiceName};
+use mesh_core::names::ServiceName;
 use mesh_core::reason::Reason;
+use mesh_core::revocation::{KEPT_S, Subject};
 use mesh_core::service::Vip;
 use mesh_core::vip::Allocator;
 use serde::Serialize;
 
-use super::objects::{Host, Policy, PolicyKey, Revoked, Service, Token, Tombstone};
+use super::objects::{Host, Joined, Policy, PolicyKey, Revoked, Service, Token, Tombstone};
 use super::{Catalogue, items};
 
 /// One write of a commit. Later ones on the same key win.
@@ -72,24 +73,60 @@ impl<'a> Draft<'a> {
         self.put(items::host_key(&host.uid), &*host);
     }
 
-    /// Removes a host for good.
-    pub(crate) fn revoke_host(&mut self, uid: &HostUid) {
-        let Some(host) = self.next.hosts.get(uid).cloned() else {
-            return;
-        };
-        self.touch(&host);
-        self.next.unindex_host(&host);
-        self.ops.push(Op::Remove(items::host_key(uid)));
-        let revoked = Arc::new(Revoked {
-            uid: uid.clone(),
-            name: host.name.to_string(),
-            key: host.key,
-            token: host.token.clone(),
-            at_s: self.now_s,
-            revision: self.revision,
+    /// Revokes a host, which removes it, or one workload of it, since `at_s`. That stands for ever: where it stands
+    /// already nothing happens.
+    pub(crate) fn revoke(&mut self, subject: &Subject, at_s: u64) {
+        self.revoke_as(&Revoked {
+            uid: subject.host.clone(),
+            account: subject.account.clone(),
+            name: subject.host.to_string(),
+            joined: None,
+            at_s,
+            revision: 0,
+            signature: OnceLock::new(),
         });
-        self.put(items::revoked_key(uid), &*revoked);
-        self.next.revoked.insert(uid.clone(), revoked);
+    }
+
+    /// The same, with what is known of the host where it is gone already.
+    pub(crate) fn revoke_as(&mut self, known: &Revoked) {
+        let subject = &known.subject();
+        if self.next.revoked.contains_key(subject) {
+            return;
+        }
+        self.forget_revoked();
+        let uid = &subject.host;
+        let host = self.next.hosts.get(uid).cloned();
+        if let Some(host) = &host {
+            self.touch(host);
+            if subject.account.is_none() {
+                self.next.unindex_host(host);
+                self.ops.push(Op::Remove(items::host_key(uid)));
+            }
+        }
+        let mut revoked = known.clone();
+        revoked.revision = self.revision;
+        if let Some(host) = host {
+            revoked.name = host.name.to_string();
+            revoked.joined = Some(Joined {
+                key: host.key,
+                token: host.token.clone(),
+            });
+        }
+        let revoked = Arc::new(revoked);
+        self.put(items::revoked_key(subject), &*revoked);
+        self.next.index_revoked(&revoked);
+    }
+
+    /// What no living certificate needs any more goes.
+    fn forget_revoked(&mut self) {
+        let now_s = self.now_s;
+        let over = |revoked: &&Arc<Revoked>| revoked.at_s.saturating_add(KEPT_S) < now_s;
+        let over: Vec<_> = self.next.revoked.values().filter(over).cloned().collect();
+        for revoked in over {
+            self.next.unindex_revoked(&revoked);
+            let key = items::revoked_key(&revoked.subject());
+            self.ops.push(Op::Remove(key));
+        }
     }
 
     fn touch(&mut self, host: &Host) {

@@ -3,13 +3,14 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh_core::names::{HostUid, Label, Network};
+use mesh_core::names::{Account, HostUid, Label, Network};
 use mesh_core::reason::Reason;
+use mesh_core::revocation::{REVOCATIONS_MAX, Revocation, Subject};
 
 use super::command::{Join, Outcome};
 use super::draft::Draft;
-use super::objects::{Host, Token, Workload};
-use super::{HOSTS_MAX, service, token};
+use super::objects::{Host, Revoked, Token, Workload};
+use super::{HOSTS_MAX, service, token, whole};
 use crate::refusal::Refusal;
 
 /// Enrols a host. Whoever has the token's secret and the key of a host that joined with it is that host, as
@@ -28,7 +29,10 @@ pub(super) fn join(draft: &mut Draft<'_>, join: &Join) -> Result<Outcome, Refusa
             return rejoin(draft, host, &token, join);
         }
     }
-    let gone = |r: &Arc<super::objects::Revoked>| r.key == join.key && r.token == token.id;
+    let gone = |r: &Arc<Revoked>| {
+        let joined = r.joined.as_ref().filter(|_| r.account.is_none());
+        joined.is_some_and(|j| j.key == join.key && j.token == token.id)
+    };
     if draft.next.revoked.values().any(gone) {
         return Err(Reason::HostRevoked.into());
     }
@@ -51,6 +55,7 @@ pub(super) fn join(draft: &mut Draft<'_>, join: &Join) -> Result<Outcome, Refusa
         key: join.key,
         token: token.id.clone(),
         scope: token.scope.clone(),
+        bundle: old.map_or(0, |h| h.bundle),
         live: old.is_some_and(|h| h.live),
         since_s: old.map_or(draft.now_s, |h| h.since_s),
         workloads: old.map_or_else(Vec::new, |h| h.workloads.clone()),
@@ -97,7 +102,7 @@ fn make_room(
             );
             return Err(Refusal::new(Reason::HostNameTaken, message));
         }
-        draft.revoke_host(&taken.uid);
+        draft.revoke(&whole(&taken.uid), draft.now_s);
     }
     address_is_free(draft, network, join.address, |h| h.key == join.key)?;
     if HOSTS_MAX <= draft.next.hosts.len() {
@@ -206,6 +211,15 @@ pub(super) fn lease(draft: &mut Draft<'_>, uid: &HostUid, live: bool) -> Result<
     Ok(Outcome::Done)
 }
 
+/// The host has a trust bundle on disk and in use. An older one than before is one of a restored host.
+pub(super) fn acked(draft: &mut Draft<'_>, uid: &HostUid, bundle: u64) -> Result<Outcome, Refusal> {
+    let host = get(draft, uid)?;
+    let mut next = Host::clone(&host);
+    next.bundle = bundle;
+    put_if_changed(draft, &host, next);
+    Ok(Outcome::Done)
+}
+
 /// Control reached the host's agent at `place`, or failed to. The host may have moved since.
 pub(super) fn judged(
     draft: &mut Draft<'_>,
@@ -246,7 +260,53 @@ pub(super) fn report(
 pub(super) fn remove(draft: &mut Draft<'_>, name: &Label) -> Result<Outcome, Refusal> {
     let host = draft.next.host_by_name(name);
     let host = host.ok_or_else(|| Refusal::not_found(&format!("host {name}")))?;
-    let uid = host.uid.clone();
-    draft.revoke_host(&uid);
+    let subject = whole(&host.uid);
+    room_for_revocations(draft, 1)?;
+    draft.revoke(&subject, draft.now_s);
     Ok(Outcome::Done)
+}
+
+/// Revokes one workload of a host: it gets no certificate for it any more, and those that it has are worth nothing.
+/// Whether the host serves it now is no matter: it may hold a certificate all the same.
+pub(super) fn revoke_workload(
+    draft: &mut Draft<'_>,
+    account: &Account,
+    name: &Label,
+) -> Result<Outcome, Refusal> {
+    let host = draft.next.host_by_name(name).cloned();
+    let host = host.ok_or_else(|| Refusal::not_found(&format!("host {name}")))?;
+    if !host.scope.allows_account(account) {
+        let message = format!(
+            "the token of host {name} does not allow the identity {account}: it never had one"
+        );
+        return Err(Refusal::new(Reason::NotFound, message));
+    }
+    room_for_revocations(draft, 1)?;
+    let subject = Subject {
+        host: host.uid.clone(),
+        account: Some(account.clone()),
+    };
+    draft.revoke(&subject, draft.now_s);
+    Ok(Outcome::Done)
+}
+
+/// What agents know of an earlier epoch and this one has forgotten.
+pub(super) fn merge(draft: &mut Draft<'_>, known: &[Revocation]) -> Result<Outcome, Refusal> {
+    room_for_revocations(draft, known.len())?;
+    for one in known {
+        draft.revoke(&one.subject, one.at_s);
+    }
+    Ok(Outcome::Done)
+}
+
+/// Agents bear so many at most.
+pub(super) fn room_for_revocations(draft: &Draft<'_>, more: usize) -> Result<(), Refusal> {
+    if draft.next.revoked.len() + more <= REVOCATIONS_MAX {
+        return Ok(());
+    }
+    let message = format!(
+        "there are {} revocations of the last year, and agents bear {REVOCATIONS_MAX}; a new trust domain forgets them",
+        draft.next.revoked.len()
+    );
+    Err(Refusal::new(Reason::Overloaded, message))
 }

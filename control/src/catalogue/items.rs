@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use mesh_core::names::{HostUid, Label, ServiceName};
+use mesh_core::revocation::Subject;
 use mesh_core::vip::{self, Allocator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -49,8 +50,11 @@ pub(crate) fn host_key(uid: &HostUid) -> String {
     format!("host/{uid}")
 }
 
-pub(crate) fn revoked_key(uid: &HostUid) -> String {
-    format!("revoked/{uid}")
+pub(crate) fn revoked_key(subject: &Subject) -> String {
+    match &subject.account {
+        None => format!("revoked/{}", subject.host),
+        Some(account) => format!("revoked/{}/{account}", subject.host),
+    }
 }
 
 pub(crate) fn token_key(id: &str) -> String {
@@ -109,7 +113,7 @@ impl Catalogue {
             .for_each(|o| add(host_key(&o.uid), encode(&**o)));
         self.revoked
             .values()
-            .for_each(|o| add(revoked_key(&o.uid), encode(&**o)));
+            .for_each(|o| add(revoked_key(&o.subject()), encode(&**o)));
         self.tokens
             .values()
             .for_each(|o| add(token_key(&o.id), encode(&**o)));
@@ -158,7 +162,7 @@ impl Catalogue {
             "host" => self.index_host(&Arc::new(decode::<Host>(key, value)?)),
             "revoked" => {
                 let revoked: Revoked = decode(key, value)?;
-                self.revoked.insert(revoked.uid.clone(), Arc::new(revoked));
+                self.index_revoked(&Arc::new(revoked));
             }
             "token" => {
                 let token: Token = decode(key, value)?;

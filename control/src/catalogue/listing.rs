@@ -57,6 +57,10 @@ impl Catalogue {
     /// Whether an offer is an endpoint of its service.
     fn judge(&self, host: &Host, account: &Account, offer: &Offer) -> Result<(), (Reason, String)> {
         let name = &offer.service;
+        if self.is_revoked(&host.uid, account) {
+            let message = format!("the identity {account} was revoked on host {}", host.name);
+            return Err((Reason::IdentityRevoked, message));
+        }
         if !host.scope.allows_account(account) || !host.scope.allows_service(name) {
             let message = format!(
                 "the token of host {} does not allow to serve {name} as {account}; make one that does",

@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
+use std::sync::{Arc, OnceLock};
 
 use mesh_api::resource::{Object, PolicySpec};
 use mesh_core::names::{Account, HostUid, Label, Network, ServiceName};
 use mesh_core::policy::Cidr;
+use mesh_core::revocation::Subject;
 use mesh_core::service::{Pattern, Port, Protocol, Transport, Vip};
 use mesh_core::vip::{RangeError, VipRanges};
 use serde::{Deserialize, Serialize};
@@ -188,6 +190,9 @@ pub(crate) struct Host {
     /// The token that it joined with last.
     pub token: String,
     pub scope: Scope,
+    /// The trust bundle that it has on disk and in use; 0: none was acknowledged.
+    #[serde(default)]
+    pub bundle: u64,
     /// The last transition of its lease.
     pub live: bool,
     pub since_s: u64,
@@ -238,18 +243,46 @@ pub(crate) struct Offer {
     pub plaintext: Vec<SocketAddr>,
 }
 
-/// A host that was removed: its uid never comes back.
+/// A host, or one workload of it, that was revoked. A host's uid never comes back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Revoked {
     #[serde(with = "text")]
     pub uid: HostUid,
+    /// `None`: the host with all that it was given.
+    #[serde(
+        with = "text::account_or_none",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub account: Option<Account>,
+    /// The host's name; its uid where a restored control learned of it from agents.
     pub name: String,
+    /// What the host joined with, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub joined: Option<Joined>,
+    pub at_s: u64,
+    pub revision: u64,
+    /// Made when it is first sent.
+    #[serde(skip)]
+    pub signature: OnceLock<Arc<[u8]>>,
+}
+
+impl Revoked {
+    pub(crate) fn subject(&self) -> Subject {
+        Subject {
+            host: self.uid.clone(),
+            account: self.account.clone(),
+        }
+    }
+}
+
+/// Key and token of a join: a removed host does not come back by them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Joined {
     #[serde(with = "text")]
     pub key: Digest,
     pub token: String,
-    pub at_s: u64,
-    pub revision: u64,
 }
 
 /// A service.

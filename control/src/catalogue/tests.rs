@@ -11,6 +11,7 @@ use crate::refusal::Refusal;
 use mesh_core::reason::Reason;
 
 mod services;
+mod trust;
 
 const NOW: u64 = 1_800_000_000;
 
@@ -229,12 +230,13 @@ fn a_join_is_refused_by_its_reason() {
     let late = w.join_of(&many, "d");
     assert_eq!(refused(w.try_join(&late)), Reason::TokenExpired);
     w.now_s = NOW;
-    w.run(&Command::RevokeToken { id: many.clone() }).unwrap();
+    let revoke = |id: &str| Command::RevokeToken {
+        id: id.to_owned(),
+        hosts: false,
+    };
+    w.run(&revoke(&many)).unwrap();
     assert_eq!(refused(w.try_join(&late)), Reason::TokenRevoked);
-    assert_eq!(
-        refused(w.run(&Command::RevokeToken { id: "x".to_owned() })),
-        Reason::NotFound
-    );
+    assert_eq!(refused(w.run(&revoke("x"))), Reason::NotFound);
 }
 
 #[test]
@@ -275,7 +277,8 @@ fn replace_revokes_the_old_host_in_the_same_commit() {
     join.address = w.state.catalogue.hosts[&old].address;
     let new = w.try_join(&join).unwrap();
     let now = &w.state.catalogue;
-    assert!(!now.hosts.contains_key(&old) && now.revoked.contains_key(&old));
+    let old = whole(&old);
+    assert!(!now.hosts.contains_key(&old.host) && now.revoked.contains_key(&old));
     assert_eq!(now.host_by_name(&new.name).unwrap().uid, new.uid);
     assert_eq!(now.revoked[&old].revision, now.hosts[&new.uid].revision);
 }

@@ -96,6 +96,31 @@ pub(crate) mod ranges {
     }
 }
 
+/// An account where there is one.
+pub(crate) mod account_or_none {
+    use mesh_core::names::Account;
+
+    use super::*;
+
+    pub(crate) fn serialize<S: Serializer>(
+        value: &Option<Account>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(account) => to.collect_str(account),
+            None => to.serialize_none(),
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<Account>, D::Error> {
+        let text = Option::<String>::deserialize(from)?;
+        let account = text.map(|text| Account::parse(&text).map_err(D::Error::custom));
+        account.transpose()
+    }
+}
+
 /// A list of patterns.
 pub(crate) mod patterns {
     use mesh_core::service::Pattern;

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use mesh_core::reason::Reason;
+use mesh_core::revocation::Subject;
 
-use super::TOKENS_MAX;
 use super::command::{Join, NewToken, Outcome};
 use super::draft::Draft;
 use super::objects::Token;
+use super::{TOKENS_MAX, host, whole};
 use crate::clock;
 use crate::refusal::Refusal;
 
@@ -73,7 +74,16 @@ fn prune(draft: &mut Draft<'_>) {
     ids.iter().for_each(|id| draft.remove_token(id));
 }
 
-pub(super) fn revoke(draft: &mut Draft<'_>, id: &str) -> Result<Outcome, Refusal> {
+/// Revokes a token; where it was stolen, all hosts that joined with it too.
+pub(super) fn revoke(draft: &mut Draft<'_>, id: &str, hosts: bool) -> Result<Outcome, Refusal> {
+    if hosts {
+        let of_token = draft.next.hosts.values().filter(|h| h.token == id);
+        let of_token: Vec<Subject> = of_token.map(|h| whole(&h.uid)).collect();
+        host::room_for_revocations(draft, of_token.len())?;
+        for subject in of_token {
+            draft.revoke(&subject, draft.now_s);
+        }
+    }
     let token = draft.next.tokens.get(id);
     let token = token.ok_or_else(|| Refusal::not_found(&format!("token {id}")))?;
     if !token.revoked {
@@ -82,6 +92,19 @@ pub(super) fn revoke(draft: &mut Draft<'_>, id: &str) -> Result<Outcome, Refusal
         draft.put_token(token);
     }
     Ok(Outcome::Done)
+}
+
+/// Revokes all that could still be used: how often they were used since is not known. Returns how many.
+pub(super) fn revoke_usable(draft: &mut Draft<'_>) -> usize {
+    let now_s = draft.now_s;
+    let usable = |token: &&Arc<Token>| !token.revoked && usable(token, now_s).is_ok();
+    let usable: Vec<_> = draft.next.tokens.values().filter(usable).cloned().collect();
+    for token in &usable {
+        let mut token = Token::clone(token);
+        token.revoked = true;
+        draft.put_token(token);
+    }
+    usable.len()
 }
 
 /// The token of a join whose secret is right and that was not revoked. Whether it may be used once more is

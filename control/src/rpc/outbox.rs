@@ -6,17 +6,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_api::proto;
+use mesh_api::sync::{REVOCATIONS_PART, revocation_to_wire};
 use mesh_core::names::{HostUid, ServiceName};
+use mesh_core::revocation::Revocation;
 use mesh_core::service::{Endpoint, Health, Port};
 
 use crate::catalogue::listing::Problem;
-use crate::catalogue::objects::{Host, Policy, Service};
-use crate::catalogue::{Catalogue, IndexChange};
+use crate::catalogue::objects::{Host, Policy, Revoked, Service};
+use crate::catalogue::{Catalogue, IndexChange, Turn};
 
 #[derive(Debug)]
 pub(super) struct Outbox {
     uid: HostUid,
     welcome: Option<proto::Welcome>,
+    revocations: Told,
     bundle: Option<proto::TrustBundle>,
     beat: Option<proto::Beat>,
     /// The revision of the index that the agent has, of this epoch.
@@ -36,8 +39,8 @@ struct Reported {
     generation: u64,
     /// What could not even be read.
     unread: Vec<proto::Problem>,
-    /// Revisions of index and host for which `told` was compared last.
-    seen: Option<(u64, u64)>,
+    /// Revisions of index, host and revocations for which `told` was compared last.
+    seen: Option<(u64, u64, u64)>,
     told: Option<Vec<proto::Problem>>,
 }
 
@@ -49,20 +52,43 @@ enum Sent {
     Revision(u64),
 }
 
+/// How far an agent was told of revocations.
+#[derive(Debug)]
+struct Told {
+    /// It has nothing of this epoch: it is told all, and once that is whole it says what it knows beside.
+    snapshot: bool,
+    /// A whole revision that it has.
+    revision: Option<u64>,
+    /// All before it is sent.
+    turn: Turn,
+}
+
+/// What an agent says that it has, where that is of this epoch.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Have {
+    pub index: Option<u64>,
+    pub revocations: Option<u64>,
+}
+
 impl Outbox {
-    /// The outbox of a session whose agent stands at `have` of the index, if that is of this epoch.
+    /// The outbox of a session whose agent stands at `have`.
     pub(super) fn new(
         uid: HostUid,
-        have: Option<u64>,
+        have: Have,
         welcome: proto::Welcome,
         bundle: proto::TrustBundle,
     ) -> Self {
         Self {
             uid,
             welcome: Some(welcome),
+            revocations: Told {
+                snapshot: have.revocations.is_none(),
+                revision: have.revocations,
+                turn: (have.revocations.map_or(0, |have| have + 1), None),
+            },
             bundle: Some(bundle),
             beat: None,
-            index: have,
+            index: have.index,
             policies: None,
             policies_seen: None,
             report: None,
@@ -97,11 +123,17 @@ impl Outbox {
     }
 
     /// The next message; `None` when the agent knows all that `now` has for it.
-    pub(super) fn next(&mut self, now: &Catalogue) -> Option<proto::FromControl> {
+    pub(super) fn next(
+        &mut self,
+        now: &Catalogue,
+        signed: impl Fn(&Revoked) -> Revocation,
+    ) -> Option<proto::FromControl> {
         use proto::from_control::Message;
         let host = now.hosts.get(&self.uid)?;
         let welcome = self.welcome.take().map(Message::Welcome);
+        // First what must no more be believed.
         let message = welcome
+            .or_else(|| self.next_revocations(now, signed).map(Message::Revocations))
             .or_else(|| self.beat.take().map(Message::Beat))
             .or_else(|| self.bundle.take().map(Message::Bundle))
             .or_else(|| self.next_index(now).map(Message::Index))
@@ -111,6 +143,36 @@ impl Outbox {
         message.map(|message| proto::FromControl {
             message: Some(message),
         })
+    }
+
+    fn next_revocations(
+        &mut self,
+        now: &Catalogue,
+        signed: impl Fn(&Revoked) -> Revocation,
+    ) -> Option<proto::Revocations> {
+        let told = &mut self.revocations;
+        let revision = now.revoked_revision();
+        if told.revision.is_some_and(|told| revision <= told) {
+            return None;
+        }
+        let after = told.turn.clone();
+        let mut newer = now.revoked_after(&after).peekable();
+        let part = newer.by_ref().take(REVOCATIONS_PART);
+        let (turns, revoked): (Vec<_>, Vec<_>) = part.unzip();
+        let more = newer.peek().is_some();
+        if let Some(last) = turns.last() {
+            told.turn = Turn::clone(last);
+        }
+        told.revision = (!more).then_some(revision);
+        let revoked = revoked.iter().map(|one| revocation_to_wire(&signed(one)));
+        let update = proto::Revocations {
+            revision,
+            snapshot: told.snapshot,
+            more,
+            revoked: revoked.collect(),
+        };
+        told.snapshot &= more;
+        Some(update)
     }
 
     fn next_index(&mut self, now: &Catalogue) -> Option<proto::IndexUpdate> {
@@ -158,7 +220,7 @@ impl Outbox {
 
     fn next_status(&mut self, now: &Catalogue, host: &Host) -> Option<proto::ReportStatus> {
         let reported = self.report.as_mut()?;
-        let seen = Some((now.index_revision, host.revision));
+        let seen = Some((now.index_revision, host.revision, now.revoked_revision()));
         if std::mem::replace(&mut reported.seen, seen) == seen {
             return None;
         }
@@ -299,6 +361,7 @@ mod tests {
             key: Digest([0; 32]),
             token: "t-1".to_owned(),
             scope: Scope::default(),
+            bundle: 0,
             live: true,
             since_s: 1,
             workloads: Vec::new(),
@@ -315,7 +378,12 @@ mod tests {
     }
 
     fn drain(outbox: &mut Outbox, now: &Catalogue) -> Vec<Message> {
-        let all = std::iter::from_fn(|| outbox.next(now));
+        let signed = |revoked: &Revoked| Revocation {
+            subject: revoked.subject(),
+            at_s: revoked.at_s,
+            signature: [][..].into(),
+        };
+        let all = std::iter::from_fn(|| outbox.next(now, signed));
         all.filter_map(|m| m.message).collect()
     }
 
@@ -324,12 +392,13 @@ mod tests {
         let (mut state, uid) = world();
         let welcome = proto::Welcome::default();
         let bundle = proto::TrustBundle::default();
-        let mut outbox = Outbox::new(uid, None, welcome, bundle);
+        let mut outbox = Outbox::new(uid, Have::default(), welcome, bundle);
         let first = drain(&mut outbox, &state.catalogue);
         assert!(matches!(
             first.as_slice(),
             [
                 Message::Welcome(_),
+                Message::Revocations(proto::Revocations { snapshot: true, .. }),
                 Message::Bundle(_),
                 Message::Index(proto::IndexUpdate { snapshot: true, .. }),
                 Message::Policies(_)

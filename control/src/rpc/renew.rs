@@ -61,7 +61,14 @@ fn one(
 ) -> Result<Vec<bytes::Bytes>, Refusal> {
     let id = SpiffeId::parse(&leaf.spiffe_id).map_err(|e| Refusal::invalid(e.to_string()))?;
     let life = allowed(control, host, &id)?;
-    let (key, _) = ca::requested_key(&leaf.csr)?;
+    let (key, digest) = ca::requested_key(&leaf.csr)?;
+    // The key that joined is the host: by it a host that was away for long comes back.
+    if matches!(id.identity, Identity::Agent(_)) && !digest.matches(&host.key) {
+        return Err(Refusal::new(
+            Reason::BadRequestKey,
+            "the agent's own credential keeps the key that joined",
+        ));
+    }
     let order = LeafOrder {
         id: &id,
         source: Some(&host.uid),
@@ -74,6 +81,11 @@ fn one(
 /// The life of a leaf that `host` may have.
 fn allowed(control: &Control, host: &Host, id: &SpiffeId) -> Result<std::time::Duration, Refusal> {
     let own = id.trust_domain == control.settings.trust_domain;
+    if let Identity::Workload(account) = &id.identity
+        && control.writer.now().is_revoked(&host.uid, account)
+    {
+        return Err(Reason::IdentityRevoked.into());
+    }
     let life = match &id.identity {
         Identity::Agent(uid) if *uid == host.uid => Some(control.leaves.agent()),
         Identity::Host(name) if *name == host.name => Some(control.leaves.workload()),

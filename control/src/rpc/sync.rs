@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_api::proto;
 use mesh_api::proto::from_agent::Message;
+use mesh_api::{proto, sync};
 use mesh_core::edge::EdgeReport;
 use mesh_core::lease::{LEASE, SessionId};
 use mesh_core::names::{HostUid, ServiceName};
 use mesh_core::reason::Reason;
+use mesh_core::revocation::Revocation;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 use super::join::version;
-use super::outbox::Outbox;
+use super::outbox::{Have, Outbox};
 use super::{name, port, report};
 use crate::audit::Actor;
 use crate::auth::Peer;
@@ -47,6 +48,8 @@ struct Session {
     actor: Actor,
     id: SessionId,
     outbox: Outbox,
+    /// It named a revocation that is none of ours.
+    disbelieved: bool,
 }
 
 /// Starts the session's task and returns its answers.
@@ -150,13 +153,18 @@ async fn greet(
         mesh: Some(control.mesh_settings()),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let have = (hello.epoch == now.epoch).then_some(hello.index_revision);
+    let same = |epoch: u64, revision: u64| (epoch == now.epoch).then_some(revision);
+    let have = Have {
+        index: same(hello.epoch, hello.index_revision),
+        revocations: same(hello.revocations_epoch, hello.revocations_revision),
+    };
     Ok(Session {
         control: Arc::clone(control),
         uid: uid.clone(),
         actor: actor.clone(),
         id,
         outbox: Outbox::new(uid.clone(), have, welcome, control.bundle.clone()),
+        disbelieved: false,
     })
 }
 
@@ -193,7 +201,7 @@ impl Session {
                         return Ok(());
                     };
                     let now = self.control.writer.now();
-                    match self.outbox.next(&now) {
+                    match self.outbox.next(&now, |revoked| self.control.signed(revoked)) {
                         Some(message) => room.send(Ok(message)),
                         None => news = false,
                     }
@@ -240,10 +248,69 @@ impl Session {
                 Ok(())
             }
             Some(Message::Subscribe(subscribe)) => self.subscribe(&subscribe),
+            Some(Message::Ack(ack)) => self.acked(&ack).await,
+            Some(Message::Revocations(known)) => self.merge(&known).await,
             Some(Message::Edges(edges)) => self.edges(&edges),
-            // What the agent uses is for the rotation of roots; a newer agent may say more.
-            Some(Message::Ack(_)) | None => Ok(()),
+            // A newer agent may say more.
+            None => Ok(()),
         }
+    }
+
+    /// What the agent has on disk and in use by now. That of the bundle is kept: roots are changed by it.
+    async fn acked(&self, ack: &proto::Ack) -> Result<(), Refusal> {
+        let (bundle, now) = (ack.bundle_number, self.control.writer.now());
+        if self.control.bundle.number < bundle {
+            return Err(Refusal::invalid(format!(
+                "the acknowledged bundle {bundle} was never sent"
+            )));
+        }
+        self.control.acks.note(&self.uid, ack.clone());
+        if now.hosts.get(&self.uid).is_some_and(|h| h.bundle == bundle) {
+            return Ok(());
+        }
+        let uid = self.uid.clone();
+        let command = Command::Acked { uid, bundle };
+        self.control.writer.ask(self.actor.clone(), command).await?;
+        Ok(())
+    }
+
+    /// Takes over revocations of an earlier epoch. Only what this mesh's issuer signed is believed.
+    async fn merge(&mut self, known: &proto::Revocations) -> Result<(), Refusal> {
+        if self.disbelieved {
+            return Ok(());
+        }
+        let known = sync::revocations(known).map_err(|e| Refusal::invalid(e.to_string()))?;
+        let now = self.control.writer.now();
+        let new = known.into_iter();
+        let new = new
+            .filter(|one| !now.revoked.contains_key(&one.subject) && !one.is_over(clock::now_s()));
+        let new: Vec<Revocation> = new.collect();
+        let domain = &self.control.settings.trust_domain;
+        let forged = |one: &&Revocation| {
+            let statement = one.subject.statement(domain, one.at_s);
+            !self.control.ca.has_signed(&statement, &one.signature)
+        };
+        if let Some(forged) = new.iter().find(forged) {
+            // The issuer may be another one now, so the session goes on; it is not asked again.
+            self.disbelieved = true;
+            let message = format!(
+                "a revocation of {} is not signed by this mesh's issuer; nothing of what this agent knows is taken over",
+                now.host_label(&forged.subject.host)
+            );
+            let refusal = Refusal::new(Reason::Invalid, message);
+            self.control.refused(
+                &self.actor,
+                "merge revocations",
+                self.uid.as_str(),
+                &refusal,
+            );
+            return Ok(());
+        }
+        if !new.is_empty() {
+            let command = Command::MergeRevocations(new);
+            self.control.writer.ask(self.actor.clone(), command).await?;
+        }
+        Ok(())
     }
 
     /// Of callers a host tells only what concerns services that it reports itself.

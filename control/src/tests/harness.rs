@@ -267,16 +267,27 @@ impl Agent {
     }
 
     pub(super) async fn session(&self, site: &Site, boot_id: &str, have: (u64, u64)) -> Session {
+        let (epoch, index_revision) = have;
+        self.session_with(site, |hello| {
+            boot_id.clone_into(&mut hello.boot_id);
+            (hello.epoch, hello.index_revision) = (epoch, index_revision);
+        })
+        .await
+    }
+
+    pub(super) async fn session_with(
+        &self,
+        site: &Site,
+        change: impl FnOnce(&mut proto::Hello),
+    ) -> Session {
         let (say, said) = mpsc::channel(16);
         let mut client = self.client(site).await;
-        let (epoch, index_revision) = have;
-        let hello = proto::Hello {
-            boot_id: boot_id.to_owned(),
+        let mut hello = proto::Hello {
+            boot_id: "boot-1".to_owned(),
             version: "0.1.0".to_owned(),
-            epoch,
-            index_revision,
             ..proto::Hello::default()
         };
+        change(&mut hello);
         let mut session = Session {
             say,
             hear: None,
@@ -316,6 +327,7 @@ impl Session {
             Hear::Policies(_) => "policies",
             Hear::Bundle(_) => "bundle",
             Hear::ReportStatus(_) => "status",
+            Hear::Revocations(_) => "revocations",
         });
         Ok(message)
     }

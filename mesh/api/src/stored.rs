@@ -65,6 +65,19 @@ pub struct StoredService {
     pub update: Option<proto::EndpointsUpdate>,
 }
 
+/// All revocations that the agent heard of.
+#[derive(Clone, PartialEq, Message)]
+pub struct StoredRevocations {
+    /// Of the control that was heard last.
+    #[prost(uint64, tag = "1")]
+    pub epoch: u64,
+    /// What of that epoch is whole.
+    #[prost(uint64, tag = "2")]
+    pub revision: u64,
+    #[prost(message, repeated, tag = "3")]
+    pub revoked: Vec<proto::Revocation>,
+}
+
 /// The content of a file that holds `message`.
 pub fn seal(message: &impl Message) -> Vec<u8> {
     let body = message.encode_to_vec();

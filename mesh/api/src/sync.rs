@@ -7,9 +7,10 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh_core::names::{Account, Label, ServiceName, TrustDomain};
+use mesh_core::names::{Account, HostUid, Label, ServiceName, TrustDomain};
 use mesh_core::policy::{Cidr, PolicySet};
 use mesh_core::reason::Reason;
+use mesh_core::revocation::{Revocation, Subject};
 use mesh_core::service::{Endpoint, Health, Index, Port, Protocol, Service, Transport, Vip};
 use mesh_core::vip::VipRanges;
 
@@ -24,6 +25,10 @@ pub const SERVICES_MAX: usize = 65_536;
 pub const ENDPOINTS_MAX: usize = 10_000;
 /// Most policies that concern one host.
 pub const POLICIES_MAX: usize = 10_000;
+/// Most revocations of one message: with the longest names about half of what a message holds.
+pub const REVOCATIONS_PART: usize = 5_000;
+/// Longest signature, in bytes: RSA of 4096 bits.
+const SIGNATURE_MAX: usize = 512;
 /// Longest text of one field, in bytes: a DNS name.
 pub const TEXT_MAX: usize = 253;
 
@@ -312,6 +317,45 @@ pub fn policy_set(wire: &proto::PolicyUpdate, own: &TrustDomain) -> Result<Polic
     })
 }
 
+/// Reads a part of a list of revocations.
+pub fn revocations(wire: &proto::Revocations) -> Result<Vec<Revocation>, SyncError> {
+    at_most("revocations", wire.revoked.len(), REVOCATIONS_PART)?;
+    wire.revoked.iter().map(revocation).collect()
+}
+
+fn revocation(wire: &proto::Revocation) -> Result<Revocation, SyncError> {
+    let name = |e| bad("a revocation", e);
+    let host: HostUid = wire.host_uid.parse().map_err(name)?;
+    at_most("bytes of a signature", wire.signature.len(), SIGNATURE_MAX)?;
+    let account = match (wire.namespace.as_str(), wire.account.as_str()) {
+        ("", "") => None,
+        (namespace, account) => Some(Account {
+            namespace: namespace.parse().map_err(name)?,
+            name: account.parse().map_err(name)?,
+        }),
+    };
+    Ok(Revocation {
+        subject: Subject { host, account },
+        at_s: wire.at_s,
+        signature: wire.signature.as_ref().into(),
+    })
+}
+
+/// Writes a revocation.
+pub fn revocation_to_wire(revocation: &Revocation) -> proto::Revocation {
+    let account = revocation.subject.account.as_ref();
+    let (namespace, name) = account
+        .map(|a| (a.namespace.to_string(), a.name.to_string()))
+        .unwrap_or_default();
+    proto::Revocation {
+        host_uid: revocation.subject.host.to_string(),
+        namespace,
+        account: name,
+        at_s: revocation.at_s,
+        signature: revocation.signature.to_vec().into(),
+    }
+}
+
 /// Why something of a report is not listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -347,6 +391,18 @@ pub fn report_status(wire: &proto::ReportStatus) -> Result<(u64, Vec<Problem>), 
         })
     });
     Ok((wire.generation, problems.collect::<Result<_, _>>()?))
+}
+
+/// What a host signs to be let in again.
+pub fn rejoin_statement(host: &HostUid, nonce: &[u8]) -> String {
+    use std::fmt::Write as _;
+    let mut text = format!("meshwork rejoin 1\n{host}\n");
+    for byte in nonce {
+        // To memory.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text.push('\n');
+    text
 }
 
 /// Reads a refusal: its reason, and control's words.

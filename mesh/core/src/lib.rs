@@ -4,6 +4,7 @@
 
 pub mod balance;
 pub mod edge;
+pub mod expiry;
 pub mod health;
 pub mod http1;
 pub mod identity;
@@ -12,6 +13,7 @@ pub mod names;
 pub mod policy;
 pub mod reason;
 pub mod renewal;
+pub mod revocation;
 pub mod rng;
 pub mod rotation;
 pub mod service;

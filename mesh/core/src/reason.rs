@@ -88,6 +88,7 @@ reasons! {
     CertificateExpired = 35, "certificate_expired", Peer, 503, "the certificate is expired or not valid yet; check both clocks";
     IdentityKind = 36, "identity_kind", Peer, 503, "this kind of identity is not accepted here";
     UnknownServerName = 37, "unknown_server_name", Peer, 503, "no workload of this host has the identity that the SNI asks for";
+    PeerRevoked = 38, "peer_revoked", Policy, 403, "the operator revoked the host or the workload at the other end; see `meshctl get revocations`";
     // The called agent: stream.
     HeaderVersion = 40, "header_version", Peer, 503, "the stream's header has a version that this agent does not know; upgrade the older side";
     HeaderMalformed = 41, "header_malformed", Peer, 503, "the stream's header could not be read";
@@ -124,6 +125,7 @@ reasons! {
     BadRequestKey = 78, "bad_request_key", Peer, 400, "the certificate request is not signed by its own key or is of a kind that is not issued";
     Unhealthy = 79, "unhealthy", Upstream, 503, "the health check of the service fails on this host";
     VipExhausted = 80, "vip_exhausted", Local, 503, "the range of virtual addresses is used up; set a larger one at `init`";
+    IdentityRevoked = 82, "identity_revoked", Policy, 403, "the operator revoked this identity on this host; `mesh-agent leave` and join again to have it anew";
     Internal = 81, "internal", Local, 500, "the server failed; see its log";
 }
 

@@ -32,7 +32,7 @@ pub const REFUSED_WAIT: Duration = Duration::from_secs(30);
 pub struct Attempt(pub u64);
 
 /// What the agent has of the index: the number of the epoch, and the revision within it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Installed {
     pub epoch: u64,
     pub revision: u64,
@@ -54,6 +54,8 @@ pub enum Outgoing {
     Ack,
     /// The whole of what is known of callers.
     Edges,
+    /// Revocations that control has forgotten.
+    Revocations,
 }
 
 /// What the shell must do next, in this order.
@@ -198,6 +200,8 @@ impl Session {
                 }
                 self.send(Outgoing::Report);
                 self.send(Outgoing::Subscribe);
+                // What was acknowledged to a control that is no more must be said again.
+                self.send(Outgoing::Ack);
             }
             State::Live { .. } => self.lose(Lost::Protocol, now),
             State::Waiting { .. } | State::Connecting { .. } => (),
@@ -263,6 +267,11 @@ impl Session {
     /// What is known of callers changed.
     pub fn handle_edges_changed(&mut self) {
         self.send_if_live(Outgoing::Edges);
+    }
+
+    /// Control named all revocations that it has, and there are others.
+    pub fn handle_revocations_forgotten(&mut self) {
+        self.send_if_live(Outgoing::Revocations);
     }
 
     /// What was on disk or was installed is gone or unreadable: the next connection asks for everything.
@@ -430,10 +439,7 @@ mod tests {
         link.session.handle_welcome(attempt, EPOCH, link.now);
         assert_eq!(
             link.drain(),
-            [
-                Command::Send(Outgoing::Report),
-                Command::Send(Outgoing::Subscribe)
-            ]
+            [Outgoing::Report, Outgoing::Subscribe, Outgoing::Ack].map(Command::Send)
         );
         assert!(link.session.is_live());
     }

@@ -100,6 +100,8 @@ struct Shared {
     closing: bool,
     /// The owner wants the carrier closed when the last stream is over.
     retired: bool,
+    /// The owner ended it: nothing of the peer is heard any more.
+    ended: bool,
     heard: bool,
     /// Received by all streams and not read yet.
     unread: usize,
@@ -174,6 +176,7 @@ pub fn connection<C>(
         closed: None,
         closing: false,
         retired: false,
+        ended: false,
         heard: false,
         unread: 0,
         share: budget::Share::of(budget),
@@ -272,6 +275,22 @@ impl Mux {
     /// would wait for them.
     pub fn is_starved(&self) -> bool {
         self.0.borrow().machine.is_starved()
+    }
+
+    /// Ends the connection with all its streams at once, at both ends, for `reason`. What was written may be lost.
+    pub fn end(&self, reason: Reason) {
+        let mut shared = self.0.borrow_mut();
+        let streams: Vec<u32> = shared.slots.keys().copied().collect();
+        for stream in streams {
+            shared.machine.reset(stream, reason);
+            if let Some(slot) = shared.slots.get_mut(&stream) {
+                slot.end_by(reason);
+            }
+        }
+        shared.machine.go_away(reason);
+        shared.ended = true;
+        shared.close(reason);
+        shared.wake_driver();
     }
 
     /// Closes the connection when what was written has left.

@@ -281,7 +281,13 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Future for Driver<C> {
                     shared.driver = Some(cx.waker().clone());
                 }
             }
-            let turn = this.poll_turn(cx);
+            let turn = if this.shared.borrow().ended {
+                // Why it ends is said as far as the peer takes it at once: who does not read is not waited for.
+                let _ = this.poll_output(cx);
+                Poll::Ready(Reason::Cancelled)
+            } else {
+                this.poll_turn(cx)
+            };
             this.shared.borrow_mut().note_held();
             match turn {
                 Poll::Pending => return Poll::Pending,
@@ -293,7 +299,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Future for Driver<C> {
         }
         let reason = this.shared.borrow().closed.unwrap_or(Reason::PeerLost);
         // We end it: what has left may still be under way.
-        if reason == Reason::Cancelled {
+        if reason == Reason::Cancelled || this.shared.borrow().ended {
             std::task::ready!(this.poll_farewell(cx));
         } else {
             let _ = Pin::new(&mut this.carrier).poll_shutdown(cx);

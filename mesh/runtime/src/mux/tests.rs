@@ -71,6 +71,33 @@ fn many_streams_keep_their_bytes_apart() {
 }
 
 #[test]
+fn an_ended_connection_says_why_at_both_ends_and_waits_for_nobody() {
+    local(async {
+        let (client, mut incoming) = pair(Limits::DEFAULT);
+        let open = client.open(b"header").await.unwrap();
+        let (served, _) = incoming.next().await.unwrap();
+        client.end(Reason::PeerRevoked);
+        let mut bytes = Vec::new();
+        for stream in [&open, &served] {
+            let ended = stream.recv(&mut bytes, 1).await;
+            assert!(
+                matches!(ended, Err(StreamError::Reset(Reason::PeerRevoked))),
+                "{ended:?}"
+            );
+        }
+        let refused = client.open(b"header").await.err();
+        assert_eq!(refused, Some(Reason::PeerRevoked));
+        assert!(incoming.next().await.is_none());
+        // A peer that reads nothing does not keep it.
+        let (a, _unread) = duplex(1);
+        let (stuck, _, driver) = connection(a, Side::Client, Limits::DEFAULT);
+        let driver = spawn_local(driver);
+        stuck.end(Reason::PeerRevoked);
+        assert_eq!(driver.await.unwrap(), Reason::PeerRevoked);
+    });
+}
+
+#[test]
 fn a_reader_that_stands_still_holds_back_its_own_stream_only() {
     local(async {
         let (client, mut incoming) = pair(Limits::DEFAULT);

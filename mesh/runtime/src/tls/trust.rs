@@ -6,6 +6,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use mesh_api::proto;
 use mesh_core::names::TrustDomain;
+use mesh_core::revocation::Revocations;
 use rustls_pki_types::{CertificateDer, TrustAnchor};
 
 /// Most trust domains, and most roots of one.
@@ -15,11 +16,12 @@ const ROOTS_MAX: usize = 16;
 /// The trust store that is in force, exchanged whole.
 pub type SharedTrust = Arc<ArcSwap<TrustStore>>;
 
-/// Root sets by trust domain.
-#[derive(Debug, Default)]
+/// Who is believed: root sets by trust domain, and what was revoked of what they vouch for.
+#[derive(Clone, Debug, Default)]
 pub struct TrustStore {
     number: u64,
     domains: BTreeMap<TrustDomain, Vec<TrustAnchor<'static>>>,
+    revoked: Arc<Revocations>,
 }
 
 /// Why a bundle can not be used.
@@ -54,6 +56,7 @@ impl TrustStore {
         Ok(Self {
             number: bundle.number,
             domains,
+            revoked: Arc::default(),
         })
     }
 
@@ -63,7 +66,18 @@ impl TrustStore {
         Ok(Self {
             number: 0,
             domains: BTreeMap::from([(domain, vec![root])]),
+            revoked: Arc::default(),
         })
+    }
+
+    /// The same roots with other revocations.
+    pub fn with_revoked(self, revoked: Arc<Revocations>) -> Self {
+        Self { revoked, ..self }
+    }
+
+    /// What was revoked.
+    pub fn revoked(&self) -> &Arc<Revocations> {
+        &self.revoked
     }
 
     /// Shares it.

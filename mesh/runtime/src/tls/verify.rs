@@ -83,6 +83,12 @@ impl Verifier {
             Accept::NamedWorkload | Accept::Control(_) => KeyUsage::server_auth(),
         };
         verify_chain(leaf, chain, roots, now, usage)?;
+        // Last: only of what is proven is it worth saying that it was revoked.
+        if let Some(host) = &facts.host
+            && trust.revoked().cover(host, &facts.id.identity)
+        {
+            return Err(Reason::PeerRevoked);
+        }
         Ok(facts)
     }
 }
@@ -140,6 +146,19 @@ pub(super) fn verify_chain(
         }
         Err(_) => Err(Reason::UntrustedIssuer),
     }
+}
+
+/// Whether the key of `certificate` signed `message`.
+pub fn has_signed(certificate: &CertificateDer<'_>, message: &[u8], signature: &[u8]) -> bool {
+    let Ok(certificate) = EndEntityCert::try_from(certificate) else {
+        return false;
+    };
+    let all = webpki::ALL_VERIFICATION_ALGS.iter();
+    all.into_iter().any(|algorithm| {
+        certificate
+            .verify_signature(*algorithm, message, signature)
+            .is_ok()
+    })
 }
 
 pub(super) fn refused(reason: Reason) -> rustls::Error {
