@@ -19,8 +19,10 @@ use crate::metrics::{Direction, Metrics};
 use crate::state::{Kept, State};
 use crate::view::View;
 
-/// How often control is told who calls: its own session beats as seldom.
-const TELL_EVERY_MS: u64 = 10_000;
+/// How soon control is told of another caller: its own session beats as seldom.
+const TELL_NEW_MS: u64 = 10_000;
+/// How often it is told, and kept on disk, that those that are known called again.
+const TELL_EVERY_MS: u64 = 20_000;
 /// Different callers in metrics; later ones are counted together under `overflow`.
 const SOURCES_MAX: usize = 1_000;
 /// New callers that are logged one by one in a turn: a scan must not fill the log.
@@ -60,6 +62,8 @@ pub(crate) struct Door {
     counted: BTreeMap<(IpAddr, u16, Verdict), u64>,
     /// What policy had decided about callers over mTLS when it was asked last.
     decided: BTreeMap<EdgeKey, u64>,
+    /// Whether it was never read: what it has of callers that are known, the worker before this one has counted.
+    resuming: bool,
     sources: HashSet<IpAddr>,
     pub(crate) status: DoorStatus,
 }
@@ -86,6 +90,7 @@ impl Door {
             ports: BTreeMap::new(),
             counted: BTreeMap::new(),
             decided: BTreeMap::new(),
+            resuming: true,
             sources: HashSet::new(),
             status: DoorStatus::default(),
         }
@@ -173,6 +178,7 @@ impl Door {
             }
         }
         self.counted = counted;
+        self.resuming = false;
         self.log(&new);
         if looked.seen.full {
             self.ledger.overflow();
@@ -213,16 +219,24 @@ impl Door {
         let Some(facts) = self.ports.get(&caller.port) else {
             return false;
         };
-        let verdict = match caller.verdict {
-            Verdict::Passed => EdgeVerdict::Passed,
-            Verdict::Audited => EdgeVerdict::Audited,
-            Verdict::Refused => {
-                let reason = reason(facts, caller.source);
-                self.metrics
-                    .refused_many(Direction::Inbound, reason, attempts);
-                EdgeVerdict::Refused
-            }
+        let key = EdgeKey {
+            service: facts.service.clone(),
+            port: caller.port,
+            caller: EdgeCaller::Plaintext(caller.source),
+            verdict: match caller.verdict {
+                Verdict::Passed => EdgeVerdict::Passed,
+                Verdict::Audited => EdgeVerdict::Audited,
+                Verdict::Refused => EdgeVerdict::Refused,
+            },
         };
+        if self.resuming && self.ledger.knows(&key) {
+            return false;
+        }
+        if key.verdict == EdgeVerdict::Refused {
+            let reason = reason(facts, caller.source);
+            self.metrics
+                .refused_many(Direction::Inbound, reason, attempts);
+        }
         let known = self.sources.contains(&caller.source);
         let room = self.sources.len() < SOURCES_MAX;
         if !known && room {
@@ -234,13 +248,7 @@ impl Door {
             "overflow".to_owned()
         };
         self.metrics
-            .plaintext_callers(src, &facts.service, caller.port, verdict, attempts);
-        let key = EdgeKey {
-            service: facts.service.clone(),
-            port: caller.port,
-            caller: EdgeCaller::Plaintext(caller.source),
-            verdict,
-        };
+            .plaintext_callers(src, &facts.service, caller.port, key.verdict, attempts);
         self.ledger.add(key, attempts, now_ms)
     }
 
@@ -272,8 +280,16 @@ impl Door {
     fn tell(&mut self, now_ms: u64) {
         let report = self.ledger.report();
         self.status.overflowed = report.overflowed;
-        if now_ms < self.told_ms + TELL_EVERY_MS || **self.report.borrow() == report {
-            return;
+        {
+            let told = self.report.borrow();
+            let keys = |report: &EdgeReport| -> Vec<EdgeKey> {
+                report.edges.iter().map(|(key, _)| key.clone()).collect()
+            };
+            let new = told.watched != report.watched || keys(&told) != keys(&report);
+            let pause = if new { TELL_NEW_MS } else { TELL_EVERY_MS };
+            if now_ms < self.told_ms + pause || **told == report {
+                return;
+            }
         }
         self.told_ms = now_ms;
         if let Err(error) = self.state.keep(Kept::Edges, &proto::Edges::from(&report)) {
@@ -327,23 +343,48 @@ mod tests {
             door.looked(looked, now_ms);
         };
         look(3, 20_000);
-        look(3, 40_000);
-        look(5, 60_000);
+        look(3, 100_000);
+        look(5, 200_000);
         // It left the set and came again.
-        look(1, 80_000);
+        look(1, 300_000);
         let report = Arc::clone(&told.borrow());
         let [(_, used)] = &report.edges[..] else {
             panic!("{report:?}");
         };
         assert_eq!(
             (used.calls, used.first_ms, used.last_ms),
-            (6, 20_000, 80_000)
+            (6, 20_000, 300_000)
         );
         let page = metrics.encode();
         assert!(page.contains("reason=\"plaintext_refused\"} 6"), "{page}");
         assert!(page.contains("src=\"10.2.0.1\""), "{page}");
         let kept = scratch.0.kept::<proto::Edges>(Kept::Edges).unwrap();
         assert_eq!(EdgeReport::try_from(&kept).unwrap(), *report);
+        // The next worker finds what is counted already.
+        let (again, _told) = watch::channel(Arc::default());
+        let mut next = Door::new(scratch.0.clone(), &metrics, again, vec![]);
+        next.ports.insert(80, facts.clone());
+        let looked = |attempts| {
+            let source = "10.2.0.1".parse().unwrap();
+            let callers = vec![Caller {
+                source,
+                port: 80,
+                verdict: Verdict::Refused,
+                attempts,
+            }];
+            let seen = Seen {
+                callers,
+                full: false,
+            };
+            Looked {
+                seen,
+                ..Looked::default()
+            }
+        };
+        next.looked(looked(1), 400_000);
+        assert_eq!(next.ledger.report().edges[0].1.calls, 6);
+        next.looked(looked(3), 500_000);
+        assert_eq!(next.ledger.report().edges[0].1.calls, 8);
         let inside = "10.1.0.1".parse().unwrap();
         assert_eq!(
             reason(&facts, inside),

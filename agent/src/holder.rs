@@ -28,6 +28,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use crate::capture::door::Arm;
 use crate::capture::{Capture, CaptureSettings, VipRanges, Workload};
 pub(crate) use confirmed::Confirmed;
 use protocol::{Desired, Looked, Sockets, ToHolder, Wire, WorkloadListener};
@@ -410,7 +411,8 @@ impl Holder<'_> {
             Ok(new) => {
                 let new: Vec<_> = new.iter().filter_map(|n| self.listeners.get(n)).collect();
                 send_listeners(worker, &new)?;
-                worker.send(&Wire::Applied { generation }, &[])
+                let trial = self.confirmed.arm() != Arm::ForGood;
+                worker.send(&Wire::Applied { generation, trial }, &[])
             }
             Err(error) => {
                 // The worker logs it with what it wanted.

@@ -302,7 +302,7 @@ impl Owners {
             FromHolder::Listeners(listeners) => {
                 take_listeners(&self.links.plane, listeners).await?
             }
-            FromHolder::Applied { generation } if generation == self.generation => {
+            FromHolder::Applied { generation, trial } if generation == self.generation => {
                 self.status.applied = true;
                 self.status.error = None;
                 let view = self.links.view.now();
@@ -310,7 +310,7 @@ impl Owners {
                 let accounts = known.map(|owned| owned.account.clone()).collect();
                 self.links.plane.keep(accounts).await;
                 log::info!(workloads = self.sent.0.len(); "the kernel knows the workloads");
-                self.reach();
+                self.reaching = trial.then(|| self.reach());
             }
             FromHolder::Failed { generation, error } if generation == self.generation => {
                 if self.status.error.as_ref() != Some(&error) {
@@ -329,9 +329,9 @@ impl Owners {
     }
 
     /// Begins to reach control by new connections. Only when that was possible the door refuses for good.
-    fn reach(&mut self) {
+    fn reach(&self) -> AbortOnDropHandle<u64> {
         let (addresses, generation) = (self.links.control.clone(), self.generation);
-        self.reaching = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+        AbortOnDropHandle::new(tokio::spawn(async move {
             loop {
                 for address in &addresses {
                     let connect = TcpStream::connect(address.as_str());
@@ -341,7 +341,7 @@ impl Owners {
                 }
                 tokio::time::sleep(RETRY).await;
             }
-        })));
+        }))
     }
 
     fn publish(&self) {

@@ -135,7 +135,10 @@ mod tests {
             loop {
                 match reader.read(theirs.as_fd()) {
                     Ok(frame) => {
-                        let answer = Wire::Applied { generation: 1 };
+                        let answer = Wire::Applied {
+                            generation: 1,
+                            trial: false,
+                        };
                         send(theirs.as_fd(), &answer, &[], |_| panic!("it fits")).unwrap();
                         return frame.message::<ToHolder>().unwrap();
                     }
@@ -146,7 +149,7 @@ mod tests {
         });
         sender.send(desired.clone()).await.unwrap();
         let answer = link.recv().await.unwrap();
-        assert!(matches!(answer, FromHolder::Applied { generation: 1 }));
+        assert!(matches!(answer, FromHolder::Applied { generation: 1, .. }));
         assert_eq!(reading.join().unwrap(), ToHolder::Desired(desired));
         let end = link.recv().await.unwrap_err();
         assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);

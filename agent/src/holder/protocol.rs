@@ -87,8 +87,9 @@ pub(crate) enum FromHolder {
     /// Listeners that are new to this worker; number 0 is the common one. A number that comes again replaces the
     /// earlier.
     Listeners(Vec<WorkloadListener>),
-    /// The kernel knows exactly this generation's workloads; their listeners were sent before.
-    Applied { generation: u64 },
+    /// The kernel knows exactly this generation's workloads; their listeners were sent before. On `trial` its door is not
+    /// confirmed yet: control is to be reached.
+    Applied { generation: u64, trial: bool },
     /// Nothing of this generation was applied; what was before goes on.
     Failed { generation: u64, error: String },
     /// Answers [`ToHolder::Look`].
@@ -151,6 +152,7 @@ pub(super) enum Wire {
     },
     Applied {
         generation: u64,
+        trial: bool,
     },
     Failed {
         generation: u64,
@@ -215,7 +217,7 @@ impl FromHolder {
                 }
                 Self::Listeners(listeners)
             }
-            Wire::Applied { generation } => Self::Applied { generation },
+            Wire::Applied { generation, trial } => Self::Applied { generation, trial },
             Wire::Failed { generation, error } => Self::Failed { generation, error },
             Wire::Looked(looked) => Self::Looked(looked),
         };
@@ -466,7 +468,15 @@ mod tests {
         for (wire, descriptors) in listener_messages(&all) {
             put(&ours, &wire, &descriptors).unwrap();
         }
-        put(&ours, &Wire::Applied { generation: 7 }, &[]).unwrap();
+        put(
+            &ours,
+            &Wire::Applied {
+                generation: 7,
+                trial: false,
+            },
+            &[],
+        )
+        .unwrap();
 
         let mut reader = FrameReader::default();
         let FromHolder::Sockets(got) = read(&mut reader, &theirs).unwrap() else {
@@ -544,7 +554,10 @@ mod tests {
         };
         put(&ours, &two, &[extra.as_fd()]).unwrap();
         assert!(read(&mut reader, &theirs).is_err());
-        let none = Wire::Applied { generation: 1 };
+        let none = Wire::Applied {
+            generation: 1,
+            trial: false,
+        };
         put(&ours, &none, &[extra.as_fd()]).unwrap();
         assert!(read(&mut reader, &theirs).is_err());
         let many = vec![extra.as_fd(); DESCRIPTORS_MAX + 1];

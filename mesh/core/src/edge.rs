@@ -147,6 +147,10 @@ impl Ledger {
         true
     }
 
+    pub fn knows(&self, key: &EdgeKey) -> bool {
+        self.edges.contains_key(key)
+    }
+
     /// Callers came that could not even be counted one by one.
     pub fn overflow(&mut self) {
         self.overflowed = true;

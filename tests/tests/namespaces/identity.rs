@@ -253,4 +253,14 @@ fn a_port_that_another_program_holds_is_not_served() {
     });
     assert!(answer.contains(" 503 "), "{answer}");
     pair.server.wait_refused("app_not_owner", before);
+    // The log names both: who listens, and whose port it is.
+    let log = pair.server.log();
+    let line = log
+        .lines()
+        .find(|line| line.contains("another program listens"));
+    let line = line.unwrap_or_default();
+    assert!(
+        line.contains("shop/web") && line.contains("no workload"),
+        "{log}"
+    );
 }
