@@ -19,10 +19,10 @@ use crate::metrics::{Direction, Metrics};
 use crate::state::{Kept, State};
 use crate::view::View;
 
-/// How soon control is told of another caller: its own session beats as seldom.
-const TELL_NEW_MS: u64 = 10_000;
-/// How often it is told, and kept on disk, that those that are known called again.
-const TELL_EVERY_MS: u64 = 20_000;
+/// How often control is told who calls: its own session beats as seldom.
+const TELL_EVERY_MS: u64 = 10_000;
+/// How often it is kept on disk that callers who are known called again. Another caller is kept when control is told.
+const KEEP_EVERY_MS: u64 = 60_000;
 /// Different callers in metrics; later ones are counted together under `overflow`.
 const SOURCES_MAX: usize = 1_000;
 /// New callers that are logged one by one in a turn: a scan must not fill the log.
@@ -56,6 +56,7 @@ pub(crate) struct Door {
     metrics: Arc<Metrics>,
     report: watch::Sender<Arc<EdgeReport>>,
     told_ms: u64,
+    kept_ms: u64,
     keep_open: Vec<u16>,
     ports: BTreeMap<u16, Facts>,
     /// What the kernel had counted when it was read last.
@@ -86,6 +87,7 @@ impl Door {
             metrics: Arc::clone(metrics),
             report,
             told_ms: 0,
+            kept_ms: 0,
             keep_open,
             ports: BTreeMap::new(),
             counted: BTreeMap::new(),
@@ -280,20 +282,22 @@ impl Door {
     fn tell(&mut self, now_ms: u64) {
         let report = self.ledger.report();
         self.status.overflowed = report.overflowed;
-        {
+        let new = {
             let told = self.report.borrow();
+            if now_ms < self.told_ms + TELL_EVERY_MS || **told == report {
+                return;
+            }
             let keys = |report: &EdgeReport| -> Vec<EdgeKey> {
                 report.edges.iter().map(|(key, _)| key.clone()).collect()
             };
-            let new = told.watched != report.watched || keys(&told) != keys(&report);
-            let pause = if new { TELL_NEW_MS } else { TELL_EVERY_MS };
-            if now_ms < self.told_ms + pause || **told == report {
-                return;
-            }
-        }
+            told.watched != report.watched || keys(&told) != keys(&report)
+        };
         self.told_ms = now_ms;
-        if let Err(error) = self.state.keep(Kept::Edges, &proto::Edges::from(&report)) {
-            log::warn!("{error}; since when callers come is forgotten at the next start");
+        if new || self.kept_ms + KEEP_EVERY_MS <= now_ms {
+            self.kept_ms = now_ms;
+            if let Err(error) = self.state.keep(Kept::Edges, &proto::Edges::from(&report)) {
+                log::warn!("{error}; since when callers come is forgotten at the next start");
+            }
         }
         self.report.send_replace(Arc::new(report));
     }
