@@ -168,10 +168,10 @@ const fn is_blank(byte: u8) -> bool {
 /// # Errors
 /// [`Reason::HttpMalformed`] or [`Reason::HttpHeadTooLarge`] (above `max` bytes).
 pub fn parse_request(bytes: &[u8], max: usize) -> Result<Option<Request>, Reason> {
-    let Some((len, line, lines)) = split_head(bytes, max, Reason::HttpMalformed)? else {
+    let malformed = Reason::HttpMalformed;
+    let Some(Head { len, line, facts }) = read_head(bytes, max, malformed)? else {
         return Ok(None);
     };
-    let malformed = Reason::HttpMalformed;
     let mut words = line.split(|b| *b == b' ');
     let (Some(method), Some(target), Some(version), None) =
         (words.next(), words.next(), words.next(), words.next())
@@ -179,10 +179,6 @@ pub fn parse_request(bytes: &[u8], max: usize) -> Result<Option<Request>, Reason
         return Err(malformed);
     };
     let old = is_old(version).ok_or(malformed)?;
-    let facts = Facts::read(lines).map_err(|bad| match bad {
-        Bad::Malformed => malformed,
-        Bad::TooMany => Reason::HttpHeadTooLarge,
-    })?;
     if facts.hosts > 1 || (facts.hosts == 0 && !old) {
         return Err(malformed);
     }
@@ -235,7 +231,7 @@ pub fn parse_response(
     max: usize,
 ) -> Result<Option<Response>, Reason> {
     let malformed = Reason::HttpResponseMalformed;
-    let Some((len, line, lines)) = split_head(bytes, max, malformed)? else {
+    let Some(Head { len, line, facts }) = read_head(bytes, max, malformed)? else {
         return Ok(None);
     };
     let (version, rest) = line.split_at_checked(8).ok_or(malformed)?;
@@ -252,7 +248,6 @@ pub fn parse_response(
             .fold(0, |n, d| n * 10 + u16::from(**d - b'0')),
         _ => return Err(malformed),
     };
-    let facts = Facts::read(lines).map_err(|_| malformed)?;
     // HTTP/1.0 knows no transfer coding: its readers part here (RFC 9112 §6.1).
     if facts.chunked.is_some() && (facts.length.is_some() || old) {
         return Err(malformed);
@@ -301,28 +296,41 @@ fn is_old(version: &[u8]) -> Option<bool> {
     }
 }
 
-/// Splits a whole head into its first line and the rest, which ends in an empty line.
-#[expect(clippy::type_complexity, reason = "three slices of one head")]
-fn split_head(
-    bytes: &[u8],
-    max: usize,
-    malformed: Reason,
-) -> Result<Option<(usize, &[u8], &[u8])>, Reason> {
+/// A head that is whole.
+struct Head<'a> {
+    len: usize,
+    /// Its first line.
+    line: &'a [u8],
+    /// What its header lines say.
+    facts: Facts<'a>,
+}
+
+/// The head at the start of `bytes`, if it is whole.
+fn read_head(bytes: &[u8], max: usize, malformed: Reason) -> Result<Option<Head<'_>>, Reason> {
     let too_large = if malformed == Reason::HttpMalformed {
         Reason::HttpHeadTooLarge
     } else {
         malformed
     };
-    let end = match end_of_head(bytes, 0) {
-        End::Spoiled => return Err(malformed),
-        End::At(end) if end <= max => end,
-        End::Missing if bytes.len() < max => return Ok(None),
-        End::At(_) | End::Missing => return Err(too_large),
-    };
-    let mut lines = &bytes[..end - 2];
-    let line = Lines(lines).next().ok_or(malformed)?;
-    lines = lines.get(line.len() + 2..).unwrap_or_default();
-    Ok(Some((end, line, lines)))
+    let seen = &bytes[..bytes.len().min(max)];
+    if let Some(end) = memchr(b'\n', seen) {
+        let line = seen[..end].strip_suffix(b"\r").ok_or(malformed)?;
+        let (facts, lines_len) = Facts::read(&seen[end + 1..]).map_err(|bad| match bad {
+            Bad::Malformed => malformed,
+            Bad::TooMany => too_large,
+        })?;
+        if let Some(lines_len) = lines_len {
+            let len = end + 1 + lines_len;
+            return Ok(Some(Head { len, line, facts }));
+        }
+    }
+    if end_of_head(seen, 0) == End::Spoiled {
+        Err(malformed)
+    } else if bytes.len() >= max {
+        Err(too_large)
+    } else {
+        Ok(None)
+    }
 }
 
 /// Whether the bytes behind the first `seen` complete a head, or spoil it for good: until then [`parse_request`] and
@@ -371,6 +379,13 @@ pub fn rewrite(head: &[u8], insert: Option<&str>, out: &mut Vec<u8>) {
         out.extend_from_slice(b"\r\n");
     }
     out.extend_from_slice(b"\r\n");
+}
+
+/// Appends a head that has nothing for [`rewrite`] to remove, with the header line `line` (without CRLF).
+pub fn insert(head: &[u8], line: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(head.strip_suffix(b"\r\n").unwrap_or(head));
+    out.extend_from_slice(line.as_bytes());
+    out.extend_from_slice(b"\r\n\r\n");
 }
 
 #[cfg(test)]

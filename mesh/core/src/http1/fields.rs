@@ -46,19 +46,24 @@ pub(super) enum Bad {
 }
 
 impl<'a> Facts<'a> {
-    pub(super) fn read(lines: &'a [u8]) -> Result<Self, Bad> {
+    /// Reads the header lines at the start of `bytes`, and says how long they are with the empty line behind them, if
+    /// that has come. Each byte is looked at once.
+    pub(super) fn read(bytes: &'a [u8]) -> Result<(Self, Option<usize>), Bad> {
         let mut facts = Self::default();
         let (mut has_upgrade, mut wants_upgrade) = (false, false);
-        for (at, line) in Lines(lines).enumerate() {
+        let mut rest = bytes;
+        for at in 0.. {
+            if let Some(behind) = rest.strip_prefix(b"\r\n") {
+                facts.upgrade = has_upgrade && wants_upgrade;
+                return Ok((facts, Some(bytes.len() - behind.len())));
+            }
+            let Some([name, raw]) = take_line(&mut rest)? else {
+                break;
+            };
             if at >= LINES_MAX {
                 return Err(Bad::TooMany);
             }
-            let colon = memchr(b':', line).ok_or(Bad::Malformed)?;
-            let (name, value) = (&line[..colon], trim(&line[colon + 1..]));
-            // The first also refuses folded lines and spaces before the colon.
-            if !is_name(name) || !value.iter().all(|b| is_text(*b)) {
-                return Err(Bad::Malformed);
-            }
+            let value = trim(raw);
             let is = |other: &[u8]| name.eq_ignore_ascii_case(other);
             match name.len() {
                 4 if is(b"host") => {
@@ -78,14 +83,13 @@ impl<'a> Facts<'a> {
                     }
                 }
                 16 if is(b"www-authenticate") => facts.challenge |= list(value).any(binds),
-                17 if is(b"transfer-encoding") => facts.transfer_encoding(&line[colon + 1..])?,
+                17 if is(b"transfer-encoding") => facts.transfer_encoding(raw)?,
                 18 if is(b"proxy-authenticate") => facts.challenge |= list(value).any(binds),
                 19 if is(b"proxy-authorization") => facts.login |= binds(value),
                 _ => facts.has_ours |= is_ours(name),
             }
         }
-        facts.upgrade = has_upgrade && wants_upgrade;
-        Ok(facts)
+        Ok((facts, None))
     }
 
     /// Returns whether an upgrade is wanted.
@@ -123,6 +127,34 @@ impl<'a> Facts<'a> {
 
     pub(super) fn keep_alive(&self, old: bool) -> bool {
         !self.close && (!old || self.keep)
+    }
+}
+
+/// Takes a header line off `rest`: its name, and its value with the spaces around it. `None`: it is not whole yet. That
+/// a name is a token also refuses folded lines and spaces before the colon.
+fn take_line<'a>(rest: &mut &'a [u8]) -> Result<Option<[&'a [u8]; 2]>, Bad> {
+    let bytes = *rest;
+    let Some(colon) = bytes.iter().position(|b| !is_token(*b)) else {
+        return Ok(None);
+    };
+    // The last line's end may have come in part.
+    if bytes == b"\r" {
+        return Ok(None);
+    }
+    if colon == 0 || bytes[colon] != b':' {
+        return Err(Bad::Malformed);
+    }
+    let value = &bytes[colon + 1..];
+    let Some(end) = value.iter().position(|b| !is_text(*b)) else {
+        return Ok(None);
+    };
+    match &value[end..] {
+        [b'\r'] => Ok(None),
+        [b'\r', b'\n', behind @ ..] => {
+            *rest = behind;
+            Ok(Some([&bytes[..colon], &value[..end]]))
+        }
+        _ => Err(Bad::Malformed),
     }
 }
 

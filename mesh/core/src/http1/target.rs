@@ -72,9 +72,26 @@ fn is_authority(bytes: &[u8]) -> bool {
         [b'[', address @ .., b']'] => address
             .iter()
             .all(|b| b.is_ascii_hexdigit() || matches!(b, b':' | b'.' | b'v')),
-        _ => name
-            .iter()
-            .all(|b| b.is_ascii_alphanumeric() || b"-._~%!$&'()*+;=".contains(b)),
+        _ => name.iter().all(|b| {
+            b.is_ascii_alphanumeric()
+                || matches!(
+                    b,
+                    b'-' | b'.'
+                        | b'_'
+                        | b'~'
+                        | b'%'
+                        | b'!'
+                        | b'$'
+                        | b'&'
+                        | b'\''
+                        | b'('
+                        | b')'
+                        | b'*'
+                        | b'+'
+                        | b';'
+                        | b'='
+                )
+        }),
     };
     is_name && port.is_none_or(|port| port.iter().all(u8::is_ascii_digit))
 }
