@@ -23,6 +23,8 @@ use crate::header::HEADER_MAX;
 
 /// Bytes before each payload.
 pub const PREFIX_LEN: usize = 8;
+/// Where in it the type stands.
+const KIND_AT: usize = 3;
 
 /// Why bytes are not a frame. The connection can not go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -46,6 +48,14 @@ pub struct Prefix {
 /// Writes the prefix of a data frame; its payload of `length` bytes follows.
 pub fn data_prefix(stream: u32, length: usize, end: bool) -> [u8; PREFIX_LEN] {
     prefix(if end { 4 } else { 3 }, stream, length)
+}
+
+/// Lets the data frame at the start of `frame` be its stream's last.
+pub fn set_end(frame: &mut [u8]) {
+    if let Some(kind) = frame.get_mut(KIND_AT) {
+        debug_assert!(matches!(*kind, 3 | 4), "it is a data frame");
+        *kind = 4;
+    }
 }
 
 fn prefix(kind: u8, stream: u32, length: usize) -> [u8; PREFIX_LEN] {

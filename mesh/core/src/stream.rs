@@ -8,13 +8,15 @@
 //! Invariants: what was received and not yet consumed never exceeds the connection's credit, whatever the number
 //! of streams; nothing is sent without credit; a stream's end comes after all of its data.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use crate::reason::Reason;
 
 mod frame;
+mod ids;
 
 pub use frame::{Event, Frame, OpenError, Violation};
+pub use ids::{IdHasher, Streams};
 
 /// The version of the frames, in [`Frame::Hello`].
 pub const VERSION: u8 = 1;
@@ -96,7 +98,7 @@ pub struct Machine {
     side: Side,
     limits: Limits,
     peer: Option<Limits>,
-    streams: BTreeMap<u32, Stream>,
+    streams: Streams<Stream>,
     next: u32,
     /// Highest id that the peer opened.
     last_of_peer: u32,
@@ -122,7 +124,7 @@ impl Machine {
             side,
             limits,
             peer: None,
-            streams: BTreeMap::new(),
+            streams: Streams::default(),
             next: if side == Side::Client { 1 } else { 2 },
             last_of_peer: 0,
             open_by_us: 0,
@@ -197,7 +199,9 @@ impl Machine {
         self.send_credit -= bytes as u64;
         if end {
             s.local_ended = true;
-            self.forget_if_over(stream);
+            if s.remote_ended {
+                self.remove(stream);
+            }
         }
     }
 
@@ -214,8 +218,7 @@ impl Machine {
                 let frame = s.give_back(stream);
                 self.control.extend(frame);
             }
-            let left = self.streams.get(&stream).map_or(0, |s| s.unreturned);
-            self.unreturned_max = self.unreturned_max.max(left);
+            self.unreturned_max = self.unreturned_max.max(s.unreturned);
         }
         self.return_credit();
     }
@@ -404,12 +407,10 @@ impl Machine {
             .receive_credit
             .checked_sub(bytes)
             .ok_or(Violation::ConnectionCredit)?;
-        if !self.is_known(stream)? {
+        let Some(s) = self.streams.get_mut(&stream) else {
+            self.is_known(stream)?;
             // It was under way when the stream ended here: nobody will read it.
             self.consumed(stream, bytes as usize);
-            return Ok(Event::None);
-        }
-        let Some(s) = self.streams.get_mut(&stream) else {
             return Ok(Event::None);
         };
         if s.remote_ended {
@@ -421,7 +422,9 @@ impl Machine {
             .ok_or(Violation::StreamCredit(stream))?;
         if end {
             s.remote_ended = true;
-            self.forget_if_over(stream);
+            if s.local_ended {
+                self.remove(stream);
+            }
         }
         self.return_credit();
         Ok(Event::Data { stream, end })
@@ -463,16 +466,6 @@ impl Machine {
             return Err(Violation::NeverOpened(stream));
         }
         Ok(self.streams.contains_key(&stream))
-    }
-
-    fn forget_if_over(&mut self, stream: u32) {
-        if self
-            .streams
-            .get(&stream)
-            .is_some_and(|s| s.local_ended && s.remote_ended)
-        {
-            self.remove(stream);
-        }
     }
 
     fn remove(&mut self, stream: u32) -> bool {

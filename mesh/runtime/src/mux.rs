@@ -6,7 +6,7 @@
 //! so what several streams wrote leaves in one system call.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use mesh_api::frame;
 use mesh_core::reason::Reason;
-use mesh_core::stream::{Event, Frame, Limits, Machine, OpenError, Side};
+use mesh_core::stream::{Event, Frame, Limits, Machine, OpenError, Side, Streams};
 
 mod budget;
 mod driver;
@@ -78,9 +78,11 @@ struct Shared {
     round: u64,
     /// Of `output`, what is queued from before this round.
     round_end: usize,
+    /// The last data frame of [`Self::output`]: its stream and where it begins, while none of it has left.
+    last_data: Option<(u32, usize)>,
     /// A stream waits because the output is full.
     was_full: bool,
-    slots: HashMap<u32, Slot>,
+    slots: Streams<Slot>,
     /// Who waits for a new round, for room in the output or for credit of the connection.
     waiting: BTreeMap<Place, Waiter>,
     tickets: u64,
@@ -162,8 +164,9 @@ pub fn connection<C>(
         written: 0,
         round: 1,
         round_end: 0,
+        last_data: None,
         was_full: false,
-        slots: HashMap::new(),
+        slots: Streams::default(),
         waiting: BTreeMap::new(),
         tickets: 0,
         fair: 0,
@@ -387,8 +390,10 @@ impl Shared {
         capacity.min(QUANTUM.saturating_sub(slot.sent_in_round))
     }
 
-    fn note_sent(&mut self, stream: u32, bytes: usize, end: bool) {
-        self.machine.sent(stream, bytes, end);
+    /// A data frame of `bytes` that was appended at `at`.
+    fn note_sent(&mut self, stream: u32, bytes: usize, at: usize) {
+        self.last_data = Some((stream, at));
+        self.machine.sent(stream, bytes, false);
         if let Some(slot) = self.slots.get_mut(&stream) {
             slot.sent_in_round += bytes;
             slot.place = None;
@@ -400,9 +405,28 @@ impl Shared {
         self.wake_driver();
     }
 
+    /// Ends our direction of a stream: with its last frame, if that has not left, else with one of its own.
+    fn end(&mut self, stream: u32) {
+        if !self.machine.can_end(stream) {
+            return;
+        }
+        self.take_control();
+        match self.last_data {
+            Some((last, at)) if last == stream => frame::set_end(&mut self.output[at..]),
+            _ => self.output.extend(frame::data_prefix(stream, 0, true)),
+        }
+        self.last_data = None;
+        self.machine.sent(stream, 0, true);
+        if let Some(slot) = self.slots.get_mut(&stream) {
+            slot.place = None;
+        }
+        self.wake_driver();
+    }
+
     /// The carrier took `bytes` more. What has left is not kept: a connection that is never idle must not grow.
     fn note_written(&mut self, bytes: usize) {
         self.written += bytes;
+        self.last_data = None;
         let pending = self.output.len() - self.written;
         if pending == 0 {
             self.output.clear();

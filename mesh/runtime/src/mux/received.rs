@@ -12,9 +12,11 @@ const LARGE_MIN: usize = buffers::LEN / 4;
 /// Bytes in the order in which they came. Empty, it holds at most [`SMALL_MAX`].
 #[derive(Debug, Default)]
 pub(super) struct Received {
-    parts: VecDeque<Vec<u8>>,
-    /// Of the first part.
+    /// Mostly all there is.
+    front: Vec<u8>,
+    /// Of it.
     taken: usize,
+    behind: VecDeque<Vec<u8>>,
     len: usize,
 }
 
@@ -28,31 +30,29 @@ impl Received {
     }
 
     pub(super) fn push(&mut self, mut data: &[u8]) {
+        if self.len == 0 && self.front.capacity() < data.len() && data.len() >= LARGE_MIN {
+            buffers::give(std::mem::replace(&mut self.front, buffers::take()));
+        }
         self.len += data.len();
         while !data.is_empty() {
-            let room = self
-                .parts
-                .back()
-                .map_or(0, |last| buffers::LEN - last.len());
-            if room == 0 {
-                self.parts.push_back(if data.len() >= LARGE_MIN {
+            let last = self.behind.back_mut().unwrap_or(&mut self.front);
+            let room = buffers::LEN - last.len();
+            let (part, rest) = data.split_at(room.min(data.len()));
+            last.extend_from_slice(part);
+            data = rest;
+            if !data.is_empty() {
+                self.behind.push_back(if data.len() >= LARGE_MIN {
                     buffers::take()
                 } else {
                     Vec::new()
                 });
-                continue;
             }
-            let (part, rest) = data.split_at(room.min(data.len()));
-            if let Some(last) = self.parts.back_mut() {
-                last.extend_from_slice(part);
-            }
-            data = rest;
         }
     }
 
     /// The first bytes; not all, where they do not lie together.
     pub(super) fn front(&self) -> &[u8] {
-        self.parts.front().map_or(&[], |first| &first[self.taken..])
+        &self.front[self.taken..]
     }
 
     /// Forgets the first `bytes` of [`Self::front`].
@@ -63,21 +63,18 @@ impl Received {
             return;
         }
         self.taken = 0;
-        let Some(mut first) = self.parts.pop_front() else {
-            return;
-        };
-        if self.parts.is_empty() && first.capacity() <= SMALL_MAX {
-            first.clear();
-            self.parts.push_back(first);
-        } else {
-            buffers::give(first);
+        match self.behind.pop_front() {
+            Some(next) => buffers::give(std::mem::replace(&mut self.front, next)),
+            None if self.front.capacity() <= SMALL_MAX => self.front.clear(),
+            None => buffers::give(std::mem::take(&mut self.front)),
         }
     }
 }
 
 impl Drop for Received {
     fn drop(&mut self) {
-        self.parts.drain(..).for_each(buffers::give);
+        buffers::give(std::mem::take(&mut self.front));
+        self.behind.drain(..).for_each(buffers::give);
     }
 }
 

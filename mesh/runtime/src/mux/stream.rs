@@ -69,7 +69,7 @@ impl MuxStream {
         };
         let prefix = frame::data_prefix(self.id, bytes, false);
         shared.output[at..at + PREFIX_LEN].copy_from_slice(&prefix);
-        shared.note_sent(self.id, bytes, false);
+        shared.note_sent(self.id, bytes, at);
         Poll::Ready(Ok(bytes))
     }
 
@@ -79,11 +79,12 @@ impl MuxStream {
         let capacity = ready!(self.poll_allowance(&mut shared, cx))?;
         let bytes = capacity.min(data.len());
         shared.take_control();
-        shared
-            .output
-            .extend(frame::data_prefix(self.id, bytes, false));
+        let at = shared.output.len();
+        let prefix = frame::data_prefix(self.id, bytes, false);
+        shared.output.reserve(prefix.len() + bytes);
+        shared.output.extend_from_slice(&prefix);
         shared.output.extend_from_slice(&data[..bytes]);
-        shared.note_sent(self.id, bytes, false);
+        shared.note_sent(self.id, bytes, at);
         Poll::Ready(Ok(bytes))
     }
 
@@ -120,13 +121,7 @@ impl MuxStream {
 
     /// Ends our direction, after all that was sent.
     pub fn end(&self) {
-        let mut shared = self.shared.borrow_mut();
-        if !shared.machine.can_end(self.id) {
-            return;
-        }
-        shared.take_control();
-        shared.output.extend(frame::data_prefix(self.id, 0, true));
-        shared.note_sent(self.id, 0, true);
+        self.shared.borrow_mut().end(self.id);
     }
 
     /// Tells the caller that the app took the connection.

@@ -98,6 +98,40 @@ fn an_ended_connection_says_why_at_both_ends_and_waits_for_nobody() {
 }
 
 #[test]
+fn an_end_leaves_with_the_last_data() {
+    let (carrier, _) = duplex(1);
+    let (mux, _, _driver) = connection(carrier, Side::Client, Limits::DEFAULT);
+    let hello = Frame::Hello {
+        version: mesh_core::stream::VERSION,
+        limits: Limits::DEFAULT,
+    };
+    mux.0.borrow_mut().handle(&hello).unwrap();
+    let mut cx = Context::from_waker(Waker::noop());
+    let open = || match mux.poll_open(&cx, b"header", &mut None) {
+        Poll::Ready(Ok(stream)) => stream,
+        other => panic!("no stream: {other:?}"),
+    };
+    let (one, other, silent) = (open(), open(), open());
+    mux.0.borrow_mut().output.clear();
+    for stream in [&one, &other] {
+        assert!(stream.poll_send(&mut cx, b"data").is_ready());
+    }
+    other.end();
+    one.end();
+    silent.end();
+    let frames: Vec<u8> = [
+        frame::data_prefix(1, 4, false).as_slice(),
+        b"data",
+        &frame::data_prefix(3, 4, true),
+        b"data",
+        &frame::data_prefix(1, 0, true),
+        &frame::data_prefix(5, 0, true),
+    ]
+    .concat();
+    assert_eq!(mux.0.borrow().output, frames);
+}
+
+#[test]
 fn a_reader_that_stands_still_holds_back_its_own_stream_only() {
     local(async {
         let (client, mut incoming) = pair(Limits::DEFAULT);

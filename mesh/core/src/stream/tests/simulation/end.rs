@@ -1,5 +1,6 @@
 //! One end of the simulated connection: the machine, what its shell would keep, and the wire from it.
 
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 
 use super::super::super::*;
