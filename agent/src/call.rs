@@ -1,12 +1,15 @@
 //! One call of a service: its endpoints are known or asked for, one is picked, its agent dialled, a stream opened.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use mesh_api::header::{HEADER_MAX, Header, StreamKind};
 use mesh_core::balance::{Balancer, Outcome};
@@ -19,6 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::data::Thread;
 use crate::limits::Limit;
+use crate::peers::{self, Place};
 use crate::view::View;
 
 /// Endpoints that one call tries before it gives up.
@@ -60,51 +64,48 @@ impl EndpointKey {
 
 /// The balancers of one thread, by service.
 #[derive(Debug, Default)]
-pub(crate) struct Balancers(BTreeMap<ServiceName, Balance>);
+pub(crate) struct Balancers(RefCell<BTreeMap<ServiceName, Rc<Balance>>>);
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Balance {
     /// What the balancer was made from: replaced as a whole when control says so.
-    endpoints: Arc<Vec<Endpoint>>,
-    balancer: Balancer<Rc<EndpointKey>>,
+    endpoints: RefCell<Arc<Vec<Endpoint>>>,
+    balancer: RefCell<Balancer<Rc<EndpointKey>>>,
     /// Since the last sweep.
-    used: bool,
+    used: Cell<bool>,
+    /// It is no longer among [`Balancers`].
+    forgotten: Cell<bool>,
+}
+
+impl Balance {
+    fn follow(&self, endpoints: &Arc<Vec<Endpoint>>, view: &View) {
+        let mut known = self.endpoints.borrow_mut();
+        if !Arc::ptr_eq(&known, endpoints) {
+            let here = endpoints.iter().filter(|e| e.network == view.host.network);
+            let here = here.map(|e| (Rc::new(EndpointKey::of(e)), e.health));
+            self.balancer.borrow_mut().update(here);
+            *known = Arc::clone(endpoints);
+        }
+    }
 }
 
 impl Balancers {
-    fn of(
-        &mut self,
-        service: &ServiceName,
-        endpoints: &Arc<Vec<Endpoint>>,
-        view: &View,
-    ) -> &mut Balance {
-        let fresh = || Balance {
-            endpoints: Arc::default(),
-            balancer: Balancer::new(),
-            used: false,
-        };
-        let balance = self.0.entry(service.clone()).or_insert_with(fresh);
-        if !Arc::ptr_eq(&balance.endpoints, endpoints) {
-            let here = endpoints.iter().filter(|e| e.network == view.host.network);
-            balance
-                .balancer
-                .update(here.map(|e| (Rc::new(EndpointKey::of(e)), e.health)));
-            balance.endpoints = Arc::clone(endpoints);
-        }
-        balance
+    fn of(&self, service: &ServiceName) -> Rc<Balance> {
+        Rc::clone(self.0.borrow_mut().entry(service.clone()).or_default())
     }
 
     /// Forgets services that the picture no longer has, and says which of the others are in use: what nobody
     /// uses for a day is no longer subscribed.
-    pub(crate) fn sweep(&mut self, view: &View, wants: &mpsc::Sender<ServiceName>) {
-        self.0
-            .retain(|service, _| view.endpoints.contains_key(service));
-        for (service, balance) in &mut self.0 {
+    pub(crate) fn sweep(&self, view: &View, wants: &mpsc::Sender<ServiceName>) {
+        self.0.borrow_mut().retain(|service, balance| {
+            let known = view.endpoints.contains_key(service);
+            balance.forgotten.set(!known);
             // When the channel is full, the next sweep says it.
-            if balance.used && wants.try_send(service.clone()).is_ok() {
-                balance.used = false;
+            if known && balance.used.get() && wants.try_send(service.clone()).is_ok() {
+                balance.used.set(false);
             }
-        }
+            known
+        });
     }
 }
 
@@ -115,6 +116,44 @@ pub(crate) struct Caller {
     pub(crate) id: SpiffeId,
     pub(crate) service: Arc<Service>,
     pub(crate) port: u16,
+    /// Of its last call, and mostly of the next one too.
+    balance: RefCell<Option<Rc<Balance>>>,
+    place: RefCell<Option<(Rc<EndpointKey>, Place)>>,
+}
+
+impl Caller {
+    pub(crate) fn new(id: SpiffeId, service: Arc<Service>, port: u16) -> Self {
+        Self {
+            id,
+            service,
+            port,
+            balance: RefCell::default(),
+            place: RefCell::default(),
+        }
+    }
+
+    fn balance(&self, thread: &Thread) -> Rc<Balance> {
+        let mut last = self.balance.borrow_mut();
+        match &*last {
+            Some(balance) if !balance.forgotten.get() => Rc::clone(balance),
+            _ => {
+                let found = thread.balancers.of(&self.service.name);
+                Rc::clone(last.insert(found))
+            }
+        }
+    }
+
+    /// Where connections to `endpoint` as this caller are.
+    fn place(&self, thread: &Thread, endpoint: &Rc<EndpointKey>) -> Place {
+        let mut last = self.place.borrow_mut();
+        match &*last {
+            Some((of, place)) if Rc::ptr_eq(of, endpoint) && !place.is_gone() => place.clone(),
+            _ => {
+                let found = thread.peers.place(&self.id.identity, endpoint);
+                last.insert((Rc::clone(endpoint), found)).1.clone()
+            }
+        }
+    }
 }
 
 /// An open stream to an endpoint. It tells the balancer how the call went; dropped untold, it was cancelled.
@@ -127,42 +166,41 @@ pub(crate) struct Call {
 
 #[derive(Debug)]
 struct Started {
-    thread: Rc<Thread>,
-    service: ServiceName,
+    balance: Rc<Balance>,
     endpoint: Rc<EndpointKey>,
     at: Instant,
     told: Cell<bool>,
 }
 
 impl Started {
-    fn tell(&self, outcome: Outcome) {
-        if !self.told.replace(true)
-            && let Some(balance) = self.thread.balancers.borrow_mut().0.get_mut(&self.service)
-        {
-            balance
-                .balancer
-                .finished(&self.endpoint, Instant::now(), outcome);
+    fn tell(&self, now: Instant, outcome: Outcome) {
+        if !self.told.replace(true) {
+            let mut balancer = self.balance.balancer.borrow_mut();
+            balancer.finished(&self.endpoint, now, outcome);
         }
     }
 }
 
 impl Drop for Started {
     fn drop(&mut self) {
-        self.tell(Outcome::Cancelled);
+        if !self.told.get() {
+            self.tell(Instant::now(), Outcome::Cancelled);
+        }
     }
 }
 
 impl Call {
     /// The endpoint answered. Returns the seconds since the call began.
     pub(crate) fn answered(&self) -> f64 {
-        let latency = self.started.at.elapsed();
-        self.started.tell(Outcome::Success { latency });
+        let now = Instant::now();
+        let latency = now.saturating_duration_since(self.started.at);
+        self.started.tell(now, Outcome::Success { latency });
         latency.as_secs_f64()
     }
 
     /// The endpoint failed the call for `reason`; a refusal by policy is an answer.
     pub(crate) fn failed(&self, reason: Reason) {
-        self.started.tell(outcome_of(reason));
+        self.started.tell(Instant::now(), outcome_of(reason));
     }
 }
 
@@ -185,30 +223,35 @@ pub(crate) async fn open(
     kind: StreamKind,
     tried: &mut Vec<Rc<EndpointKey>>,
 ) -> Result<Call, Reason> {
-    let service = &caller.service.name;
     if thread.metrics.limits.budget.is_spent() {
         thread.reached(Limit::Buffers);
         return Err(Reason::Overloaded);
     }
-    let endpoints = endpoints(thread, service).await?;
+    // The picture must not be held while it is waited for.
+    let known = known(&thread.view.borrow(), &caller.service.name);
+    let endpoints = match known {
+        Some(endpoints) => endpoints,
+        None => ask(thread, &caller.service.name).await?,
+    };
     let mut header = Vec::with_capacity(HEADER_MAX.min(128));
     Header {
         kind,
-        service: service.name.clone(),
+        service: caller.service.name.name.clone(),
         port: caller.port,
     }
     .encode(&mut header);
     let mut last = Reason::NoEndpoints;
     while tried.len() < TRIES_MAX {
-        let Some(started) = pick(thread, service, &endpoints, tried) else {
+        let Some(started) = pick(thread, caller, &endpoints, tried) else {
             break;
         };
         let endpoint = Rc::clone(&started.endpoint);
         let leaf = thread.view.borrow().leaf(&caller.id.identity).cloned()?;
-        let opened = match thread.peers.connection(thread, &leaf, &endpoint).await {
-            Ok(mux) => tokio::time::timeout(thread.settings.connect, mux.open(&header))
+        let place = caller.place(thread, &endpoint);
+        let opened = match peers::connection(thread, &place, &leaf, &endpoint).await {
+            Ok(mux) => within(thread.settings.connect, mux.open(&header))
                 .await
-                .unwrap_or_else(|_| {
+                .unwrap_or_else(|| {
                     thread.metrics.limits.reached(Limit::Streams);
                     Err(Reason::Overloaded)
                 }),
@@ -225,7 +268,7 @@ pub(crate) async fn open(
                 });
             }
             Err(reason) => {
-                started.tell(outcome_of(reason));
+                started.tell(Instant::now(), outcome_of(reason));
                 tried.push(endpoint);
                 last = reason;
                 if reason == Reason::NoIdentity {
@@ -239,39 +282,47 @@ pub(crate) async fn open(
 
 fn pick(
     thread: &Rc<Thread>,
-    service: &ServiceName,
+    caller: &Caller,
     endpoints: &Arc<Vec<Endpoint>>,
     tried: &[Rc<EndpointKey>],
 ) -> Option<Started> {
-    let now = Instant::now();
-    let mut balancers = thread.balancers.borrow_mut();
-    let balance = balancers.of(service, endpoints, &thread.view.borrow());
-    let endpoint = balance
-        .balancer
-        .pick(now, &mut thread.rng.borrow_mut(), tried)?;
-    balance.balancer.started(&endpoint, now);
-    balance.used = true;
+    let at = Instant::now();
+    let balance = caller.balance(thread);
+    balance.follow(endpoints, &thread.view.borrow());
+    let endpoint = {
+        let mut balancer = balance.balancer.borrow_mut();
+        let endpoint = balancer.pick(at, &mut thread.rng.borrow_mut(), tried)?;
+        balancer.started(&endpoint, at);
+        endpoint
+    };
+    balance.used.set(true);
     Some(Started {
-        thread: Rc::clone(thread),
-        service: service.clone(),
+        balance,
         endpoint,
-        at: now,
+        at,
         told: Cell::new(false),
     })
 }
 
-/// The endpoints of a service. At first use control is asked, and the call is held for the answer.
-async fn endpoints(
-    thread: &Rc<Thread>,
-    service: &ServiceName,
-) -> Result<Arc<Vec<Endpoint>>, Reason> {
-    let known = |view: &View| view.endpoints.get(service).cloned();
-    let view = thread.view();
-    if let Some(endpoints) = known(&view) {
-        return Ok(endpoints);
+/// What `future` gives within `limit`. What is ready at once costs no timer.
+async fn within<T>(limit: Duration, future: impl Future<Output = T>) -> Option<T> {
+    let mut future = pin!(future);
+    let at_once = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
+    match at_once {
+        Poll::Ready(ready) => Some(ready),
+        Poll::Pending => tokio::time::timeout(limit, future).await.ok(),
     }
+}
+
+fn known(view: &View, service: &ServiceName) -> Option<Arc<Vec<Endpoint>>> {
+    view.endpoints.get(service).cloned()
+}
+
+/// The endpoints of a service that nobody called yet. Control is asked, and the call is held for the answer.
+async fn ask(thread: &Rc<Thread>, service: &ServiceName) -> Result<Arc<Vec<Endpoint>>, Reason> {
+    let live = thread.view.borrow().live;
     let asked = thread.wants.try_send(service.clone());
-    if !view.live {
+    if !live {
         return Err(Reason::EndpointsUnknown);
     }
     if asked.is_err() || thread.held.get() >= thread.settings.held_max {
@@ -284,7 +335,7 @@ async fn endpoints(
         reader
             .wait_for(|view| view.endpoints.contains_key(service))
             .await
-            .map(|view| known(&view))
+            .map(|view| known(&view, service))
     };
     let answer = tokio::time::timeout(thread.settings.hold, answer).await;
     match answer {

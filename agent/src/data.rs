@@ -20,8 +20,9 @@ use mesh_runtime::tls::verify::{Accept, Verifier};
 use prometheus_client::metrics::gauge::Gauge;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpListener;
+use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{AbortHandle, LocalSet, spawn_local};
+use tokio::task::{AbortHandle, spawn_local};
 
 use crate::accept;
 use crate::call::Balancers;
@@ -29,9 +30,9 @@ use crate::capture::app_socket::AppDialer;
 use crate::capture::sockdiag::SockDiag;
 use crate::http::Heads;
 use crate::inbound::app::{AppPool, KEPT_MAX};
-use crate::inbound::certificates;
 use crate::inbound::front::Fronts;
 use crate::inbound::http2::app::Connections;
+use crate::inbound::{Hands, certificates};
 use crate::limits::{self, Limit, ShedLog};
 use crate::live::{self, Live};
 use crate::metrics::{Direction, Metrics};
@@ -116,18 +117,18 @@ impl DataPlane {
         for number in 0..shared.settings.threads.max(1) {
             let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
             let shared = shared.clone();
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()?;
             let body = move || {
-                let local = LocalSet::new();
-                local.block_on(&runtime, async {
-                    if let Err(error) = run(shared, inbox).await {
-                        // Without its data plane a worker is of no use: the holder starts another.
-                        log::error!("the data plane can not run: {error:#}");
-                        std::process::exit(1);
-                    }
-                });
+                let runtime = Builder::new_current_thread()
+                    .enable_all()
+                    .build_local(LocalOptions::default());
+                let outcome = runtime
+                    .map_err(Into::into)
+                    .and_then(|runtime| runtime.block_on(run(shared, inbox)));
+                if let Err(error) = outcome {
+                    // Without its data plane a worker is of no use: the holder starts another.
+                    log::error!("the data plane can not run: {error:#}");
+                    std::process::exit(1);
+                }
             };
             std::thread::Builder::new()
                 .name(format!("data-{number}"))
@@ -203,7 +204,7 @@ pub(crate) struct Thread {
     pub(crate) settings: DataSettings,
     pub(crate) peers: Peers,
     pub(crate) live: Live,
-    pub(crate) balancers: RefCell<Balancers>,
+    pub(crate) balancers: Balancers,
     pub(crate) rng: RefCell<Rng>,
     pub(crate) diag: RefCell<SockDiag>,
     pub(crate) dialer: AppDialer,
@@ -211,6 +212,8 @@ pub(crate) struct Thread {
     /// Bytes of HTTP heads that are not whole yet.
     pub(crate) heads: Rc<Heads>,
     pub(crate) fronts: Fronts,
+    /// Tasks that wait for a stream of a peer.
+    pub(crate) hands: Hands,
     /// Watches for calls on which nothing moves.
     pub(crate) quiet: Quiet,
     pub(crate) http2_apps: Connections,
@@ -427,12 +430,13 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         settings: shared.settings,
         peers: Peers::default(),
         live: Live::default(),
-        balancers: RefCell::default(),
+        balancers: Balancers::default(),
         rng: RefCell::new(Rng::new(seed)),
         diag: RefCell::new(SockDiag::open()?),
         apps: AppPool::new(kept),
         heads: Rc::default(),
         fronts: Fronts::default(),
+        hands: Hands::default(),
         quiet: Quiet::default(),
         http2_apps: Connections::default(),
         mesh_tls: Arc::new(mesh_tls),
@@ -493,10 +497,7 @@ async fn sweep(thread: Rc<Thread>) {
         thread.apps.sweep();
         thread.fronts.sweep(&thread.view().workloads);
         thread.http2_apps.sweep();
-        thread
-            .balancers
-            .borrow_mut()
-            .sweep(&thread.view(), &thread.wants);
+        thread.balancers.sweep(&thread.view(), &thread.wants);
     }
 }
 

@@ -30,6 +30,18 @@ thread_local! {
 /// Bytes of unfinished heads that one thread holds: a thousand heads that come slowly and are as long as may be.
 const HEADS_MAX: usize = 64 * 1024 * 1024;
 
+/// What a buffer keeps that waits for the next message: most heads fit.
+const KEPT_LEN: usize = 2048;
+
+/// Empties a buffer. What waits for its next message holds little.
+pub(crate) fn forget(buffer: &mut Vec<u8>) {
+    if buffer.capacity() > KEPT_LEN {
+        *buffer = Vec::new();
+    } else {
+        buffer.clear();
+    }
+}
+
 /// Counts the bytes of heads that have begun and are not whole. A head that comes at once is never counted.
 ///
 /// Each sender, be it a caller or an app, may have as much as is left for all others: one that begins a thousand heads
@@ -171,15 +183,17 @@ pub(crate) async fn read_head<T>(
     let mut until = None;
     let mut unfinished = Unfinished::default();
     loop {
-        if (buffer.len() >= max || http1::is_decided(buffer, seen))
+        // What comes at once is mostly whole.
+        let look = seen == 0 || buffer.len() >= max || http1::is_decided(buffer, seen);
+        if look
+            && !buffer.is_empty()
             && let Some(head) = parse(buffer).map_err(Broken::Malformed)?
         {
             return Ok(Some(head));
         }
         seen = buffer.len();
         let bytes = if seen == 0 {
-            // A connection that waits for its next request holds nothing.
-            *buffer = Vec::new();
+            forget(buffer);
             source.take(buffer).await?
         } else {
             if !unfinished.note(sender, seen) {

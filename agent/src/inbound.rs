@@ -28,6 +28,9 @@ use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 
+pub(crate) use hands::Hands;
+use hands::Job;
+
 use crate::data::Thread;
 use crate::limits::Limit;
 use crate::live::{self, Ends};
@@ -40,6 +43,7 @@ use crate::workloads::WorkloadSet;
 pub(crate) mod app;
 mod auto;
 pub(crate) mod front;
+mod hands;
 mod http;
 pub(crate) mod http2;
 
@@ -81,6 +85,8 @@ pub(crate) struct Admitted {
     pub(crate) server: Account,
     /// Servers without an agent that serve it; none where an app of this host does.
     beyond: Rc<[SocketAddr]>,
+    /// Where its connections to the app wait between two requests.
+    shelves: app::Shelves,
     pub(crate) flow: Arc<Flow>,
     allowed: prometheus_client::metrics::counter::Counter,
     /// Policy changed its mind.
@@ -185,11 +191,18 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
             peer.refuse(stream, Reason::Overloaded, "a stream");
             continue;
         };
-        let peer = Rc::clone(&peer);
-        spawn_local(async move {
-            peer.serve_stream(stream, &header).await;
-            drop(serving);
-        });
+        match peer.admit(&header) {
+            Ok(admitted) => hands::serve(
+                thread,
+                Job {
+                    peer: Rc::clone(&peer),
+                    stream,
+                    admitted,
+                    serving,
+                },
+            ),
+            Err((reason, what)) => peer.refuse(stream, reason, &what),
+        }
     }
     thread.metrics.mesh_connections.dec();
     drop(entered);
@@ -269,6 +282,46 @@ impl Drop for Serving {
     }
 }
 
+/// A stream that is being served, and what may end it.
+struct Attended<'a> {
+    peer: &'a Peer,
+    stream: &'a MuxStream,
+    admitted: &'a Admitted,
+    activity: &'a Activity,
+}
+
+impl Attended<'_> {
+    /// Goes `way` to its end, if nothing ends it before; with `gives_up` that the caller is gone does.
+    async fn run(
+        &self,
+        mut way: Pin<&mut dyn Future<Output = Result<(), Reason>>>,
+        gives_up: bool,
+    ) -> Result<(), Reason> {
+        poll_fn(|cx| {
+            // What came before a reset is delivered before the reset is heard.
+            if let Poll::Ready(outcome) = way.as_mut().poll(cx) {
+                return Poll::Ready(outcome);
+            }
+            // What its call holds here is given up at once. Other kinds tell the app how the caller ended.
+            if gives_up && self.stream.poll_reset(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            if self.admitted.revoked.get() {
+                return Poll::Ready(Err(Reason::NotAllowed));
+            }
+            if self.activity.has_vanished() {
+                let service = &self.admitted.header.service;
+                log::info!(service:% = service; "a plaintext endpoint is gone without a word");
+                return Poll::Ready(Err(Reason::AppReset));
+            }
+            let idle = self.peer.thread.settings.idle;
+            let ceased = self.activity.poll_ceased(cx, idle);
+            ceased.map(|()| Err(Reason::Timeout))
+        })
+        .await
+    }
+}
+
 impl Peer {
     /// Heeds what else bears on the connection: changes of policy, draining, silence. Never completes.
     async fn watch(&self, mux: &Mux) {
@@ -293,46 +346,38 @@ impl Peer {
         }
     }
 
-    async fn serve_stream(self: Rc<Self>, stream: MuxStream, header: &[u8]) {
-        let admitted = match self.admit(header) {
-            Ok(admitted) => admitted,
-            Err((reason, what)) => return self.refuse(stream, reason, &what),
+    async fn serve_stream(
+        self: &Rc<Self>,
+        stream: MuxStream,
+        admitted: &Rc<Admitted>,
+        activity: &Activity,
+        buffers: &mut http::Buffers,
+    ) {
+        let attended = Attended {
+            peer: self,
+            stream: &stream,
+            admitted,
+            activity,
         };
-        let kind = admitted.header.kind;
-        let activity = Activity::new(&self.thread);
-        // Each way in a box of its own: a request need not have room for what another kind of stream keeps.
-        let mut way: Pin<Box<dyn Future<Output = Result<(), Reason>> + '_>> = match kind {
-            StreamKind::Tcp => Box::pin(self.serve_tcp(&stream, &admitted, &activity)),
+        // The task has room for a request; what other kinds of stream keep is in a box of its own.
+        let outcome = match admitted.header.kind {
             StreamKind::Http1 => {
-                let begun = http::Begun::default();
-                Box::pin(http::serve(&self, &admitted, &stream, begun, &activity))
+                let way = http::serve(self, admitted, &stream, (None, buffers), activity);
+                attended.run(pin!(way), true).await
             }
-            StreamKind::Auto => Box::pin(auto::serve(&self, &admitted, &stream, &activity)),
-            StreamKind::Http2 => Box::pin(http2::serve(&self, &admitted, &stream, &activity)),
+            StreamKind::Auto => {
+                let way = auto::serve(self, admitted, &stream, activity);
+                attended.run(Box::pin(way).as_mut(), true).await
+            }
+            StreamKind::Tcp => {
+                let way = self.serve_tcp(&stream, admitted, activity);
+                attended.run(Box::pin(way).as_mut(), false).await
+            }
+            StreamKind::Http2 => {
+                let way = http2::serve(self, admitted, &stream, activity);
+                attended.run(Box::pin(way).as_mut(), false).await
+            }
         };
-        // The others tell the app how the caller ended.
-        let gives_up = matches!(kind, StreamKind::Http1 | StreamKind::Auto);
-        let outcome = poll_fn(|cx| {
-            // What came before a reset is delivered before the reset is heard.
-            if let Poll::Ready(outcome) = way.as_mut().poll(cx) {
-                return Poll::Ready(outcome);
-            }
-            // The caller is gone: what its call holds here is given up at once.
-            if gives_up && stream.poll_reset(cx).is_ready() {
-                return Poll::Ready(Ok(()));
-            }
-            if admitted.revoked.get() {
-                return Poll::Ready(Err(Reason::NotAllowed));
-            }
-            if activity.has_vanished() {
-                log::info!(service:% = admitted.header.service; "a plaintext endpoint is gone without a word");
-                return Poll::Ready(Err(Reason::AppReset));
-            }
-            let ceased = activity.poll_ceased(cx, self.thread.settings.idle);
-            ceased.map(|()| Err(Reason::Timeout))
-        })
-        .await;
-        drop(way);
         if let Err(reason) = outcome {
             let what = admitted.header.service.to_string();
             self.refuse(stream, reason, &what);
@@ -483,6 +528,7 @@ impl Peer {
             permit,
             server: self.server.clone(),
             beyond: service.endpoints.as_slice().into(),
+            shelves: app::Shelves::default(),
             flow,
             allowed,
             revoked: Rc::default(),

@@ -52,11 +52,7 @@ pub(crate) async fn serve(
     }
     drop(view);
     relay::guard(&client);
-    let caller = Caller {
-        id,
-        service,
-        port: port.number,
-    };
+    let caller = Caller::new(id, service, port.number);
     let activity = Activity::new(thread);
     match port.protocol {
         Protocol::Tcp => Box::pin(tcp::serve(thread, &caller, client, &activity)).await,

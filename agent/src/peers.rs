@@ -42,11 +42,22 @@ type PeerKey = (Identity, Rc<EndpointKey>);
 /// The connections of one thread.
 #[derive(Debug, Default)]
 pub(crate) struct Peers {
-    slots: RefCell<HashMap<PeerKey, Rc<Slot>>>,
+    places: RefCell<HashMap<PeerKey, Place>>,
     open: Cell<usize>,
 }
 
-/// The place of one connection. Those who need it while it is being made wait on `making`.
+/// Where the connections to one endpoint as one identity are. Who calls often keeps it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Place(Rc<Slot>);
+
+impl Place {
+    /// Nobody used it for a while: another takes its place.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.0.gone.get()
+    }
+}
+
+/// Those who need a connection while it is being made wait on `making`.
 #[derive(Debug, Default)]
 struct Slot {
     live: RefCell<Vec<Live>>,
@@ -54,6 +65,7 @@ struct Slot {
     /// When making it failed last, and why: those who waited for it share the answer.
     failed: Cell<Option<(Instant, Reason)>>,
     idle_sweeps: Cell<u32>,
+    gone: Cell<bool>,
 }
 
 #[derive(Debug)]
@@ -83,55 +95,60 @@ impl Slot {
     }
 }
 
+/// A connection to `endpoint`, whose place this is, as the identity of `leaf`.
+///
+/// # Errors
+/// Why there is none.
+pub(crate) async fn connection(
+    thread: &Rc<Thread>,
+    place: &Place,
+    leaf: &Arc<Leaf>,
+    endpoint: &Rc<EndpointKey>,
+) -> Result<Mux, Reason> {
+    if leaf.not_after_s <= unix_now_s() {
+        return Err(Reason::NoIdentity);
+    }
+    let slot = &place.0;
+    if let Some(mux) = slot.usable(leaf) {
+        return Ok(mux);
+    }
+    let asked = Instant::now();
+    let _making = slot.making.lock().await;
+    if let Some(mux) = slot.usable(leaf) {
+        return Ok(mux);
+    }
+    if let Some((at, reason)) = slot.failed.get()
+        && at >= asked
+    {
+        return Err(reason);
+    }
+    match dial(thread, leaf, endpoint).await {
+        Ok(mux) => {
+            slot.live.borrow_mut().push(Live {
+                mux: mux.clone(),
+                leaf: Arc::clone(leaf),
+            });
+            Ok(mux)
+        }
+        Err(reason) => {
+            slot.failed.set(Some((Instant::now(), reason)));
+            Err(reason)
+        }
+    }
+}
+
 impl Peers {
-    /// A connection to `endpoint` as the identity of `leaf`.
-    ///
-    /// # Errors
-    /// Why there is none.
-    pub(crate) async fn connection(
-        &self,
-        thread: &Rc<Thread>,
-        leaf: &Arc<Leaf>,
-        endpoint: &Rc<EndpointKey>,
-    ) -> Result<Mux, Reason> {
-        if leaf.not_after_s <= unix_now_s() {
-            return Err(Reason::NoIdentity);
-        }
-        let key = (leaf.id.identity.clone(), Rc::clone(endpoint));
-        let slot = Rc::clone(self.slots.borrow_mut().entry(key).or_default());
-        if let Some(mux) = slot.usable(leaf) {
-            return Ok(mux);
-        }
-        let asked = Instant::now();
-        let _making = slot.making.lock().await;
-        if let Some(mux) = slot.usable(leaf) {
-            return Ok(mux);
-        }
-        if let Some((at, reason)) = slot.failed.get()
-            && at >= asked
-        {
-            return Err(reason);
-        }
-        match dial(thread, leaf, endpoint).await {
-            Ok(mux) => {
-                slot.live.borrow_mut().push(Live {
-                    mux: mux.clone(),
-                    leaf: Arc::clone(leaf),
-                });
-                Ok(mux)
-            }
-            Err(reason) => {
-                slot.failed.set(Some((Instant::now(), reason)));
-                Err(reason)
-            }
-        }
+    /// Where connections to `endpoint` as `identity` are, or will be.
+    pub(crate) fn place(&self, identity: &Identity, endpoint: &Rc<EndpointKey>) -> Place {
+        let key = (identity.clone(), Rc::clone(endpoint));
+        self.places.borrow_mut().entry(key).or_default().clone()
     }
 
     /// Closes connections that carried nothing for some sweeps, and forgets those that are over.
     pub(crate) fn sweep(&self) {
-        self.slots.borrow_mut().retain(|_, slot| {
-            if Rc::strong_count(slot) > 1 {
-                return true; // Somebody is making it.
+        self.places.borrow_mut().retain(|_, Place(slot)| {
+            if slot.making.try_lock().is_err() {
+                return true;
             }
             let mut live = slot.live.borrow_mut();
             live.retain(|live| live.mux.closed().is_none());
@@ -144,14 +161,21 @@ impl Peers {
                 return true;
             }
             live.iter().for_each(|live| live.mux.close());
+            slot.gone.set(true);
             false
         });
     }
 
     /// Closes what carries no stream.
     pub(crate) fn close_idle(&self) {
-        for slot in self.slots.borrow().values() {
-            for live in slot.live.borrow().iter().filter(|live| live.mux.is_idle()) {
+        for place in self.places.borrow().values() {
+            for live in place
+                .0
+                .live
+                .borrow()
+                .iter()
+                .filter(|live| live.mux.is_idle())
+            {
                 live.mux.close();
             }
         }

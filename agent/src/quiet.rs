@@ -16,11 +16,15 @@ const LOOK_TICKS: u32 = 10;
 
 /// All that a thread watches.
 #[derive(Debug, Default)]
-pub(crate) struct Quiet(RefCell<Vec<Rc<Entry>>>);
+pub(crate) struct Quiet(Entries);
+
+type Entries = Rc<RefCell<Vec<Rc<Entry>>>>;
 
 /// One thing that may fall silent.
 #[derive(Debug, Default)]
 struct Entry {
+    /// Its place among [`Entries`].
+    place: Cell<usize>,
     moved: Cell<bool>,
     /// Whole ticks without a movement.
     ticks: Cell<u32>,
@@ -65,8 +69,13 @@ impl Entry {
 impl Quiet {
     pub(crate) fn watch(&self) -> Watched {
         let entry = Rc::new(Entry::default());
-        self.0.borrow_mut().push(Rc::clone(&entry));
-        Watched(entry)
+        let mut entries = self.0.borrow_mut();
+        entry.place.set(entries.len());
+        entries.push(Rc::clone(&entry));
+        Watched {
+            entry,
+            entries: Rc::clone(&self.0),
+        }
     }
 
     /// Lets all that is watched look at what it depends on.
@@ -87,46 +96,64 @@ impl Quiet {
     }
 
     fn tick(&self) {
-        self.0.borrow_mut().retain(|entry| {
-            let watched = Rc::strong_count(entry) > 1;
-            if watched {
-                entry.tick();
-            }
-            watched
-        });
+        for entry in self.0.borrow().iter() {
+            entry.tick();
+        }
     }
 }
 
 /// Something that is watched while it lives.
 #[derive(Debug)]
-pub(crate) struct Watched(Rc<Entry>);
+pub(crate) struct Watched {
+    entry: Rc<Entry>,
+    entries: Entries,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        let mut entries = self.entries.borrow_mut();
+        let place = self.entry.place.get();
+        entries.swap_remove(place);
+        if let Some(moved) = entries.get(place) {
+            moved.place.set(place);
+        }
+    }
+}
 
 impl Watched {
     pub(crate) fn note(&self) {
-        self.0.moved.set(true);
+        self.entry.moved.set(true);
     }
 
     /// From now on, whether the other end of this connection vanished is looked at, while nothing is noted. Who closes
     /// the connection says so.
     pub(crate) fn look_at(&self, connection: Option<RawFd>) {
-        self.0.far.set(connection);
+        self.entry.far.set(connection);
     }
 
     /// Whether it did. Who waits by [`Self::poll_over`] is woken then.
     pub(crate) fn has_vanished(&self) -> bool {
-        self.0.vanished.get()
+        self.entry.vanished.get()
+    }
+
+    /// Watches something else from now on.
+    pub(crate) fn renew(&self) {
+        self.restart();
+        self.look_at(None);
+        self.entry.vanished.set(false);
+        self.entry.bound.set(None);
     }
 
     /// Begins to count anew.
     pub(crate) fn restart(&self) {
-        self.0.ticks.set(0);
-        self.0.over.set(false);
+        self.entry.ticks.set(0);
+        self.entry.over.set(false);
     }
 
     /// Ready when nothing was noted for `bound`, and then counts anew; without a bound, never. One task only may wait
     /// for it.
     pub(crate) fn poll_over(&self, cx: &Context<'_>, bound: Option<Duration>) -> Poll<()> {
-        let entry = &self.0;
+        let entry = &self.entry;
         let ticks = bound.map(|bound| bound.as_millis().div_ceil(TICK.as_millis()));
         entry
             .bound
@@ -187,9 +214,15 @@ mod tests {
     #[test]
     fn what_is_gone_is_not_watched() {
         let quiet = Quiet::default();
-        drop(quiet.watch());
-        let _kept = quiet.watch();
+        let mut watched: Vec<_> = (0..4).map(|_| quiet.watch()).collect();
+        drop(watched.remove(1));
+        drop(watched.remove(2));
+        assert_eq!(quiet.0.borrow().len(), 2);
+        let bound = Some(TICK);
+        assert!(watched.iter().all(|watched| !poll(watched, bound)));
         quiet.tick();
-        assert_eq!(quiet.0.borrow().len(), 1);
+        watched[1].note();
+        quiet.tick();
+        assert_eq!([true, false], [0, 1].map(|n| poll(&watched[n], bound)));
     }
 }

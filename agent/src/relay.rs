@@ -50,6 +50,12 @@ impl Activity {
         }
     }
 
+    /// Begins anew, for another call.
+    pub(crate) fn renew(&self) {
+        self.bytes.set(false);
+        self.watched.renew();
+    }
+
     pub(crate) fn note(&self) {
         self.watched.note();
     }

@@ -1,9 +1,8 @@
 //! Connections to the local app: made as if from the peer's address, only to a listener of the workload itself,
 //! and kept for further HTTP requests of the same peer address while provably clean.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -25,7 +24,7 @@ pub(crate) const KEPT_MAX: usize = 1024;
 /// Below the shortest keep-alive timeout that servers have by default (5 s with Apache httpd and Node).
 const KEPT_FOR: Duration = Duration::from_secs(4);
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
     /// Some apps take a connection for a login (NTLM, Negotiate): it stays with its caller.
     caller: SpiffeId,
@@ -34,13 +33,6 @@ struct Key {
     shown: IpAddr,
     /// The server without an agent at the other end; `None`: an app of this host.
     beyond: Option<SocketAddr>,
-}
-
-impl Hash for Key {
-    /// Of what is short and tells most keys apart: this is done twice a request.
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        (self.port, self.shown).hash(state);
-    }
 }
 
 /// A connection that waits for a request. Whoever closes it closes it properly; one that is cut off by the end of
@@ -65,10 +57,20 @@ impl Drop for Kept {
     }
 }
 
+/// What is kept for one [`Key`].
+#[derive(Debug, Default)]
+struct Shelf(RefCell<Vec<Kept>>);
+
+/// The shelves of one admitted target, by the server beyond: found once, and not for each request.
+#[derive(Debug, Default)]
+pub(super) struct Shelves(RefCell<Vec<(Option<SocketAddr>, Rc<Shelf>)>>);
+
 /// The kept connections of one thread.
 #[derive(Debug)]
 pub(crate) struct AppPool {
-    kept: RefCell<HashMap<Key, Vec<Kept>>>,
+    shelves: RefCell<HashMap<Key, Rc<Shelf>>>,
+    /// Connections on all shelves.
+    kept: Cell<usize>,
     max: usize,
 }
 
@@ -76,29 +78,36 @@ impl AppPool {
     /// Keeps at most `max`.
     pub(crate) fn new(max: usize) -> Self {
         Self {
-            kept: RefCell::default(),
+            shelves: RefCell::default(),
+            kept: Cell::new(0),
             max,
         }
     }
 
     /// Closes all; whether there were any.
     pub(crate) fn clear(&self) -> bool {
-        let all = std::mem::take(&mut *self.kept.borrow_mut());
-        all.values().any(|kept| !kept.is_empty())
+        for shelf in self.shelves.borrow().values() {
+            shelf.0.take();
+        }
+        self.kept.take() > 0
     }
 
     /// Closes what waited too long.
     pub(crate) fn sweep(&self) {
-        self.kept.borrow_mut().retain(|_, kept| {
+        let mut left = 0;
+        self.shelves.borrow_mut().retain(|_, shelf| {
+            let mut kept = shelf.0.borrow_mut();
             kept.retain(|kept| kept.since.elapsed() < KEPT_FOR);
-            !kept.is_empty()
+            left += kept.len();
+            !kept.is_empty() || Rc::strong_count(shelf) > 1
         });
+        self.kept.set(left);
     }
 
-    fn take(&self, key: &Key) -> Option<TcpStream> {
-        let mut pool = self.kept.borrow_mut();
-        let kept = pool.get_mut(key)?;
+    fn take(&self, shelf: &Shelf) -> Option<TcpStream> {
+        let mut kept = shelf.0.borrow_mut();
         while let Some(mut last) = kept.pop() {
+            self.kept.set(self.kept.get() - 1);
             if last.is_clean() {
                 return last.socket.take();
             }
@@ -107,40 +116,46 @@ impl AppPool {
     }
 
     /// Whether it is kept.
-    fn give(&self, key: Key, socket: TcpStream) -> bool {
+    fn give(&self, shelf: &Shelf, socket: TcpStream) -> bool {
         let fresh = Kept {
             socket: Some(socket),
             since: Instant::now(),
         };
-        let mut pool = self.kept.borrow_mut();
-        if pool.values().map(Vec::len).sum::<usize>() >= self.max {
-            return false;
-        }
-        let kept = pool.entry(key).or_default();
-        if kept.len() >= KEPT_PER_KEY_MAX {
+        let mut kept = shelf.0.borrow_mut();
+        if self.kept.get() >= self.max || kept.len() >= KEPT_PER_KEY_MAX {
             return false;
         }
         kept.push(fresh);
+        self.kept.set(self.kept.get() + 1);
         true
     }
 }
 
-fn key(peer: &Peer, admitted: &Admitted) -> Key {
-    Key {
+/// Where connections of this peer to the target wait.
+fn shelf(peer: &Peer, admitted: &Admitted, beyond: Option<SocketAddr>) -> Rc<Shelf> {
+    let mut known = admitted.shelves.0.borrow_mut();
+    if let Some((_, shelf)) = known.iter().find(|(server, _)| *server == beyond) {
+        return Rc::clone(shelf);
+    }
+    let key = Key {
         caller: peer.id.clone(),
         server: admitted.server.clone(),
         port: admitted.permit.target().port,
         shown: peer.address,
-        beyond: front::turn(peer.thread(), admitted),
-    }
+        beyond,
+    };
+    let mut shelves = peer.thread().apps.shelves.borrow_mut();
+    let shelf = Rc::clone(shelves.entry(key).or_default());
+    known.push((beyond, Rc::clone(&shelf)));
+    shelf
 }
 
 /// A kept connection for another request, if there is one.
 pub(super) fn reuse(peer: &Peer, admitted: &Admitted) -> Option<TcpStream> {
     let thread = peer.thread();
-    let key = key(peer, admitted);
-    let socket = thread.apps.take(&key)?;
-    front::took(thread, admitted, key.beyond);
+    let beyond = front::turn(thread, admitted);
+    let socket = thread.apps.take(&shelf(peer, admitted, beyond))?;
+    front::took(thread, admitted, beyond);
     thread.metrics.app_reused.inc();
     Some(socket)
 }
@@ -148,11 +163,8 @@ pub(super) fn reuse(peer: &Peer, admitted: &Admitted) -> Option<TcpStream> {
 /// Keeps a connection on which an exchange ended cleanly.
 pub(super) fn keep(peer: &Peer, admitted: &Admitted, socket: TcpStream) {
     let thread = peer.thread();
-    let key = Key {
-        beyond: front::server_of(admitted, &socket),
-        ..key(peer, admitted)
-    };
-    if !thread.apps.give(key, socket) {
+    let shelf = shelf(peer, admitted, front::server_of(admitted, &socket));
+    if !thread.apps.give(&shelf, socket) {
         thread.metrics.limits.reached(Limit::KeptApps);
     }
 }

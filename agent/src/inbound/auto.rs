@@ -35,10 +35,8 @@ pub(super) async fn serve(
         let seen = http1::sniff(&buffer);
         match seen {
             Sniff::Http1 => {
-                let begun = http::Begun {
-                    app: Some((app, sent)),
-                    buffer,
-                };
+                let mut buffers = http::Buffers::of(buffer);
+                let begun = (Some((app, sent)), &mut buffers);
                 return http::serve(peer, admitted, stream, begun, activity).await;
             }
             Sniff::Http2 => return Err(Reason::HttpMalformed),

@@ -12,17 +12,37 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use super::{Admitted, Peer, app, carry};
-use crate::http::{Broken, Sender, Sink as _, pump, read_head};
+use crate::http::{Broken, Sender, Sink as _, forget, pump, read_head};
 use crate::relay::{self, Activity, Open};
 
 /// What the app learns of its caller. It replaces what came in under this name.
 pub(super) const CLIENT_ID: &str = "x-meshwork-client-id";
 
-/// What `auto` already has: the app's connection and how much of the buffer was sent to it.
+/// What is under way of one exchange. It serves the next one when that is through.
 #[derive(Debug, Default)]
-pub(super) struct Begun {
-    pub(super) app: Option<(TcpStream, usize)>,
-    pub(super) buffer: Vec<u8>,
+pub(super) struct Buffers {
+    /// Read of the stream.
+    input: Vec<u8>,
+    /// The request's head as the app gets it, and what came of its body with it.
+    head: Vec<u8>,
+    /// Read of the app.
+    output: Vec<u8>,
+}
+
+impl Buffers {
+    pub(super) fn of(input: Vec<u8>) -> Self {
+        Self {
+            input,
+            ..Self::default()
+        }
+    }
+
+    /// Forgets what is in them, and all but little of the memory.
+    pub(super) fn reset(&mut self) {
+        for buffer in [&mut self.input, &mut self.head, &mut self.output] {
+            forget(buffer);
+        }
+    }
 }
 
 /// How an exchange ended well.
@@ -40,11 +60,13 @@ enum Failed {
     Because(Reason),
 }
 
+/// Serves a stream of which `buffers.input` was read, on `app` if there is a connection already, to which so many bytes
+/// of that were sent.
 pub(super) async fn serve(
     peer: &Rc<Peer>,
     admitted: &Rc<Admitted>,
     stream: &MuxStream,
-    begun: Begun,
+    (mut app, buffers): (Option<(TcpStream, usize)>, &mut Buffers),
     activity: &Activity,
 ) -> Result<(), Reason> {
     let mut served = Served {
@@ -52,10 +74,9 @@ pub(super) async fn serve(
         admitted,
         stream,
         activity,
-        input: begun.buffer,
+        buffers,
         bound: false,
     };
-    let mut app = begun.app;
     while let Some(exchange) = served.next(app.as_ref()).await? {
         // What was sent while the protocol was told is a part of the request's line, which is never rewritten.
         match served.carry_one(exchange, app.take()).await? {
@@ -72,7 +93,7 @@ struct Served<'a> {
     admitted: &'a Rc<Admitted>,
     stream: &'a MuxStream,
     activity: &'a Activity,
-    input: Vec<u8>,
+    buffers: &'a mut Buffers,
     /// The stream is its caller's connection, and has a connection to the app for itself.
     bound: bool,
 }
@@ -80,8 +101,6 @@ struct Served<'a> {
 /// A request, judged.
 struct Exchange {
     request: Request,
-    /// Its head as the app gets it, and what came of its body with it.
-    head: Vec<u8>,
     /// What is still to come of its body.
     body: Body,
 }
@@ -99,7 +118,7 @@ impl Served<'_> {
         let mut stream = self.stream;
         let head = tokio::select! {
             biased;
-            head = read_head(&mut stream, &mut self.input, self.activity, sender, parse) => head,
+            head = read_head(&mut stream, &mut self.buffers.input, self.activity, sender, parse) => head,
             // The app ends what belongs to this caller: so do we.
             () = spoken(waiting) => Ok(None),
         };
@@ -114,19 +133,22 @@ impl Served<'_> {
             Err(_) => return Ok(None),
         };
         // What came of the body is judged before the app hears of the request.
+        let Buffers { input, head, .. } = &mut *self.buffers;
         let mut body = Body::new(request.framing);
-        let bytes = body.advance(&self.input[request.len..])?;
+        let bytes = body.advance(&input[request.len..])?;
         let line = &self.peer.client_line;
-        let mut head = Vec::with_capacity(request.len + line.len() + 2 + bytes);
-        http1::rewrite(&self.input[..request.len], Some(line), &mut head);
-        head.extend_from_slice(&self.input[request.len..request.len + bytes]);
-        self.input.drain(..request.len + bytes);
+        head.clear();
+        head.reserve(request.len + line.len() + 2 + bytes);
+        let read = &input[..request.len];
+        if request.has_ours {
+            http1::rewrite(read, Some(line), head);
+        } else {
+            http1::insert(read, line, head);
+        }
+        head.extend_from_slice(&input[request.len..request.len + bytes]);
+        input.drain(..request.len + bytes);
         self.bound |= request.binds;
-        Ok(Some(Exchange {
-            request,
-            head,
-            body,
-        }))
+        Ok(Some(Exchange { request, body }))
     }
 
     /// Serves one request: on `app` (to which so many bytes of it were sent already), a kept connection or a new one.
@@ -153,7 +175,7 @@ impl Served<'_> {
         if self.bound {
             relay::guard(&socket);
         }
-        let sent = sent.min(exchange.head.len());
+        let sent = sent.min(self.buffers.head.len());
         let mut outcome = self.run(&mut exchange, &mut socket, sent, kept).await;
         if matches!(outcome, Err(Failed::NotTaken)) {
             socket = self.connect().await?;
@@ -179,7 +201,7 @@ impl Served<'_> {
             }
             Ok(Done::Tunnel) => {
                 let (_, mut writer) = socket.split();
-                if writer.put(&self.input).await.is_err() {
+                if writer.put(&self.buffers.input).await.is_err() {
                     return Err(Reason::AppReset);
                 }
                 carry(socket, self.stream, admitted, self.activity).await?;
@@ -216,28 +238,31 @@ impl Served<'_> {
         let request = exchange.request;
         // Without a body, and harmless to repeat: the app may have closed a kept connection just now.
         let repeatable = kept && request.framing == Framing::None && request.method.is_idempotent();
-        if writer.put(&exchange.head[sent..]).await.is_err() {
+        if writer.put(&self.buffers.head[sent..]).await.is_err() {
             return Err(if repeatable {
                 Failed::NotTaken
             } else {
                 Failed::Because(Reason::AppReset)
             });
         }
-        flow.sent.inc_by(exchange.head.len() as u64);
+        flow.sent.inc_by(self.buffers.head.len() as u64);
         if !repeatable {
-            exchange.head = Vec::new();
+            forget(&mut self.buffers.head);
         }
         let _open = Open::count(&flow.open);
         let body = &mut exchange.body;
         // A body that was judged to its end need not be written to its end.
         let mut uploaded = body.is_done();
+        let mut output = std::mem::take(&mut self.buffers.output);
+        output.clear();
+        let answer = (begun, repeatable, &mut output);
         let outcome = if uploaded {
-            self.respond(&request, &mut reader, begun, repeatable).await
+            self.respond(&request, &mut reader, answer).await
         } else {
-            let mut input = std::mem::take(&mut self.input);
+            let mut input = std::mem::take(&mut self.buffers.input);
             let outcome = {
                 let upload = self.upload(&mut writer, &mut input, body);
-                let download = self.respond(&request, &mut reader, begun, repeatable);
+                let download = self.respond(&request, &mut reader, answer);
                 let mut upload = Box::pin(upload);
                 let mut download = std::pin::pin!(download);
                 tokio::select! {
@@ -252,9 +277,10 @@ impl Served<'_> {
                     },
                 }
             };
-            self.input = input;
+            self.buffers.input = input;
             outcome
         };
+        self.buffers.output = output;
         match outcome {
             // Nobody knows where the body ends and the tunnel begins.
             Ok(Done::Tunnel) if !uploaded => Err(Failed::Because(Reason::HttpResponseMalformed)),
@@ -287,15 +313,13 @@ impl Served<'_> {
         &self,
         request: &Request,
         reader: &mut ReadHalf<'_>,
-        begun: Instant,
-        repeatable: bool,
+        (begun, repeatable, output): (Instant, bool, &mut Vec<u8>),
     ) -> Result<Done, Failed> {
         let flow = &self.admitted.flow;
         let mut stream = self.stream;
-        let mut output = Vec::new();
         let mut heard = false;
         let (response, mut body) = loop {
-            let response = match self.response_head(request, reader, &mut output).await {
+            let response = match self.response_head(request, reader, output).await {
                 Ok(Some(response)) => response,
                 Ok(None) | Err(Broken::Local) if repeatable && !heard && output.is_empty() => {
                     return Err(Failed::NotTaken);
@@ -335,7 +359,7 @@ impl Served<'_> {
         let count = (&flow.received, self.activity);
         // Whose login a challenge begins is not known here, if the request did not.
         let shared = self.bound || !response.binds;
-        match pump(reader, &mut stream, &mut output, &mut body, count).await {
+        match pump(reader, &mut stream, output, &mut body, count).await {
             Ok(()) if response.keep_alive && request.keep_alive && output.is_empty() && shared => {
                 Ok(Done::Clean)
             }

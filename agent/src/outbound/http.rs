@@ -113,6 +113,9 @@ pub(super) async fn continue_with(
         let max = thread.settings.head_max;
         let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
         let head = tokio::select! {
+            biased;
+            // A caller that always has a next request ready does not hold up the end.
+            () = async {}, if exchange.input.is_empty() && *thread.draining.borrow() => Ok(None),
             head = read_head(&mut reader, &mut exchange.input, activity, sender, parse) => head,
             // The app ended what was this caller's.
             () = ended(exchange.bound.as_ref()), if exchange.input.is_empty() => Ok(None),
@@ -140,6 +143,7 @@ pub(super) async fn continue_with(
             Err(_) => return,
         };
         let next = tokio::select! {
+            biased;
             next = exchange.begin(request, &mut reader, &mut writer) => next,
             () = &mut ceased => {
                 super::note_refusal(thread, caller, Reason::Timeout);
@@ -333,6 +337,7 @@ impl Exchange<'_> {
                 stream.end();
             }
             let answered = tokio::select! {
+                biased;
                 answered = respond(self, &answer, writer) => answered?,
                 () = abandoned(reader, thread) => return Err(Failed::Broken),
             };
