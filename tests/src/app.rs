@@ -11,6 +11,7 @@ mod exchange;
 mod fair;
 mod framing;
 mod mixed;
+mod relay;
 mod resets;
 mod seeded;
 mod serve;
@@ -46,6 +47,13 @@ pub enum Task {
         http: u16,
         #[arg(long)]
         tcp: u16,
+    },
+    /// Pass bytes between two connections, and do nothing else
+    Relay {
+        #[arg(long)]
+        listen: SocketAddr,
+        #[arg(long)]
+        to: SocketAddr,
     },
     /// Pass bodies of this size both ways in every framing, one after the other
     Bodies {
@@ -144,6 +152,7 @@ pub fn run(task: Task) -> ExitCode {
     let done = local.block_on(&runtime, async {
         match task {
             Task::Serve { http, tcp } => serve::run(http, tcp).await,
+            Task::Relay { listen, to } => relay::run(listen, to),
             Task::Bodies { to, bytes } => bodies::whole(to, bytes).await,
             Task::Endless { to } => bodies::endless(to).await,
             Task::Crowd {

@@ -8,6 +8,7 @@ mod envoy;
 mod figures;
 mod growth;
 mod haproxy;
+mod relay;
 mod subjects;
 mod usage;
 mod workloads;

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 
 use super::certificates::{self, Files};
 use super::workloads::{BULK_BODY, SMALL_BODY};
-use super::{envoy, haproxy, usage};
+use super::{envoy, haproxy, relay, usage};
 use crate::agent::{Agent, Owner};
 use crate::control::{Control, TokenOptions};
 use crate::host::Host;
@@ -30,6 +30,8 @@ pub enum Subject {
     Haproxy,
     /// Two Envoy
     Envoy,
+    /// Two relays of bytes that do nothing else
+    Relay,
 }
 
 /// How the proxies are told to read the bytes.
@@ -59,7 +61,13 @@ pub(super) struct Stage {
 }
 
 impl Subject {
-    pub const ALL: [Self; 4] = [Self::Direct, Self::Meshwork, Self::Haproxy, Self::Envoy];
+    pub const ALL: [Self; 5] = [
+        Self::Direct,
+        Self::Meshwork,
+        Self::Haproxy,
+        Self::Envoy,
+        Self::Relay,
+    ];
 
     pub(super) const fn name(self) -> &'static str {
         match self {
@@ -67,6 +75,7 @@ impl Subject {
             Self::Meshwork => "meshwork",
             Self::Haproxy => "haproxy",
             Self::Envoy => "envoy",
+            Self::Relay => "relay",
         }
     }
 
@@ -77,11 +86,14 @@ impl Subject {
             Self::Meshwork => Some("agent"),
             Self::Haproxy => Some(haproxy::CGROUP),
             Self::Envoy => Some(envoy::CGROUP),
+            Self::Relay => Some(relay::CGROUP),
         }
     }
 }
 
 impl Way {
+    pub(super) const ALL: [Self; 3] = [Self::Http, Self::Tcp, Self::Grpc];
+
     pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Http => "http",
@@ -128,6 +140,9 @@ impl Stage {
         if subjects.contains(&Subject::Envoy) {
             processes.extend(envoy::start(&sides));
         }
+        if subjects.contains(&Subject::Relay) {
+            processes.extend(relay::start(&sides));
+        }
         Self {
             sides,
             _control: control,
@@ -149,6 +164,7 @@ impl Stage {
             }
             Subject::Haproxy => (self.sides.client.v4().to_string(), haproxy::port(way)),
             Subject::Envoy => (self.sides.client.v4().to_string(), envoy::port(way)),
+            Subject::Relay => (self.sides.client.v4().to_string(), relay::port(way)),
         };
         format!("{host}:{port}")
     }
