@@ -2,12 +2,10 @@
 //! relay. Read down.
 
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use ::http::HeaderValue;
@@ -28,6 +26,7 @@ use rustls::sign::CertifiedKey;
 use tokio::net::TcpStream;
 use tokio::task::spawn_local;
 
+use attended::Attended;
 pub(crate) use hands::Hands;
 use hands::Job;
 
@@ -41,6 +40,7 @@ use crate::view::ViewReader;
 use crate::workloads::WorkloadSet;
 
 pub(crate) mod app;
+mod attended;
 mod auto;
 pub(crate) mod front;
 mod hands;
@@ -279,46 +279,6 @@ impl Drop for Serving {
         self.live.set(self.live.get() - 1);
         self.thread.serving.set(self.thread.serving.get() - 1);
         self.thread.metrics.limits.calls.dec();
-    }
-}
-
-/// A stream that is being served, and what may end it.
-struct Attended<'a> {
-    peer: &'a Peer,
-    stream: &'a MuxStream,
-    admitted: &'a Admitted,
-    activity: &'a Activity,
-}
-
-impl Attended<'_> {
-    /// Goes `way` to its end, if nothing ends it before; with `gives_up` that the caller is gone does.
-    async fn run(
-        &self,
-        mut way: Pin<&mut dyn Future<Output = Result<(), Reason>>>,
-        gives_up: bool,
-    ) -> Result<(), Reason> {
-        poll_fn(|cx| {
-            // What came before a reset is delivered before the reset is heard.
-            if let Poll::Ready(outcome) = way.as_mut().poll(cx) {
-                return Poll::Ready(outcome);
-            }
-            // What its call holds here is given up at once. Other kinds tell the app how the caller ended.
-            if gives_up && self.stream.poll_reset(cx).is_ready() {
-                return Poll::Ready(Ok(()));
-            }
-            if self.admitted.revoked.get() {
-                return Poll::Ready(Err(Reason::NotAllowed));
-            }
-            if self.activity.has_vanished() {
-                let service = &self.admitted.header.service;
-                log::info!(service:% = service; "a plaintext endpoint is gone without a word");
-                return Poll::Ready(Err(Reason::AppReset));
-            }
-            let idle = self.peer.thread.settings.idle;
-            let ceased = self.activity.poll_ceased(cx, idle);
-            ceased.map(|()| Err(Reason::Timeout))
-        })
-        .await
     }
 }
 

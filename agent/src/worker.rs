@@ -191,6 +191,10 @@ impl Parts {
         })
     }
 
+    #[expect(
+        clippy::too_many_lines,
+        reason = "every part, once, in the order in which they need each other"
+    )]
     async fn start(
         self,
         config: Config,

@@ -264,7 +264,7 @@ impl Session {
                 "the acknowledged bundle {bundle} was never sent"
             )));
         }
-        self.control.acks.note(&self.uid, ack.clone());
+        self.control.acks.note(&self.uid, *ack);
         if now.hosts.get(&self.uid).is_some_and(|h| h.bundle == bundle) {
             return Ok(());
         }

@@ -340,10 +340,11 @@ async fn step(fields: &mut Fields, site: &Site, evil: &Agent) -> Result<(), Stat
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::print_stderr, reason = "a test says how to run it again")]
 async fn an_agent_that_says_anything_in_any_order_changes_nothing_of_others() {
     let seed = std::env::var("MESHWORK_SEED").ok();
     let seed = seed.and_then(|text| text.parse().ok()).unwrap_or(SEED);
-    println!("MESHWORK_SEED={seed}");
+    eprintln!("MESHWORK_SEED={seed}");
     let site = Site::new("hostile").await;
     let good = site.agent("vm-2", "10.0.0.2").await;
     let mut session = good.session(&site, "boot-1", (0, 0)).await;

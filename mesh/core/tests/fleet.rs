@@ -13,6 +13,11 @@
 //! A failure prints its seed; with `MESHWORK_SEED` set only that one is run.
 
 #![expect(clippy::unwrap_used, reason = "a test")]
+#![expect(
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "a test says how to run it again, and begins its time somewhere"
+)]
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -297,8 +302,8 @@ impl World {
                 }
             }
             Event::Closed(connection) => self.closed(connection),
-            Event::ToControl(connection, message) => self.to_control(connection, message),
-            Event::ToAgent(connection, message) => self.to_agent(connection, message),
+            Event::ToControl(connection, message) => self.deliver_to_control(connection, message),
+            Event::ToAgent(connection, message) => self.deliver_to_agent(connection, message),
             Event::AgentWakes(n) => {
                 // Others were set meanwhile: only the one that is due counts.
                 if self.agents[n].up && self.agents[n].session.poll_timeout() <= self.now {
@@ -373,7 +378,7 @@ fn run(seed: u64) {
         "only {} revocations were timed",
         world.checked
     );
-    println!(
+    eprintln!(
         "{} connections, {} restores, {} revocations; {} looks at a sound connection after a second",
         world.connections.len(),
         world.restores,
@@ -388,7 +393,7 @@ fn a_fleet_converges_whatever_befalls_it() {
     let one = one.and_then(|text| text.parse().ok());
     let seeds = one.map_or(0..SEEDS, |seed: u64| seed..seed + 1);
     for seed in seeds {
-        println!("MESHWORK_SEED={seed}");
+        eprintln!("MESHWORK_SEED={seed}");
         run(seed);
     }
 }

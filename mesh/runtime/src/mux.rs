@@ -20,10 +20,11 @@ use mesh_core::stream::{Event, Frame, Limits, Machine, OpenError, Side, Streams}
 mod budget;
 mod driver;
 mod received;
+mod slot;
 mod stream;
 
 pub use budget::Budget;
-use received::Received;
+use slot::{Slot, wake};
 
 pub use driver::Driver;
 pub use stream::{MuxStream, StreamError};
@@ -123,27 +124,6 @@ enum Waiter {
     /// The writer of this stream.
     Stream(u32),
     Open(Waker),
-}
-
-/// A stream's bytes and who waits for them.
-#[derive(Debug, Default)]
-struct Slot {
-    received: Received,
-    ended: bool,
-    reset: Option<Reason>,
-    /// What the app said with its reset.
-    code: u32,
-    accepted: bool,
-    round: u64,
-    sent_in_round: usize,
-    /// Its place among those who wait to write.
-    place: Option<Place>,
-    /// What it has had on the scale of [`Shared::fair`].
-    had: u64,
-    reader: Option<Waker>,
-    writer: Option<Waker>,
-    /// Who only wants to know of a reset.
-    watcher: Option<Waker>,
 }
 
 /// A connection over `carrier`, with the driver that must be run on this thread.
@@ -592,22 +572,6 @@ impl Shared {
         }
         self.opening.drain(..).for_each(Waker::wake);
         self.wake_driver();
-    }
-}
-
-impl Slot {
-    /// The stream is reset; who first said why is heard.
-    fn end_by(&mut self, reason: Reason) {
-        self.reset.get_or_insert(reason);
-        wake(&mut self.reader);
-        wake(&mut self.writer);
-        wake(&mut self.watcher);
-    }
-}
-
-fn wake(waker: &mut Option<Waker>) {
-    if let Some(waker) = waker.take() {
-        waker.wake();
     }
 }
 

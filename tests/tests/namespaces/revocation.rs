@@ -103,6 +103,7 @@ fn refused_at_the_port(pair: &Pair, credential: &Credential, reason: &str) {
 }
 
 #[test]
+#[expect(clippy::print_stderr, reason = "a figure for people")]
 fn a_revoked_host_is_cut_off_at_once_and_after_a_restart() {
     let mut scene = scene("a_revoked_host_is_cut_off");
     let credential = stolen(&scene.pair);
@@ -122,7 +123,7 @@ fn a_revoked_host_is_cut_off_at_once_and_after_a_restart() {
     let told = pair.control.meshctl("revoke host client").ok();
     assert!(told.contains("host client revoked"), "{told}");
     wait_log(&scene.echo, "reset");
-    println!(
+    eprintln!(
         "from the operator's word to the end of the call: {:?}",
         begun.elapsed()
     );

@@ -89,7 +89,7 @@ impl World {
         self.at(PERSIST, Event::Persist(n, agent.life, kept));
     }
 
-    pub(super) fn to_agent(&mut self, connection: usize, message: ToAgent) {
+    pub(super) fn deliver_to_agent(&mut self, connection: usize, message: ToAgent) {
         let Connection {
             agent: n, attempt, ..
         } = self.connections[connection];

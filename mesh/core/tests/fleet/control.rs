@@ -3,7 +3,7 @@
 use super::*;
 
 impl World {
-    pub(super) fn to_control(&mut self, connection: usize, message: ToControl) {
+    pub(super) fn deliver_to_control(&mut self, connection: usize, message: ToControl) {
         if !self.control.up {
             return;
         }
