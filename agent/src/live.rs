@@ -90,7 +90,11 @@ pub(crate) fn enter(thread: &Rc<Thread>, mux: &Mux, ends: Ends) -> Entered {
 impl Connection {
     fn end(&self, thread: &Thread, reason: Reason) {
         thread.metrics.refused(self.direction, reason);
-        self.mux.end(reason);
+        // A caller hears what it is to the caller: its peer that was revoked.
+        self.mux.end(match self.direction {
+            Direction::Inbound => Reason::PeerRevoked,
+            Direction::Outbound => reason,
+        });
     }
 }
 

@@ -212,6 +212,22 @@ mod tests {
     }
 
     #[test]
+    fn what_is_renewed_was_not_silent_before() {
+        let quiet = Quiet::default();
+        let watched = quiet.watch();
+        for _ in 0..100 {
+            quiet.tick();
+        }
+        watched.renew();
+        let bound = Some(TICK * 3);
+        for _ in 0..4 {
+            assert!(!poll(&watched, bound));
+            quiet.tick();
+        }
+        assert!(poll(&watched, bound));
+    }
+
+    #[test]
     fn what_is_gone_is_not_watched() {
         let quiet = Quiet::default();
         let mut watched: Vec<_> = (0..4).map(|_| quiet.watch()).collect();

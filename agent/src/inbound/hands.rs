@@ -69,9 +69,12 @@ async fn run(thread: Rc<Thread>, first: Job) {
             admitted,
             serving,
         } = job;
+        // The time in which it waited is no silence of this call.
+        activity.renew();
         peer.serve_stream(stream, &admitted, &activity, &mut buffers)
             .await;
         drop((serving, admitted, peer));
+        // Nothing of it is looked at any more.
         activity.renew();
         buffers.reset();
         if thread.hands.0.borrow().len() >= IDLE_MAX {

@@ -315,6 +315,9 @@ fn read_head(bytes: &[u8], max: usize, malformed: Reason) -> Result<Option<Head<
     let seen = &bytes[..bytes.len().min(max)];
     if let Some(end) = memchr(b'\n', seen) {
         let line = seen[..end].strip_suffix(b"\r").ok_or(malformed)?;
+        if line.is_empty() {
+            return Err(malformed);
+        }
         let (facts, lines_len) = Facts::read(&seen[end + 1..]).map_err(|bad| match bad {
             Bad::Malformed => malformed,
             Bad::TooMany => too_large,

@@ -378,8 +378,13 @@ impl Machine {
     }
 
     fn handle_open(&mut self, stream: u32) -> Result<Event, Violation> {
-        let odd = stream % 2 == 1;
-        if odd != (self.side == Side::Server) || stream <= self.last_of_peer {
+        let first = if self.side == Side::Server { 1 } else { 2 };
+        let next = match self.last_of_peer {
+            0 => Some(first),
+            last => last.checked_add(2),
+        };
+        // None is left out: nobody chooses ids that fall on one place of a table.
+        if Some(stream) != next {
             return Err(Violation::OpenOrder(stream));
         }
         if self.open_by_peer >= self.limits.max_streams {

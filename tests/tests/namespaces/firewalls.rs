@@ -1,7 +1,7 @@
 //! Other programs that write the kernel's tables, rules and routes. What they take away of ours comes back and is told;
 //! nothing of theirs is touched, and SSH is never cut.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use meshwork_tests::host::Host;
 use meshwork_tests::process::Process;
@@ -12,6 +12,8 @@ use crate::pair::{Pair, mesh_name};
 
 /// These tools are slow to start.
 const TOOL_MAX: Duration = Duration::from_secs(120);
+/// When a signal brought nothing, it may not have been heard.
+const TOLD_AGAIN: Duration = Duration::from_secs(10);
 
 /// A mesh whose service `shop/web` is strict, with a server at port 22 beside it.
 struct Strict {
@@ -167,8 +169,13 @@ fn firewalld_and_the_mesh_leave_each_other_alone() {
     // A reload takes its table away and makes it anew.
     let handle = || host.ok("nft -a list table inet firewalld | head -1");
     let before = handle();
-    firewalld.signal(nix::sys::signal::Signal::SIGHUP);
+    // It may not listen to signals yet when its table stands.
+    let mut told = None::<Instant>;
     wait_until("firewalld to reload", TOOL_MAX, || {
+        if told.is_none_or(|at| TOLD_AGAIN < at.elapsed()) {
+            firewalld.signal(nix::sys::signal::Signal::SIGHUP);
+            told = Some(Instant::now());
+        }
         let tables = host.ok("nft list tables");
         check(
             tables.contains("inet firewalld") && handle() != before,

@@ -90,7 +90,10 @@ fn a_peer_that_breaks_a_bound_is_named() {
     for n in 0..SMALL.max_streams {
         server.handle(&open(n * 2 + 1)).unwrap();
     }
-    assert_eq!(server.handle(&open(99)), Err(Violation::TooManyStreams));
+    let next = SMALL.max_streams * 2 + 1;
+    assert_eq!(server.handle(&open(next)), Err(Violation::TooManyStreams));
+    let left_out = Err(Violation::OpenOrder(next + 2));
+    assert_eq!(server.handle(&open(next + 2)), left_out);
     assert_eq!(server.handle(&open(1)), Err(Violation::OpenOrder(1)));
     let bulk = [0; 4097];
     assert_eq!(
