@@ -68,7 +68,7 @@ struct Bench {
     /// Only these loads: c1, c32, c128, r2000
     #[arg(long, value_name = "LOAD[,..]")]
     load: Option<String>,
-    /// Only these subjects: direct, meshwork, haproxy, envoy
+    /// Only these subjects: direct, meshwork, haproxy, envoy, relay
     #[arg(long, value_name = "SUBJECT[,..]")]
     subject: Option<String>,
     /// Write the figures as JSON to this file
