@@ -25,8 +25,8 @@ use crate::limits::Limit;
 use crate::peers::{self, Place};
 use crate::view::View;
 
-/// Endpoints that one call tries before it gives up.
-pub(crate) const TRIES_MAX: usize = 3;
+/// How often one call is tried before it is given up.
+const TRIES_MAX: usize = 3;
 
 /// What an endpoint is known by to balancer and pool.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -156,6 +156,38 @@ impl Caller {
     }
 }
 
+/// Where one call was tried, in vain.
+#[derive(Debug, Default)]
+pub(crate) struct Tries {
+    made: usize,
+    failed: Vec<Rc<EndpointKey>>,
+    /// Its connection was given up under the call, which says nothing of the endpoint: a new one is tried once.
+    drained: Option<Rc<EndpointKey>>,
+    last: Option<Reason>,
+}
+
+impl Tries {
+    pub(crate) fn note(&mut self, endpoint: &Rc<EndpointKey>, reason: Reason) {
+        self.made += 1;
+        self.last = Some(reason);
+        let again = reason == Reason::Draining && self.drained.as_ref() != Some(endpoint);
+        if again {
+            self.drained = Some(Rc::clone(endpoint));
+        } else {
+            self.failed.push(Rc::clone(endpoint));
+        }
+    }
+
+    pub(crate) fn are_used_up(&self) -> bool {
+        self.made >= TRIES_MAX
+    }
+
+    /// That no endpoint is left says less than why those that were asked refused.
+    fn reason(&self) -> Reason {
+        self.last.unwrap_or(Reason::NoEndpoints)
+    }
+}
+
 /// An open stream to an endpoint. It tells the balancer how the call went; dropped untold, it was cancelled.
 #[derive(Debug)]
 pub(crate) struct Call {
@@ -207,21 +239,23 @@ impl Call {
 /// What a failure says of the endpoint: the caller's own faults, and a policy at work, say nothing.
 fn outcome_of(reason: Reason) -> Outcome {
     match reason.fault() {
+        // The connection ended, as each does some day.
+        _ if reason == Reason::Draining => Outcome::Cancelled,
         Fault::Upstream => Outcome::Failure,
         _ if reason == Reason::Overloaded => Outcome::Failure,
         _ => Outcome::Cancelled,
     }
 }
 
-/// Opens a stream to an endpoint other than those in `tried`, and adds each that fails.
+/// Opens a stream to an endpoint that did not fail yet, and notes each that does.
 ///
 /// # Errors
-/// The reason of the last failure; nothing reached an app.
+/// The reason of the last try; nothing of this one reached an app.
 pub(crate) async fn open(
     thread: &Rc<Thread>,
     caller: &Caller,
     kind: StreamKind,
-    tried: &mut Vec<Rc<EndpointKey>>,
+    tries: &mut Tries,
 ) -> Result<Call, Reason> {
     if thread.metrics.limits.budget.is_spent() {
         thread.reached(Limit::Buffers);
@@ -240,9 +274,8 @@ pub(crate) async fn open(
         port: caller.port,
     }
     .encode(&mut header);
-    let mut last = Reason::NoEndpoints;
-    while tried.len() < TRIES_MAX {
-        let Some(started) = pick(thread, caller, &endpoints, tried) else {
+    while !tries.are_used_up() {
+        let Some(started) = pick(thread, caller, &endpoints, &tries.failed) else {
             break;
         };
         let endpoint = Rc::clone(&started.endpoint);
@@ -269,15 +302,14 @@ pub(crate) async fn open(
             }
             Err(reason) => {
                 started.tell(Instant::now(), outcome_of(reason));
-                tried.push(endpoint);
-                last = reason;
+                tries.note(&endpoint, reason);
                 if reason == Reason::NoIdentity {
                     break;
                 }
             }
         }
     }
-    Err(last)
+    Err(tries.reason())
 }
 
 fn pick(
@@ -363,5 +395,36 @@ impl Drop for Held<'_> {
     fn drop(&mut self) {
         self.0.held.set(self.0.held.get() - 1);
         self.0.metrics.limits.held.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn endpoint(port: u16) -> Rc<EndpointKey> {
+        Rc::new(EndpointKey {
+            address: IpAddr::from([192, 0, 2, 1]),
+            mesh_port: port,
+            account: Account::parse("shop/web").unwrap(),
+            host: "0123456789abcdef0123456789abcdef".parse().unwrap(),
+        })
+    }
+
+    #[test]
+    fn a_drained_connection_blames_its_endpoint_only_when_the_next_one_is_drained_too() {
+        let (one, other) = (endpoint(1), endpoint(2));
+        let mut tries = Tries::default();
+        assert_eq!(tries.reason(), Reason::NoEndpoints);
+        tries.note(&one, Reason::Draining);
+        assert!(tries.failed.is_empty());
+        tries.note(&one, Reason::Draining);
+        assert_eq!(tries.failed, [Rc::clone(&one)]);
+        assert!(!tries.are_used_up());
+        tries.note(&other, Reason::PeerUnreachable);
+        assert_eq!(tries.failed, [one, other]);
+        assert_eq!(tries.reason(), Reason::PeerUnreachable);
+        assert!(tries.are_used_up());
+        assert_eq!(outcome_of(Reason::Draining), Outcome::Cancelled);
     }
 }

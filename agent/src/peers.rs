@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use mesh_core::identity::Identity;
 use mesh_core::reason::Reason;
 use mesh_core::stream::Side;
-use mesh_runtime::mux::{self, Mux};
+use mesh_runtime::mux::{self, Mux, Room};
 use mesh_runtime::tls::handshake;
 use mesh_runtime::tls::leaf::read_leaf;
 use mesh_runtime::tls::verify::handshake_reason;
@@ -27,8 +27,8 @@ use crate::live::{self, Ends};
 use crate::metrics::Direction;
 use crate::view::Leaf;
 
-/// Connections to one endpoint as one identity. A second one is made when readers that stand still hold the credit
-/// of the first, so that they hold back nobody else.
+/// Connections to one endpoint as one identity. A second one is made when the first has as many streams as the peer
+/// bears, or when readers that stand still hold its credit, so that they hold back nobody else.
 const CONNECTIONS_MAX: usize = 4;
 /// Data that a peer does not acknowledge for so long ends the connection: its host is gone without a word.
 const SILENT_MAX: Duration = Duration::from_secs(10);
@@ -75,23 +75,23 @@ struct Live {
 }
 
 impl Slot {
-    /// A connection that takes streams and was made with the leaf of today.
+    /// The best connection that was made with the leaf of today, unless another one should be made.
     fn usable(&self, leaf: &Arc<Leaf>) -> Option<Mux> {
         let mut live = self.live.borrow_mut();
         live.retain(|current| {
-            let good = current.mux.takes_streams() && Arc::ptr_eq(&current.leaf, leaf);
+            let good = current.mux.room() != Room::Over && Arc::ptr_eq(&current.leaf, leaf);
             if !good {
                 // Renewed, or told to go: it carries its streams to their end.
                 current.mux.retire(Reason::Draining);
             }
             good
         });
-        let full = live.len() >= CONNECTIONS_MAX;
-        let found = live
-            .iter()
-            .find(|current| full || !current.mux.is_starved())?;
+        let best = live.iter().min_by_key(|current| current.mux.room())?;
+        if best.mux.room() != Room::Free && live.len() < CONNECTIONS_MAX {
+            return None;
+        }
         self.idle_sweeps.set(0);
-        Some(found.mux.clone())
+        Some(best.mux.clone())
     }
 }
 

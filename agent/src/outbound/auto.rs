@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use tokio_util::io::poll_read_buf;
 
 use super::{http, http2, tcp};
-use crate::call::{self, Call, Caller, TRIES_MAX};
+use crate::call::{self, Call, Caller, Tries};
 use crate::data::Thread;
 use crate::relay::{self, Activity};
 
@@ -41,13 +41,11 @@ pub(super) async fn serve(
     activity: &Activity,
 ) {
     let mut buffer = Vec::new();
-    let mut tried = Vec::new();
-    let mut last = None;
+    let mut tries = Tries::default();
     let reason = loop {
-        let call = match call::open(thread, &caller, StreamKind::Auto, &mut tried).await {
+        let call = match call::open(thread, &caller, StreamKind::Auto, &mut tries).await {
             Ok(call) => call,
-            // Why the last one refused, not that none is left.
-            Err(reason) => break last.unwrap_or(reason),
+            Err(reason) => break reason,
         };
         let mut sent = 0;
         let first = tokio::select! {
@@ -79,10 +77,9 @@ pub(super) async fn serve(
             First::Refused(reason) => reason,
         };
         call.failed(refused);
-        last = Some(refused);
-        tried.push(Rc::clone(&call.endpoint));
+        tries.note(&call.endpoint, refused);
         // What was sent is still in the buffer, and no app had it.
-        if !refused.is_retryable() || tried.len() >= TRIES_MAX {
+        if !refused.is_retryable() || tries.are_used_up() {
             break refused;
         }
     };

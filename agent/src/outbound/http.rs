@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 use super::tcp;
-use crate::call::{self, Call, Caller, EndpointKey, TRIES_MAX};
+use crate::call::{self, Call, Caller, EndpointKey, Tries};
 use crate::data::Thread;
 use crate::http::{Broken, Sender, Sink as _, pump, read_head};
 use crate::limits::Limit;
@@ -217,8 +217,7 @@ impl Exchange<'_> {
         writer: &mut WriteHalf<'_>,
     ) -> Next {
         let request = &begin.request;
-        let mut tried = Vec::new();
-        let mut last = None;
+        let mut tries = Tries::default();
         let was_bound = self.bound.is_some();
         let reason = loop {
             let (call, sent) = match (self.bound.take(), self.begun.take()) {
@@ -226,11 +225,10 @@ impl Exchange<'_> {
                 (None, Some(begun)) => begun,
                 (None, None) => {
                     let opened =
-                        call::open(self.thread, self.caller, StreamKind::Http1, &mut tried);
+                        call::open(self.thread, self.caller, StreamKind::Http1, &mut tries);
                     match opened.await {
                         Ok(call) => (call, 0),
-                        // That no other endpoint is left says less than why those that were asked refused.
-                        Err(reason) => break last.unwrap_or(reason),
+                        Err(reason) => break reason,
                     }
                 }
             };
@@ -244,14 +242,13 @@ impl Exchange<'_> {
                 Err(Failed::Broken) => return Next::Abort,
                 Err(Failed::Malformed(reason)) => return Next::Refuse(reason),
                 Err(Failed::Unanswered(reason)) => {
-                    tried.push(endpoint);
+                    tries.note(&endpoint, reason);
                     // All of it is still in the buffer, or it can not be sent again.
                     let whole = begin.body.is_done();
                     let again = whole && !was_bound && reason.is_retryable();
-                    if !again || tried.len() >= TRIES_MAX {
+                    if !again || tries.are_used_up() {
                         break reason;
                     }
-                    last = Some(reason);
                 }
             }
         };

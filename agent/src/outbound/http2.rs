@@ -22,7 +22,7 @@ use tokio::task::spawn_local;
 use tokio::time::{Instant, Sleep};
 
 use super::tcp;
-use crate::call::{self, Call, Caller, EndpointKey, TRIES_MAX};
+use crate::call::{self, Call, Caller, EndpointKey, Tries};
 use crate::data::Thread;
 use crate::http::Sender;
 use crate::http2::{self, Begins, Failed, FromMesh, Notes, ToMesh, Watch, Watched, fields, grpc};
@@ -200,14 +200,13 @@ async fn serve_request(
     }
     drop(request);
     let mut up = ToMesh::request(block, body, last);
-    let mut tried = Vec::new();
-    let mut refused = None;
+    let mut tries = Tries::default();
     let reason = loop {
         let open = call::open(
             &shared.thread,
             &shared.caller,
             StreamKind::Http2,
-            &mut tried,
+            &mut tries,
         );
         let opened = tokio::select! {
             opened = open => opened,
@@ -215,18 +214,16 @@ async fn serve_request(
         };
         let call = match opened {
             Ok(call) => call,
-            // That no other endpoint is left says less than why those that were asked refused.
-            Err(reason) => break refused.unwrap_or(reason),
+            Err(reason) => break reason,
         };
         match attempt(shared, &call, &mut up, respond, form).await {
             Unanswered::Over => return,
             Unanswered::Refused(reason, caller) => {
                 respond = caller;
-                tried.push(Rc::clone(&call.endpoint));
-                if !reason.is_retryable() || tried.len() >= TRIES_MAX || !up.rewind() {
+                tries.note(&call.endpoint, reason);
+                if !reason.is_retryable() || tries.are_used_up() || !up.rewind() {
                     break reason;
                 }
-                refused = Some(reason);
             }
         }
     };

@@ -8,7 +8,7 @@ use mesh_core::reason::Reason;
 use mesh_runtime::mux::StreamError;
 use tokio::net::TcpStream;
 
-use crate::call::{self, Call, Caller, TRIES_MAX};
+use crate::call::{self, Call, Caller, Tries};
 use crate::data::Thread;
 use crate::metrics::{Direction, Flow, FlowLabels};
 use crate::relay::{self, Activity, Local, Open};
@@ -34,24 +34,20 @@ pub(super) async fn serve(
 /// Opens a stream whose app took the connection. Nothing was read from the client yet, so an endpoint whose app
 /// does not answer is passed over.
 async fn connect(thread: &Rc<Thread>, caller: &Caller) -> Result<Call, Reason> {
-    let mut tried = Vec::new();
-    let mut last = None;
+    let mut tries = Tries::default();
     loop {
-        let opened = call::open(thread, caller, StreamKind::Tcp, &mut tried).await;
-        // That no other endpoint is left says less than why those that were asked refused.
-        let call = opened.map_err(|reason| last.unwrap_or(reason))?;
+        let call = call::open(thread, caller, StreamKind::Tcp, &mut tries).await?;
         match accepted(thread, &call).await {
             Ok(()) => return Ok(call),
             Err(reason) => {
                 call.failed(reason);
-                tried.push(Rc::clone(&call.endpoint));
+                tries.note(&call.endpoint, reason);
                 // Nothing of the caller was sent: a peer that is gone without a word did nothing either.
                 let harmless =
                     reason.is_retryable() || matches!(reason, Reason::PeerLost | Reason::Timeout);
-                if !harmless || tried.len() >= TRIES_MAX {
+                if !harmless || tries.are_used_up() {
                     return Err(reason);
                 }
-                last = Some(reason);
             }
         }
     }

@@ -151,16 +151,16 @@ impl Machine {
         few(self.send_credit, &peer) || few(self.receive_credit, &self.limits)
     }
 
-    /// Whether another stream can be opened now.
-    pub fn can_open(&self) -> Result<(), OpenError> {
+    /// How many streams can be opened now, at least one.
+    pub fn can_open(&self) -> Result<u32, OpenError> {
         let peer = self.peer.ok_or(OpenError::NotReady)?;
         if self.going_away || self.next > u32::MAX - 2 {
             return Err(OpenError::GoingAway);
         }
-        if self.open_by_us >= peer.max_streams {
-            return Err(OpenError::TooMany);
+        match peer.max_streams.saturating_sub(self.open_by_us) {
+            0 => Err(OpenError::TooMany),
+            room => Ok(room),
         }
-        Ok(())
     }
 
     /// Opens a stream. The shell sends its `Open` frame at once, before anything else of the stream.

@@ -64,6 +64,19 @@ impl From<Limits> for Settings {
 #[derive(Clone, Debug)]
 pub struct Mux(Rc<RefCell<Shared>>);
 
+/// What a new stream meets on a connection, the best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Room {
+    /// Nothing in its way; the hello may still be under way.
+    Free,
+    /// Readers that stand still hold half of the credit, in either direction: its share is small.
+    Starved,
+    /// As many streams as the peer bears: it waits until one is over.
+    Full,
+    /// No stream is opened any more.
+    Over,
+}
+
 /// The streams that the peer opens.
 #[derive(Debug)]
 pub struct Incoming(Rc<RefCell<Shared>>);
@@ -93,7 +106,8 @@ struct Shared {
     contenders: u64,
     incoming: VecDeque<(u32, Vec<u8>)>,
     accepting: Option<Waker>,
-    opening: Vec<Waker>,
+    /// Who waits for room among the streams, or for the hello; who came first has its turn first.
+    opening: BTreeMap<u64, Waker>,
     /// Who is at opening a stream, woken or not.
     openers: usize,
     driver: Option<Waker>,
@@ -153,7 +167,7 @@ pub fn connection<C>(
         contenders: 1,
         incoming: VecDeque::new(),
         accepting: None,
-        opening: Vec::new(),
+        opening: BTreeMap::new(),
         openers: 0,
         driver: None,
         closed: None,
@@ -178,16 +192,15 @@ impl Mux {
     /// # Errors
     /// Why the connection takes no new stream.
     pub async fn open(&self, header: &[u8]) -> Result<MuxStream, Reason> {
-        let _opener = Opener::begin(&self.0);
-        let mut place = None;
-        poll_fn(|cx| self.poll_open(cx, header, &mut place)).await
+        let mut opener = Opener::begin(&self.0);
+        poll_fn(|cx| self.poll_open(cx, header, &mut opener)).await
     }
 
     fn poll_open(
         &self,
         cx: &Context<'_>,
         header: &[u8],
-        place: &mut Option<Place>,
+        opener: &mut Opener<'_>,
     ) -> Poll<Result<MuxStream, Reason>> {
         let mut shared = self.0.borrow_mut();
         if let Some(reason) = shared.closed {
@@ -195,7 +208,7 @@ impl Mux {
         }
         if shared.output.len() - shared.written >= OUTPUT_MAX {
             shared.was_full = true;
-            let place = *place.get_or_insert_with(|| shared.next_place(0));
+            let place = *opener.place.get_or_insert_with(|| shared.next_place(0));
             let waiter = Waiter::Open(cx.waker().clone());
             shared.waiting.insert(place, waiter);
             return Poll::Pending;
@@ -211,7 +224,7 @@ impl Mux {
             }
             Err(OpenError::GoingAway) => Poll::Ready(Err(Reason::Draining)),
             Err(OpenError::NotReady | OpenError::TooMany) => {
-                shared.opening.push(cx.waker().clone());
+                shared.opening.insert(opener.ticket, cx.waker().clone());
                 Poll::Pending
             }
         }
@@ -222,13 +235,18 @@ impl Mux {
         self.0.borrow().closed
     }
 
-    /// Whether a stream could be opened without waiting; the hello may still be under way.
-    pub fn takes_streams(&self) -> bool {
+    /// What a stream that were opened now would meet.
+    pub fn room(&self) -> Room {
         let shared = self.0.borrow();
-        shared.closed.is_none()
-            && !shared.closing
-            && !shared.retired
-            && matches!(shared.machine.can_open(), Ok(()) | Err(OpenError::NotReady))
+        if shared.closed.is_some() || shared.closing || shared.retired {
+            return Room::Over;
+        }
+        match shared.machine.can_open() {
+            Ok(_) | Err(OpenError::NotReady) if shared.machine.is_starved() => Room::Starved,
+            Ok(_) | Err(OpenError::NotReady) => Room::Free,
+            Err(OpenError::TooMany) => Room::Full,
+            Err(OpenError::GoingAway) => Room::Over,
+        }
     }
 
     /// Streams that are open in at least one direction.
@@ -251,13 +269,8 @@ impl Mux {
         let mut shared = self.0.borrow_mut();
         shared.retired = true;
         shared.machine.go_away(reason);
+        shared.wake_openers();
         shared.wake_driver();
-    }
-
-    /// Whether readers that stand still hold nearly all of the connection's credit, on either side: new streams
-    /// would wait for them.
-    pub fn is_starved(&self) -> bool {
-        self.0.borrow().machine.is_starved()
     }
 
     /// Ends the connection with all its streams at once, at both ends, for `reason`. What was written may be lost.
@@ -285,18 +298,32 @@ impl Mux {
 }
 
 /// Somebody who is at opening a stream: also between being woken and having its turn.
-struct Opener<'a>(&'a RefCell<Shared>);
+struct Opener<'a> {
+    shared: &'a RefCell<Shared>,
+    ticket: u64,
+    place: Option<Place>,
+}
 
 impl<'a> Opener<'a> {
     fn begin(shared: &'a RefCell<Shared>) -> Self {
-        shared.borrow_mut().openers += 1;
-        Self(shared)
+        let mut all = shared.borrow_mut();
+        all.openers += 1;
+        all.tickets += 1;
+        Self {
+            shared,
+            ticket: all.tickets,
+            place: None,
+        }
     }
 }
 
 impl Drop for Opener<'_> {
     fn drop(&mut self) {
-        self.0.borrow_mut().openers -= 1;
+        let mut shared = self.shared.borrow_mut();
+        shared.openers -= 1;
+        shared.opening.remove(&self.ticket);
+        // Given up before its turn came, it leaves the turn to the next.
+        shared.wake_openers();
     }
 }
 
@@ -446,6 +473,22 @@ impl Shared {
         }
     }
 
+    /// Gives a turn to as many as there is room for, or to all when there will be none.
+    fn wake_openers(&mut self) {
+        let turns = match self.machine.can_open() {
+            _ if self.closed.is_some() => u32::MAX,
+            Ok(room) => room,
+            Err(OpenError::GoingAway) => u32::MAX,
+            Err(OpenError::NotReady | OpenError::TooMany) => 0,
+        };
+        for _ in 0..turns {
+            let Some((_, waker)) = self.opening.pop_first() else {
+                break;
+            };
+            waker.wake();
+        }
+    }
+
     /// The place of one who begins to wait now and has had so much.
     fn next_place(&mut self, had: u64) -> Place {
         self.tickets += 1;
@@ -480,7 +523,7 @@ impl Shared {
         }
         wake(&mut self.accepting);
         self.wake_writers();
-        self.opening.drain(..).for_each(Waker::wake);
+        self.wake_openers();
     }
 
     /// Takes one frame of the peer.
@@ -491,7 +534,7 @@ impl Shared {
         })?;
         match event {
             Event::None | Event::Pong { .. } => (),
-            Event::Ready => self.opening.drain(..).for_each(Waker::wake),
+            Event::Ready => self.wake_openers(),
             Event::Opened { stream } => {
                 self.slots.insert(stream, Slot::default());
                 if let Frame::Open { header, .. } = frame {
@@ -519,7 +562,7 @@ impl Shared {
                     None => self.machine.consumed(stream, data.len()),
                 }
                 if end {
-                    self.opening.drain(..).for_each(Waker::wake);
+                    self.wake_openers();
                 }
             }
             Event::Reset {
@@ -531,7 +574,7 @@ impl Shared {
                     slot.code = code;
                     slot.end_by(reason);
                 }
-                self.opening.drain(..).for_each(Waker::wake);
+                self.wake_openers();
             }
             Event::Writable { stream } => {
                 if let Some(slot) = self.slots.get_mut(&stream) {
@@ -555,7 +598,7 @@ impl Shared {
                 }
             }
         }
-        self.opening.drain(..).for_each(Waker::wake);
+        self.wake_openers();
     }
 
     /// The owner of a stream let it go.
@@ -570,7 +613,7 @@ impl Shared {
             self.unread -= unread;
             self.note_held();
         }
-        self.opening.drain(..).for_each(Waker::wake);
+        self.wake_openers();
         self.wake_driver();
     }
 }

@@ -364,3 +364,32 @@ fn a_head_that_comes_too_slowly_is_given_up() {
     assert_eq!(reached(&bound.pair.client, "head"), 1.0);
     assert_eq!(bound.pair.client.refused("http_head_timeout"), 1.0);
 }
+
+/// Four connections that are full make a call wait. A renewed certificate gives them up, and with it nobody who waits.
+#[test]
+fn a_renewal_takes_calls_along_that_wait_for_room() {
+    let mut bound = Bound::new("a_renewal_takes_calls_along");
+    let server = &mut bound.pair.server;
+    server.stop();
+    server.configure("[limits]\nstreams = 1\n");
+    server.start();
+    bound.configure_client("[timeouts]\nconnect_s = 60\n");
+    // Once asked for, the endpoints are on disk too.
+    bound.wait_call();
+    bound.pair.age_the_clients_leaf();
+    let holder = Holder::start(&bound, 9000);
+    wait_until("the fifth call to wait", SOON, || {
+        let used = used(&bound.pair.client, "callers");
+        check(holder.open() == 4 && used == 5.0, holder.process.log())
+    });
+    assert_eq!(used(&bound.pair.client, "dialled"), 4.0, "one for each");
+    bound.pair.control.run();
+    bound.pair.wait_for_the_clients_second_leaf();
+    // Whoever calls next finds the connections old.
+    assert_eq!(bound.call(), "hello");
+    wait_until("calls on new connections", SOON, || {
+        check(holder.open() >= 5, holder.process.log())
+    });
+    let log = holder.process.log();
+    assert!(!log.contains("refused"), "{log}");
+}

@@ -1,13 +1,16 @@
 //! What most tests begin with: control, a host that serves, and a host that calls.
 
+use std::path::PathBuf;
+
 use meshwork_tests::agent::{Agent, Owner};
 use meshwork_tests::control::{Control, TRUST_DOMAIN, TokenOptions};
 use meshwork_tests::host::Host;
+use meshwork_tests::mesh::Authority;
 use meshwork_tests::metrics::Metrics;
 use meshwork_tests::process::{Cmd, Process};
 use meshwork_tests::servers;
 use meshwork_tests::site::Site;
-use meshwork_tests::wait::{SOON, wait_until};
+use meshwork_tests::wait::{SOON, check, wait_until};
 
 pub(crate) struct Pair {
     pub(crate) control: Control,
@@ -91,6 +94,35 @@ impl Pair {
                 .expect("an address")
                 .to_owned()
         })
+    }
+
+    /// Control is down, and the client's agent runs anew with a certificate of `shop/client` that is past a third of its
+    /// life: it is renewed when control is back. Returns its file.
+    #[track_caller]
+    pub(crate) fn age_the_clients_leaf(&mut self) -> PathBuf {
+        let state = self.client.host.dir().join("state");
+        let membership = std::fs::read_to_string(state.join("agent.json")).unwrap();
+        let membership: serde_json::Value = serde_json::from_str(&membership).unwrap();
+        let uid = membership["host_uid"].as_str().unwrap();
+        let authority = Authority::of_control(&self.control.state_dir());
+        let aged = authority.leaf(&[&spiffe("client")], (-2, 1), Some(uid));
+        self.control.kill9();
+        self.client.stop();
+        aged.replace_leaf(&state, "shop.client");
+        self.client.start();
+        state.join("leaves/shop.client.crt")
+    }
+
+    /// The first one was given before the agent's restart.
+    #[track_caller]
+    pub(crate) fn wait_for_the_clients_second_leaf(&self) {
+        wait_until("the renewal", Control::NOTICED, || {
+            let log = self.client.log();
+            let of_client = |line: &&str| {
+                line.contains("a new certificate is in use") && line.contains("ns/shop/sa/client")
+            };
+            check(log.lines().filter(of_client).count() >= 2, log)
+        });
     }
 
     /// Calls that ended at the server's agent, from this caller to this service.

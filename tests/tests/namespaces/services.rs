@@ -1,7 +1,5 @@
 //! services.d: what an administrator writes, and what is said when it is wrong.
 
-use meshwork_tests::control::Control;
-use meshwork_tests::mesh::Authority;
 use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
@@ -185,22 +183,12 @@ fn a_unit_that_restarts_is_still_itself() {
 fn a_leaf_is_renewed_under_a_kept_connection() {
     let mut pair = Pair::new("a_leaf_is_renewed");
     let _web = pair.web("http", "");
-    let state = pair.client.host.dir().join("state");
-    let membership = std::fs::read_to_string(state.join("agent.json")).unwrap();
-    let membership: serde_json::Value = serde_json::from_str(&membership).unwrap();
-    let uid = membership["host_uid"].as_str().unwrap();
-    let authority = Authority::of_control(&pair.control.state_dir());
-    let aged = authority.leaf(&[&spiffe("client")], (-2, 1), Some(uid));
     // Once asked for, the endpoints are on disk too.
     assert_eq!(
         pair.ok(&format!("curl -sS -m 10 http://{}/", mesh_name("web"))),
         "hello\n"
     );
-    pair.control.kill9();
-    pair.client.stop();
-    aged.replace_leaf(&state, "shop.client");
-    pair.client.start();
-    let leaf = state.join("leaves/shop.client.crt");
+    let leaf = pair.age_the_clients_leaf();
     let before = std::fs::read(&leaf).unwrap();
     let caller = pair.client.host.python("caller", CALLER).cgroup("client");
     let mut caller = caller.spawn("caller");
@@ -213,13 +201,7 @@ fn a_leaf_is_renewed_under_a_kept_connection() {
         "renewed without control"
     );
     pair.control.run();
-    let renewed = "a new certificate is in use";
-    wait_until("the renewal", Control::NOTICED, || {
-        let log = pair.client.log();
-        let line = |line: &str| line.contains(renewed) && line.contains("ns/shop/sa/client");
-        // The first one was given before the restart.
-        check(log.lines().filter(|l| line(l)).count() >= 2, log)
-    });
+    pair.wait_for_the_clients_second_leaf();
     assert_ne!(
         std::fs::read(&leaf).unwrap(),
         before,

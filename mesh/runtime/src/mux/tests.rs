@@ -107,7 +107,7 @@ fn an_end_leaves_with_the_last_data() {
     };
     mux.0.borrow_mut().handle(&hello).unwrap();
     let mut cx = Context::from_waker(Waker::noop());
-    let open = || match mux.poll_open(&cx, b"header", &mut None) {
+    let open = || match mux.poll_open(&cx, b"header", &mut Opener::begin(&mux.0)) {
         Poll::Ready(Ok(stream)) => stream,
         other => panic!("no stream: {other:?}"),
     };
@@ -210,7 +210,7 @@ fn going_away_lets_open_streams_finish() {
         let mut bytes = Vec::new();
         open.recv(&mut bytes, 100).await.unwrap();
         server.retire(Reason::Draining);
-        while client.takes_streams() {
+        while client.room() != Room::Over {
             tokio::task::yield_now().await;
         }
         open.send(b"two").await.unwrap();
@@ -421,5 +421,56 @@ fn a_connection_is_idle_only_when_nobody_has_or_waits_for_a_stream() {
         while !client.is_idle() {
             tokio::task::yield_now().await;
         }
+    });
+}
+
+#[test]
+fn who_waits_for_room_has_it_in_turn_and_leaves_it_to_the_next() {
+    local(async {
+        let limits = Limits {
+            max_streams: 1,
+            ..Limits::DEFAULT
+        };
+        let (a, b) = duplex(10_000);
+        let (client, _, ours) = connection(a, Side::Client, limits);
+        let (_, incoming, theirs) = connection(b, Side::Server, limits);
+        spawn_local(ours);
+        spawn_local(theirs);
+        spawn_local(echo(incoming));
+        let first = client.open(b"first").await.unwrap();
+        let order = Rc::new(RefCell::new(Vec::new()));
+        let mut waiting: Vec<_> = (0..4)
+            .map(|number| {
+                let (client, order) = (client.clone(), Rc::clone(&order));
+                spawn_local(async move {
+                    let opened = client.open(b"next").await;
+                    order.borrow_mut().push(number);
+                    opened.map(drop)
+                })
+            })
+            .collect();
+        while client.0.borrow().opening.len() < 4 {
+            tokio::task::yield_now().await;
+        }
+        drop(first);
+        assert_eq!(client.0.borrow().opening.len(), 3, "one turn, one is woken");
+        // It is given up in its turn.
+        waiting.remove(0).abort();
+        for one in waiting {
+            one.await.unwrap().unwrap();
+        }
+        assert_eq!(*order.borrow(), [1, 2, 3]);
+        // Nobody waits on a connection that is given up.
+        let last = client.open(b"last").await.unwrap();
+        let late = spawn_local({
+            let client = client.clone();
+            async move { client.open(b"late").await.map(drop) }
+        });
+        while client.0.borrow().opening.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        client.retire(Reason::Draining);
+        assert_eq!(late.await.unwrap(), Err(Reason::Draining));
+        drop(last);
     });
 }
