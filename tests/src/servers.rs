@@ -182,6 +182,19 @@ pub fn grpc_go(host: &Host, name: &str, port: u16) -> Process {
     process
 }
 
+/// The Go end of the torture tests, HTTP/2 and gRPC, in cgroup `name`.
+#[track_caller]
+pub fn torture_go(host: &Host, name: &str, http2: u16, grpc: u16) -> Process {
+    let program = golang::program("torture").display().to_string();
+    let words = [format!("--http2={http2}"), format!("--grpc={grpc}")];
+    let words = [program, "serve".to_owned()].into_iter().chain(words);
+    let process = host.program(words).cgroup(name).spawn(name);
+    for port in [http2, grpc] {
+        host.wait_listening(port, SOON);
+    }
+    process
+}
+
 /// OpenSSH on `port`, in cgroup `name`, with keys of its own. Whoever has `<host>/<name>/client` may log in as root.
 #[track_caller]
 pub fn sshd(host: &Host, name: &str, port: u16) -> Process {

@@ -83,6 +83,8 @@ mod tokens;
 mod torture;
 #[path = "namespaces/torture_cuts.rs"]
 mod torture_cuts;
+#[path = "namespaces/torture_http2.rs"]
+mod torture_http2;
 #[path = "namespaces/torture_many.rs"]
 mod torture_many;
 #[path = "namespaces/unjoined.rs"]

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 /// Where a Go may be that is not in a user's PATH.
 const PLACES: &[&str] = &["/usr/local/go/bin", "/usr/bin"];
 
-/// `grpc` or `web` of `tests/go`.
+/// `grpc`, `torture` or `web` of `tests/go`.
 #[track_caller]
 pub fn program(name: &str) -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();

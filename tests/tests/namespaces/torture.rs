@@ -20,12 +20,12 @@ const DESCRIPTORS_SPARE: usize = 8;
 pub(crate) const HTTP: u16 = 8080;
 pub(crate) const TCP: u16 = 9000;
 
-const GIB: u64 = 1 << 30;
+pub(crate) const GIB: u64 = 1 << 30;
 /// Memory of both processes of an agent at rest, and what a few dozen connections may add.
 const AGENT_KIB: u64 = 60 * 1024;
 /// What one mesh connection may hold unread (`Limits::DEFAULT`), for the connections that a pair of agents makes, at
 /// its two ends, and the buffers beside.
-const BUFFERS_KIB: u64 = 96 * 1024;
+pub(crate) const BUFFERS_KIB: u64 = 96 * 1024;
 
 /// A pair with the app of the torture tests as `shop/app`.
 pub(crate) struct Rig {

@@ -1,6 +1,7 @@
 //! Exchanges that are cut: whoever dies, nobody takes a part for the whole, and nothing is left behind.
 
 use meshwork_tests::agent::Agent;
+use meshwork_tests::process::Process;
 
 use crate::torture::{Rig, wait_said};
 
@@ -10,13 +11,19 @@ fn cut(rig: &mut Rig, who: &str, kill: impl FnOnce(&mut Rig)) {
     let mut task = rig.task("endless").spawn(&format!("endless-{who}"));
     wait_said(&mut task, "flowing");
     kill(rig);
-    assert_eq!(wait_said(&mut task, "ended "), "14", "{who}");
-    let text = task.log();
-    assert!(!text.contains("LOOKS WHOLE"), "{who}: {text}");
-    assert_eq!(text.matches(" cut: ").count(), 14, "{who}: {text}");
+    all_cut(&mut task, 14, who);
     rig.settled();
     let server = rig.app.log();
     assert!(!server.contains("upload whole"), "{who}: {server}");
+}
+
+/// Waits until all transfers of the task have ended, and shows that none looks whole.
+#[track_caller]
+pub(crate) fn all_cut(task: &mut Process, transfers: usize, who: &str) {
+    assert_eq!(wait_said(task, "ended "), transfers.to_string(), "{who}");
+    let text = task.log();
+    assert!(!text.contains("LOOKS WHOLE"), "{who}: {text}");
+    assert_eq!(text.matches(" cut: ").count(), transfers, "{who}: {text}");
 }
 
 #[test]
