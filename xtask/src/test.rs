@@ -177,9 +177,12 @@ fn tests(tier: Tier, filter: Option<&str>) -> Count {
         words.extend(filter);
         words.push("--");
         words.extend((tier == Tier::Namespaces).then_some(NAMESPACE_THREADS));
+        let soak = filter.is_some_and(|filter| filter.contains("soak"));
+        // It says how the memory goes.
+        words.extend(soak.then_some("--nocapture"));
         let mut counted = Count::default();
         let mut command = child::cargo(&words);
-        if filter.is_some_and(|filter| filter.contains("soak")) {
+        if soak {
             command.env("MESH_SOAK_SECONDS", SOAK_SECONDS);
         }
         let ended = child::run_lines(&mut command, |line| {
