@@ -53,6 +53,8 @@ mod http2_agents;
 mod identity;
 #[path = "namespaces/join.rs"]
 mod join;
+#[path = "namespaces/keepalive.rs"]
+mod keepalive;
 #[path = "namespaces/local_attackers.rs"]
 mod local_attackers;
 #[path = "namespaces/packet_capture.rs"]
