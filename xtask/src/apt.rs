@@ -50,6 +50,10 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("haproxy", "haproxy"),
     ("/usr/lib/python3/dist-packages/grpc", "python3-grpcio"),
     ("/usr/lib/python3/dist-packages/h2", "python3-h2"),
+    (
+        "/usr/lib/python3/dist-packages/hypercorn",
+        "python3-hypercorn",
+    ),
     ("apache2", "apache2-bin"),
     ("node", "nodejs"),
     ("go", "golang-go"),

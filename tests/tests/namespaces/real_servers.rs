@@ -144,24 +144,8 @@ fn interim(pair: &Pair, name: &str) {
     assert!(answer.contains(" 200 "), "{text}");
 }
 
-/// Echo of frames of many sizes, ping and pong, the codes of both ends' close.
-#[test]
-fn websockets_pass_both_ways_until_either_end_closes() {
-    const SERVER: &str = "\
-import asyncio, websockets
-async def serve(ws):
-    try:
-        async for message in ws:
-            if message == 'close': await ws.close(4001, 'as you wish')
-            else: await ws.send(message)
-    except websockets.ConnectionClosed: pass
-    print('closed', ws.close_code, ws.close_reason, flush=True)
-async def main():
-    async with websockets.serve(serve, '0.0.0.0', 80, max_size=None):
-        await asyncio.Future()
-asyncio.run(main())
-";
-    const CLIENT: &str = "\
+/// Messages of many sizes and forms, ping and pong, a close of either end, and a hundred connections at once.
+const WEBSOCKETS: &str = "\
 import asyncio, os, websockets
 async def main():
     url = 'ws://' + os.environ['NAME'] + '/'
@@ -190,13 +174,31 @@ async def main():
     print('ok')
 asyncio.run(main())
 ";
+
+/// Echo of frames of many sizes, ping and pong, the codes of both ends' close.
+#[test]
+fn websockets_pass_both_ways_until_either_end_closes() {
+    const SERVER: &str = "\
+import asyncio, websockets
+async def serve(ws):
+    try:
+        async for message in ws:
+            if message == 'close': await ws.close(4001, 'as you wish')
+            else: await ws.send(message)
+    except websockets.ConnectionClosed: pass
+    print('closed', ws.close_code, ws.close_reason, flush=True)
+async def main():
+    async with websockets.serve(serve, '0.0.0.0', 80, max_size=None):
+        await asyncio.Future()
+asyncio.run(main())
+";
     for protocol in ["http", "auto"] {
         let pair = Pair::new(&format!("websockets_{protocol}"));
         let server = pair.server.host.python("ws", SERVER).cgroup("ws");
         let server = server.spawn("ws");
         pair.server.host.wait_listening(80, SOON);
         pair.declare("ws", 80, protocol);
-        let client = pair.client.host.python("client", CLIENT);
+        let client = pair.client.host.python("client", WEBSOCKETS);
         let client = client.env("NAME", &mesh_name("ws")).cgroup("client");
         let text = client.deadline(CALL_MAX).ok();
         assert_eq!(text, "4001 as you wish\nok\n", "{protocol}");
@@ -204,6 +206,57 @@ asyncio.run(main())
             check(server.log().contains("closed 3001 enough"), server.log())
         });
     }
+}
+
+/// RFC 8441: HAProxy makes extended CONNECT of a program's upgrade, Hypercorn answers it. Neither is ours, and between
+/// the agents each is a stream.
+#[test]
+fn websockets_pass_over_http2() {
+    const SERVER: &str = "\
+import asyncio
+from hypercorn.asyncio import serve
+from hypercorn.config import Config
+async def app(scope, receive, send):
+    if scope['type'] != 'websocket': return
+    await receive()
+    await send({'type': 'websocket.accept'})
+    print('opened over', scope['http_version'], flush=True)
+    while True:
+        event = await receive()
+        if event['type'] == 'websocket.disconnect': return print('closed', flush=True)
+        if event.get('text') == 'close':
+            await send({'type': 'websocket.close', 'code': 4001, 'reason': 'as you wish'})
+            return print('closed', flush=True)
+        await send({'type': 'websocket.send', 'bytes': event.get('bytes'), 'text': event.get('text')})
+config = Config()
+config.bind = ['0.0.0.0:80']
+config.websocket_max_message_size = 1 << 26
+asyncio.run(serve(app, config))
+";
+    let pair = Pair::new("websockets_over_http2");
+    let host = &pair.server.host;
+    let server = host.python("ws", SERVER).cgroup("ws").spawn("ws");
+    host.wait_listening(80, SOON);
+    pair.declare("ws", 80, "http2");
+    let [vip, _] = pair.vips("ws");
+    let client = &pair.client.host;
+    let config = client.dir().join("haproxy.cfg");
+    let text = format!(
+        "defaults\n mode http\n timeout connect 30s\n timeout client 60s\n timeout server 60s\n\
+         listen ws\n bind 127.0.0.1:8091\n server mesh {vip}:80 proto h2 ws h2\n"
+    );
+    fs::write(&config, text).unwrap();
+    let words = ["haproxy", "-db", "-f", &config.display().to_string()];
+    let _haproxy = client.program(words).cgroup("client").spawn("haproxy");
+    client.wait_listening(8091, SOON);
+    let task = client.python("client", WEBSOCKETS);
+    let task = task.env("NAME", "127.0.0.1:8091").deadline(CALL_MAX);
+    assert_eq!(task.ok(), "4001 as you wish\nok\n");
+    wait_until("the server to see all closed", SOON, || {
+        let log = server.log();
+        let counts = ["opened over 2\n", "closed\n"].map(|line| log.matches(line).count());
+        check(counts == [102, 102], log)
+    });
 }
 
 /// A session that waits in silence, speaking the protocol itself: psql only looks when it is asked something.
