@@ -51,12 +51,13 @@ pub enum Part {
 }
 
 impl Part {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Load(Workload::Http),
         Self::Load(Workload::Tcp),
         Self::Load(Workload::Grpc),
         Self::Load(Workload::Bulk),
         Self::Load(Workload::Short),
+        Self::Load(Workload::Fair),
         Self::Idle,
         Self::Growth,
     ];
@@ -240,6 +241,8 @@ fn measure(
                 let per_byte = per_request / workloads::BULK_BODY as f64;
                 figures.insert(Metric::CpuPerGb, per_byte * 1e3);
             }
+            // Most of it is the bulk's.
+            Workload::Fair => {}
             _ => drop(figures.insert(Metric::CpuPerRequest, per_request)),
         }
     }

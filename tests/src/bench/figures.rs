@@ -15,16 +15,18 @@ pub(super) enum Metric {
     Rps,
     P50,
     P99,
+    BulkRate,
     Rss,
 }
 
 impl Metric {
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 7] = [
         Self::CpuPerRequest,
         Self::CpuPerGb,
         Self::Rps,
         Self::P50,
         Self::P99,
+        Self::BulkRate,
         Self::Rss,
     ];
 
@@ -35,6 +37,7 @@ impl Metric {
             Self::Rps => "rps",
             Self::P50 => "p50_us",
             Self::P99 => "p99_us",
+            Self::BulkRate => "bulk_mb_per_s",
             Self::Rss => "rss_mib",
         }
     }
@@ -45,6 +48,7 @@ impl Metric {
             Self::CpuPerGb => "s/GB",
             Self::Rps => "1/s",
             Self::P50 | Self::P99 => "us",
+            Self::BulkRate => "MB/s",
             Self::Rss => "MiB",
         }
     }
@@ -53,7 +57,7 @@ impl Metric {
         match self {
             Self::CpuPerGb => format!("{value:.2}"),
             Self::CpuPerRequest | Self::Rss => format!("{value:.1}"),
-            Self::Rps | Self::P50 | Self::P99 => format!("{value:.0}"),
+            Self::Rps | Self::P50 | Self::P99 | Self::BulkRate => format!("{value:.0}"),
         }
     }
 }

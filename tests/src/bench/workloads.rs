@@ -19,6 +19,8 @@ const ANSWER_MAX_SECONDS: u32 = 30;
 const STREAMS_MAX: u32 = 32;
 pub(super) const SMALL_BODY: usize = 100;
 pub(super) const BULK_BODY: usize = 1 << 20;
+/// Bulk transfers at once beside the small calls of [`Workload::Fair`].
+const FAIR_BULKS: u32 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Workload {
@@ -32,6 +34,8 @@ pub enum Workload {
     Bulk,
     /// A TCP connection for each request of 100 bytes
     Short,
+    /// HTTP/1.1 requests with a body of 100 bytes while bodies of 1 MiB pass the same pair
+    Fair,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -54,20 +58,26 @@ impl Workload {
             Self::Grpc => "grpc",
             Self::Bulk => "bulk",
             Self::Short => "short",
+            Self::Fair => "fair",
         }
     }
 
     pub(super) const fn way(self) -> Way {
         match self {
-            Self::Http => Way::Http,
+            Self::Http | Self::Fair => Way::Http,
             Self::Grpc => Way::Grpc,
             Self::Tcp | Self::Bulk | Self::Short => Way::Tcp,
         }
     }
 
-    /// Two thousand bodies of 1 MiB a second are more than the machines of this benchmark carry.
+    /// Two thousand bodies of 1 MiB a second are more than the machines of this benchmark carry, and beside bulk
+    /// what waits for its own kind says nothing.
     pub(super) fn has(self, load: Load) -> bool {
-        (self, load) != (Self::Bulk, Load::R2000)
+        match self {
+            Self::Bulk => load != Load::R2000,
+            Self::Fair => matches!(load, Load::C1 | Load::C32),
+            _ => true,
+        }
     }
 
     /// gRPC is compared with Envoy only: HAProxy's form of it is HTTP/2 as in `http`.
@@ -139,12 +149,23 @@ pub(super) fn command(
         }
         (_, Some(count)) => {
             let threads = count.min(2);
+            let bulk = match workload {
+                Workload::Fair => format!(
+                    "wrk --timeout {ANSWER_MAX_SECONDS}s -t1 -c{FAIR_BULKS} -d{seconds}s {url}bulk > {} & ",
+                    bulk_log(scratch).display()
+                ),
+                _ => String::new(),
+            };
+            let last = match workload {
+                Workload::Fair => " && wait $!",
+                _ => "",
+            };
             let close = match workload {
                 Workload::Short => "-H 'Connection: close' ",
                 _ => "",
             };
             format!(
-                "wrk --latency --timeout {ANSWER_MAX_SECONDS}s -t{threads} -c{count} -d{seconds}s {close}{url}"
+                "{bulk}wrk --latency --timeout {ANSWER_MAX_SECONDS}s -t{threads} -c{count} -d{seconds}s {close}{url}{last}"
             )
         }
         (_, None) => {
@@ -169,6 +190,10 @@ fn grpc_message() -> Vec<u8> {
     message
 }
 
+fn bulk_log(scratch: &Path) -> PathBuf {
+    scratch.join("bulk.log")
+}
+
 fn h2load_log(scratch: &Path) -> PathBuf {
     scratch.join("h2load.log")
 }
@@ -179,6 +204,14 @@ pub(super) fn read(workload: Workload, load: Load, output: &str, scratch: &Path)
         (Workload::Grpc, _) => {
             let log = std::fs::read_to_string(h2load_log(scratch)).unwrap_or_default();
             of_h2load(output, &log)
+        }
+        (Workload::Fair, _) => {
+            let (requests, mut figures) = of_wrk(output);
+            let log = std::fs::read_to_string(bulk_log(scratch)).unwrap_or_default();
+            let bodies = of_wrk(&log).1.get(&Metric::Rps).copied();
+            let bulk = bodies.unwrap_or(f64::NAN) * BULK_BODY as f64 / 1e6;
+            figures.insert(Metric::BulkRate, bulk);
+            (requests, figures)
         }
         (_, Some(_)) => of_wrk(output),
         (_, None) => of_load(output),

@@ -12,6 +12,7 @@ fn the_benchmark_gives_every_figure() {
         Workload::Grpc,
         Workload::Bulk,
         Workload::Short,
+        Workload::Fair,
     ];
     let mut only: Vec<Part> = loaded.map(Part::Load).into();
     only.push(Part::Idle);
@@ -57,6 +58,11 @@ fn the_benchmark_gives_every_figure() {
                 assert!(0.0 < get(subject, workload, load, cpu));
                 assert!(0.0 < get(subject, workload, load, "rss_mib"));
             }
+        }
+    }
+    for subject in ["direct", "meshwork", "haproxy"] {
+        for metric in ["p50_us", "p99_us", "bulk_mb_per_s"] {
+            assert!(0.0 < get(subject, "fair", "c32", metric));
         }
     }
     for open in ["none", "http1000", "tcp1000"] {
