@@ -19,6 +19,9 @@ use mesh_api::message::{
 use mesh_api::token::JoinToken;
 use mesh_core::http1::{Body, Framing, HEAD_MAX, Request, parse_request, parse_response, rewrite};
 use mesh_core::stream::{Limits, Machine, Side};
+use mesh_runtime::tls::record::{
+    CONTENT_MAX, HEADER_LEN, OVERHEAD, Opened, RECORD_MAX, content, content_room, record_len,
+};
 
 use reading::{Message, Passed, Seen};
 
@@ -50,6 +53,39 @@ pub fn frames(mut bytes: &[u8]) {
         }
         while machine.poll_control().is_some() {}
         bytes = &rest[prefix.length..];
+    }
+}
+
+/// TLS records of a peer: where each ends, and what its text says once it is opened. The cipher is not ours, so the text
+/// is taken as it is: a peer with its key may have sealed any.
+pub fn tls_records(mut bytes: &[u8]) {
+    while let Ok(Some(length)) = record_len(bytes) {
+        assert!((OVERHEAD..=RECORD_MAX).contains(&length), "{length}");
+        let Some((record, rest)) = bytes.split_at_checked(length) else {
+            return;
+        };
+        let text = &record[HEADER_LEN..][..content_room(length)];
+        if let Ok(opened) = content(text) {
+            assert_eq!(opened, said(text), "{text:?}");
+        }
+        bytes = rest;
+    }
+}
+
+/// The one reading of a text: its last byte that is not zero says what those before it are.
+fn said(text: &[u8]) -> Opened {
+    let mut kept = text.to_vec();
+    while kept.last() == Some(&0) {
+        kept.pop();
+    }
+    let kind = kept.pop();
+    assert!(kept.len() <= CONTENT_MAX, "{} bytes", kept.len());
+    match (kind, kept.as_slice()) {
+        (Some(23), data) => Opened::Data(data.len()),
+        (Some(22), [24, 0, 0, 1, 0]) => Opened::KeyUpdate(false),
+        (Some(22), [24, 0, 0, 1, 1]) => Opened::KeyUpdate(true),
+        (Some(21), [_, 0]) => Opened::CloseNotify,
+        _ => panic!("{text:?} says nothing"),
     }
 }
 

@@ -123,6 +123,7 @@ mod tests {
             (StreamKind::Tcp, 0),
             (StreamKind::Http1, 1),
             (StreamKind::Auto, 2),
+            (StreamKind::Http2, 3),
         ] {
             let golden = [1, byte, 0x14, 0x38, 2, b'd', b'b'];
             let read = Header::decode(&golden).unwrap();

@@ -13,7 +13,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 pub mod handshake;
 pub mod leaf;
 pub mod pin;
-mod record;
+pub mod record;
 pub mod stream;
 pub mod trust;
 pub mod verify;

@@ -23,6 +23,7 @@ const TARGETS: &[Target] = &[
     ("message", |bytes| {
         fuzz::message(bytes);
     }),
+    ("tls_records", fuzz::tls_records),
     ("token", fuzz::token),
 ];
 

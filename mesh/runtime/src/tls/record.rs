@@ -11,13 +11,13 @@ use aws_lc_rs::aead::{
 use rustls::{AlertDescription, ConnectionTrafficSecrets, Error};
 
 /// Before each record.
-pub(super) const HEADER_LEN: usize = 5;
+pub const HEADER_LEN: usize = 5;
 /// Longest content of a record (RFC 8446 §5.1).
-pub(super) const CONTENT_MAX: usize = 1 << 14;
+pub const CONTENT_MAX: usize = 1 << 14;
 /// Longest record with its header (RFC 8446 §5.2).
-pub(super) const RECORD_MAX: usize = HEADER_LEN + CONTENT_MAX + 256;
+pub const RECORD_MAX: usize = HEADER_LEN + CONTENT_MAX + 256;
 /// What a record is longer than its content, as we seal it: header, content type, tag.
-pub(super) const OVERHEAD: usize = HEADER_LEN + 1 + MAX_TAG_LEN;
+pub const OVERHEAD: usize = HEADER_LEN + 1 + MAX_TAG_LEN;
 
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
@@ -107,7 +107,7 @@ impl Sealer {
 
 /// What a record brought.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Opened {
+pub enum Opened {
     /// So many bytes of application data are at the front of the buffer.
     Data(usize),
     /// The peer's next record has its next key; with `true` ours shall too.
@@ -134,32 +134,41 @@ impl Opener {
             .key
             .open_separate_gather(nonce, Aad::from(header), text, tag, out)
             .map_err(|_| Error::DecryptError)?;
-        // Padding is zeros behind the content's type (RFC 8446 §5.4).
-        let end = out.iter().rposition(|byte| *byte != 0);
-        let end = end.ok_or(Error::PeerMisbehaved(
-            rustls::PeerMisbehaved::IllegalTlsInnerPlaintext,
-        ))?;
-        if end > CONTENT_MAX {
-            return Err(Error::PeerSentOversizedRecord);
-        }
-        match (out[end], &out[..end]) {
-            (APPLICATION_DATA, data) => Ok(Opened::Data(data.len())),
-            (HANDSHAKE, [KEY_UPDATE, 0, 0, 1, answer @ (0 | 1)]) => {
-                Ok(Opened::KeyUpdate(*answer == 1))
-            }
-            (ALERT, [_, CLOSE_NOTIFY]) => Ok(Opened::CloseNotify),
-            (ALERT, [_, alert]) => Err(Error::AlertReceived(AlertDescription::from(*alert))),
-            // Tickets are never asked for, and nothing else may come after the handshake.
-            _ => Err(Error::InappropriateMessage {
-                expect_types: vec![rustls::ContentType::ApplicationData],
-                got_type: rustls::ContentType::from(out[end]),
-            }),
-        }
+        content(out)
+    }
+}
+
+/// What the opened text of a record says: its content is at its front.
+///
+/// # Errors
+/// When it is nothing that may come after the handshake.
+pub fn content(text: &[u8]) -> Result<Opened, Error> {
+    // Padding is zeros behind the content's type (RFC 8446 §5.4).
+    let end = text.iter().rposition(|byte| *byte != 0);
+    let end = end.ok_or(Error::PeerMisbehaved(
+        rustls::PeerMisbehaved::IllegalTlsInnerPlaintext,
+    ))?;
+    if end > CONTENT_MAX {
+        return Err(Error::PeerSentOversizedRecord);
+    }
+    match (text[end], &text[..end]) {
+        (APPLICATION_DATA, data) => Ok(Opened::Data(data.len())),
+        (HANDSHAKE, [KEY_UPDATE, 0, 0, 1, answer @ (0 | 1)]) => Ok(Opened::KeyUpdate(*answer == 1)),
+        (ALERT, [_, CLOSE_NOTIFY]) => Ok(Opened::CloseNotify),
+        (ALERT, [_, alert]) => Err(Error::AlertReceived(AlertDescription::from(*alert))),
+        // Tickets are never asked for, and nothing else may come after the handshake.
+        _ => Err(Error::InappropriateMessage {
+            expect_types: vec![rustls::ContentType::ApplicationData],
+            got_type: rustls::ContentType::from(text[end]),
+        }),
     }
 }
 
 /// The length of the record that `bytes` begin with, header included; `None` while that can not be told.
-pub(super) fn record_len(bytes: &[u8]) -> Result<Option<usize>, Error> {
+///
+/// # Errors
+/// When it is no record that may come after the handshake.
+pub fn record_len(bytes: &[u8]) -> Result<Option<usize>, Error> {
     let Some([kind, _, _, high, low]) = bytes.first_chunk::<HEADER_LEN>() else {
         return Ok(None);
     };
@@ -180,6 +189,6 @@ pub(super) fn record_len(bytes: &[u8]) -> Result<Option<usize>, Error> {
 }
 
 /// What [`Opener::open`] needs of room for a record of this length.
-pub(super) fn content_room(record_len: usize) -> usize {
+pub fn content_room(record_len: usize) -> usize {
     record_len - HEADER_LEN - MAX_TAG_LEN
 }
