@@ -36,7 +36,8 @@ pub(crate) async fn callers(thread: Rc<Thread>, whose: Option<Account>, listener
     }
 }
 
-/// Serves peers.
+/// Serves peers. Those who come during a drain are told to go elsewhere: in the queue of a listener that nobody reads
+/// they would wait.
 pub(crate) async fn peers(thread: Rc<Thread>, listener: TcpListener) {
     let mut door = Door::new(&thread, listener, Direction::Inbound);
     while let Some((socket, from)) = door.next().await {
@@ -70,12 +71,14 @@ impl Door {
         }
     }
 
-    /// The next connection; `None` when the thread takes no more.
+    /// The next connection; `None` when the thread takes no more of this direction.
     async fn next(&mut self) -> Option<(TcpStream, SocketAddr)> {
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
-                _ = self.draining.wait_for(|draining| *draining) => return None,
+                _ = self.draining.wait_for(|draining| *draining), if self.direction == Direction::Outbound => {
+                    return None;
+                }
             };
             match accepted {
                 Ok((socket, _)) if limits::is_reserved(&socket) => {

@@ -44,6 +44,8 @@ use crate::view::{View, ViewReader};
 const COMMANDS_MAX: usize = 1024;
 /// Descriptors of the process that are no connection's: listeners (two a workload), files, links to holder and control.
 const OWN_DESCRIPTORS: usize = 256;
+/// How long the word that a call is cut may take to leave. The holder waits for longer.
+const CUT_MAX: Duration = Duration::from_secs(1);
 /// Connections of each kind that are possible however few descriptors there may be.
 const CONNECTIONS_MIN: usize = 64;
 
@@ -222,6 +224,8 @@ pub(crate) struct Thread {
     pub(crate) held: Cell<usize>,
     callers: Cell<usize>,
     peers_open: Cell<usize>,
+    /// Connections of peers that came when the drain had begun: each is told to go elsewhere, none is waited for.
+    late: Cell<usize>,
     /// Calls of peers that are being served, each with at most one connection to an app.
     pub(crate) serving: Cell<usize>,
     /// The most of each of the three, and of connections to other agents.
@@ -269,6 +273,11 @@ impl Thread {
         Some(admission)
     }
 
+    /// Connections that a drain waits for.
+    fn open(&self) -> usize {
+        self.callers.get() + self.peers_open.get()
+    }
+
     /// New work is refused because a bound is reached: said, counted.
     pub(crate) fn shed(&self, limit: Limit, direction: Direction) {
         self.metrics.refused(direction, Reason::Overloaded);
@@ -301,11 +310,20 @@ impl Thread {
 
 /// A connection that counts.
 #[derive(Debug)]
-pub(crate) struct Admission(Rc<Thread>, Direction);
+pub(crate) struct Admission {
+    thread: Rc<Thread>,
+    direction: Direction,
+    /// It came during a drain.
+    late: bool,
+}
 
 impl Admission {
     fn new(thread: &Rc<Thread>, direction: Direction) -> Self {
-        let admission = Self(Rc::clone(thread), direction);
+        let admission = Self {
+            thread: Rc::clone(thread),
+            direction,
+            late: *thread.draining.borrow(),
+        };
         let count = admission.count();
         count.set(count.get() + 1);
         admission.gauge().inc();
@@ -313,15 +331,16 @@ impl Admission {
     }
 
     fn count(&self) -> &Cell<usize> {
-        match self.1 {
-            Direction::Outbound => &self.0.callers,
-            Direction::Inbound => &self.0.peers_open,
+        match self.direction {
+            Direction::Outbound => &self.thread.callers,
+            Direction::Inbound if self.late => &self.thread.late,
+            Direction::Inbound => &self.thread.peers_open,
         }
     }
 
     fn gauge(&self) -> &Gauge {
-        let limits = &self.0.metrics.limits;
-        match self.1 {
+        let limits = &self.thread.metrics.limits;
+        match self.direction {
             Direction::Outbound => &limits.callers,
             Direction::Inbound => &limits.peers,
         }
@@ -443,6 +462,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         held: Cell::new(0),
         callers: Cell::new(0),
         peers_open: Cell::new(0),
+        late: Cell::new(0),
         serving: Cell::new(0),
         share,
         handshakes: RefCell::default(),
@@ -501,21 +521,35 @@ async fn sweep(thread: Rc<Thread>) {
     }
 }
 
+/// Lets open calls end until `deadline`, then cuts them: who waits for one is told why.
 async fn drain(thread: &Rc<Thread>, deadline: Duration) {
     thread.draining.send_replace(true);
-    let until = Instant::now() + deadline;
-    // Kept connections to peers and apps are nobody's calls.
-    thread.peers.close_idle();
-    let open = || thread.callers.get() + thread.peers_open.get();
-    while open() > 0 && Instant::now() < until {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        thread.peers.close_idle();
+    if emptied(thread, deadline).await {
+        return;
     }
-    let cut = open();
-    for _ in 0..cut {
+    let calls = thread.live.cut();
+    for _ in 0..calls {
         thread.metrics.limits.reached(Limit::Drain);
     }
-    if cut > 0 {
-        log::warn!(connections = cut; "the drain deadline is over; what is still open is cut");
+    log::warn!(
+        limit = Limit::Drain.name(), reason:% = Reason::AgentStopped, calls = calls, connections = thread.open();
+        "the drain deadline is over; what is still open is cut"
+    );
+    emptied(thread, CUT_MAX).await;
+}
+
+/// Whether all that was open when the drain began has ended within `time`.
+async fn emptied(thread: &Thread, time: Duration) -> bool {
+    let until = Instant::now() + time;
+    loop {
+        // Kept connections to peers and apps are nobody's calls.
+        thread.peers.close_idle();
+        if thread.open() == 0 {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

@@ -206,7 +206,9 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     }
     thread.metrics.mesh_connections.dec();
     drop(entered);
-    if let Ok(reason) = driver.await {
+    let outcome = driver.await;
+    thread.metrics.limits.note_end(&mux);
+    if let Ok(reason) = outcome {
         log::debug!(peer:% = peer.id, reason:% = reason; "a peer's connection is over");
     }
 }

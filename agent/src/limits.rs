@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_core::reason::Reason;
-use mesh_runtime::mux::Budget;
+use mesh_runtime::mux::{Bound, Budget, Mux};
 use nix::sys::resource::{Resource, getrlimit};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -50,6 +50,9 @@ limits! {
     Buffers = "buffers", "programs do not read what they asked for; find them, or raise limits.buffer_mib";
     Heads = "heads", "somebody begins HTTP requests and does not end them; find and stop it";
     Descriptors = "descriptors", "raise LimitNOFILE of the agent's unit, or lower limits.connections";
+    Http2Apps = "http2_apps", "the app allows too few requests on a connection, or answers too slowly";
+    Floods = "floods", "a program asks for work without end; find it by the lines `http_flood` of the log";
+    ControlFrames = "control_frames", "another agent asks and does not read; look at it";
     KeptApps = "kept_apps", "nothing: apps get new connections";
     // How long.
     Connect = "connect", "the host or program does not answer, or raise timeouts.connect_s";
@@ -59,6 +62,7 @@ limits! {
     TcpIdle = "tcp_idle", "raise timeouts.tcp_idle_s where programs are silent for longer, or set it to 0";
     HalfClosed = "half_closed", "raise timeouts.half_closed_s where answers take longer";
     Hold = "hold", "control answers too slowly; see `mesh-agent status`";
+    PeerSilence = "peer_silence", "the other host, or the network to it, is gone or stands still";
     Drain = "drain", "raise timeouts.drain_s where calls take longer";
 }
 
@@ -125,6 +129,15 @@ impl Limits {
     pub(crate) fn reached(&self, limit: Limit) {
         if let Some(counter) = self.reached.get(limit as usize) {
             counter.inc();
+        }
+    }
+
+    /// Counts the bound that ended a connection with another agent, if one did.
+    pub(crate) fn note_end(&self, mux: &Mux) {
+        match mux.ended_by() {
+            Some(Bound::Silence) => self.reached(Limit::PeerSilence),
+            Some(Bound::Control) => self.reached(Limit::ControlFrames),
+            None => (),
         }
     }
 

@@ -115,6 +115,18 @@ pub(crate) async fn heed(thread: Rc<Thread>) {
 }
 
 impl Live {
+    /// Ends all that is open, because this agent stops. Says how many calls that cut.
+    pub(crate) fn cut(&self) -> usize {
+        let hosts = self.hosts.borrow();
+        let all = hosts.values().flat_map(HashMap::values);
+        let cut = all.map(|connection| {
+            let calls = connection.mux.open_streams();
+            connection.mux.end(Reason::AgentStopped);
+            calls
+        });
+        cut.sum()
+    }
+
     fn end(&self, thread: &Thread, subject: &Subject) {
         let covers = |identity: &Identity| match (&subject.account, identity) {
             (None, _) => true,

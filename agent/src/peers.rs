@@ -252,11 +252,12 @@ async fn dial(
         host: endpoint.host.clone(),
     };
     let entered = live::enter(thread, &mux, ends);
-    let open = thread.metrics.mesh_connections.clone();
-    open.inc();
+    let (metrics, ended) = (Arc::clone(&thread.metrics), mux.clone());
+    metrics.mesh_connections.inc();
     spawn_local(async move {
         driver.await;
-        open.dec();
+        metrics.mesh_connections.dec();
+        metrics.limits.note_end(&ended);
         drop((entered, dialled));
     });
     Ok(mux)

@@ -93,6 +93,9 @@ pub(super) async fn serve(
         flows: RefCell::default(),
     });
     if let Some(reason) = accept(&shared, &mut connection).await {
+        if reason == Reason::HttpFlood {
+            thread.metrics.limits.reached(Limit::Floods);
+        }
         super::note_refusal(thread, &shared.caller, reason);
     }
 }

@@ -72,6 +72,7 @@ reasons! {
     Timeout = 12, "timeout", Upstream, 504, "the service did not answer in time";
     Overloaded = 13, "overloaded", Local, 503, "a limit of connections, streams or memory is reached; see `mesh-agent status`";
     Draining = 14, "draining", Upstream, 503, "the agent is shutting down and takes no new calls";
+    AgentStopped = 15, "agent_stopped", Upstream, 502, "an agent was stopped, and the call was still open after its `timeouts.drain_s`";
     // HTTP.
     HttpMalformed = 20, "http_malformed", Peer, 400, "the HTTP message could be read in two ways or breaks RFC 9112";
     HttpHeadTooLarge = 21, "http_head_too_large", Peer, 431, "the HTTP head is larger than the limit";

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use mesh_api::frame;
 use mesh_core::reason::Reason;
-use mesh_core::stream::{Event, Frame, Limits, Machine, OpenError, Side, Streams};
+use mesh_core::stream::{Event, Frame, Limits, Machine, OpenError, Side, Streams, Violation};
 
 mod budget;
 mod driver;
@@ -58,6 +58,15 @@ impl From<Limits> for Settings {
             budget: Budget::new(usize::MAX),
         }
     }
+}
+
+/// A bound of this side by which a connection was ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// The peer said, or acknowledged, nothing for too long.
+    Silence,
+    /// The peer asked for answers and did not read them.
+    Control,
 }
 
 /// A connection, as those see it who open streams.
@@ -113,6 +122,7 @@ struct Shared {
     driver: Option<Waker>,
     /// Set once; nothing happens afterwards.
     closed: Option<Reason>,
+    ended_by: Option<Bound>,
     /// The owner wants the carrier closed when the output has left.
     closing: bool,
     /// The owner wants the carrier closed when the last stream is over.
@@ -171,6 +181,7 @@ pub fn connection<C>(
         openers: 0,
         driver: None,
         closed: None,
+        ended_by: None,
         closing: false,
         retired: false,
         ended: false,
@@ -204,7 +215,12 @@ impl Mux {
     ) -> Poll<Result<MuxStream, Reason>> {
         let mut shared = self.0.borrow_mut();
         if let Some(reason) = shared.closed {
-            return Poll::Ready(Err(reason));
+            let told = shared.machine.can_open() == Err(OpenError::GoingAway);
+            return Poll::Ready(Err(match reason {
+                // It said that it goes before it went.
+                Reason::PeerLost if told => Reason::Draining,
+                reason => reason,
+            }));
         }
         if shared.output.len() - shared.written >= OUTPUT_MAX {
             shared.was_full = true;
@@ -233,6 +249,11 @@ impl Mux {
     /// Why the connection is over, if it is.
     pub fn closed(&self) -> Option<Reason> {
         self.0.borrow().closed
+    }
+
+    /// The bound that ended the connection, if one did.
+    pub fn ended_by(&self) -> Option<Bound> {
+        self.0.borrow().ended_by
     }
 
     /// What a stream that were opened now would meet.
@@ -529,6 +550,9 @@ impl Shared {
     /// Takes one frame of the peer.
     fn handle(&mut self, frame: &Frame<'_>) -> Result<(), Reason> {
         let event = self.machine.handle(frame).map_err(|violation| {
+            if violation == Violation::ControlFlood {
+                self.ended_by = Some(Bound::Control);
+            }
             log::warn!("the peer broke the rules of the stream layer: {violation}");
             Reason::ProtocolError
         })?;

@@ -23,6 +23,7 @@ use tokio::task::spawn_local;
 use super::super::app::connect;
 use super::super::{Admitted, Peer, front};
 use crate::http2::{self, APP_STREAMS_MAX, Begins, Watch, Watched};
+use crate::limits::Limit;
 use crate::metrics::{Direction, Metrics};
 use crate::relay;
 
@@ -198,13 +199,17 @@ pub(super) async fn lease(peer: &Peer, admitted: &Admitted) -> Result<Lease, Rea
         return Ok(lease);
     }
     if slot.waiting.get() >= WAITING_MAX {
+        thread.reached(Limit::Http2Apps);
         return Err(Reason::Overloaded);
     }
     let _waiting = Waiting::begin(&slot);
     // Twice: a connection is made, and a place on another becomes free.
     let bound = thread.settings.connect * 2;
     let found = tokio::time::timeout(bound, find(peer, admitted, &slot)).await;
-    found.unwrap_or(Err(Reason::Overloaded))
+    found.unwrap_or_else(|_| {
+        thread.reached(Limit::Http2Apps);
+        Err(Reason::Overloaded)
+    })
 }
 
 fn key(peer: &Peer, admitted: &Admitted, beyond: Option<SocketAddr>) -> Key {
@@ -267,6 +272,7 @@ async fn open(
 ) -> Result<(Connection, Option<SocketAddr>), Reason> {
     let thread = peer.thread();
     if !thread.http2_apps.has_room() {
+        thread.reached(Limit::Http2Apps);
         return Err(Reason::Overloaded);
     }
     let socket = connect(thread, admitted, peer.address).await?;
@@ -337,6 +343,7 @@ fn is_flood(error: &h2::Error) -> bool {
 
 fn note_flood(metrics: &Metrics, account: &Account) {
     metrics.refused(Direction::Inbound, Reason::HttpFlood);
+    metrics.limits.reached(Limit::Floods);
     log::warn!(account:% = account, reason:% = Reason::HttpFlood; "an app's connection is ended: {}", Reason::HttpFlood.text());
 }
 

@@ -15,7 +15,7 @@ use mesh_core::stream::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Interval, MissedTickBehavior, Sleep, interval, sleep};
 
-use super::Shared;
+use super::{Bound, Shared};
 
 /// One read takes at most this much, and what the carrier has of it more: fewer system calls than with 16 KiB,
 /// measurably.
@@ -105,7 +105,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
                     return Poll::Ready(Reason::PeerLost);
                 }
                 Poll::Ready(Ok(())) => pending.end += buffer.filled().len(),
-                Poll::Ready(Err(error)) => return Poll::Ready(lost(&error)),
+                Poll::Ready(Err(error)) => return Poll::Ready(self.lost(&error)),
             }
             match self.handle_frames(&input[pending.clone()]) {
                 Ok(handled) => pending.start += handled,
@@ -203,6 +203,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
             if std::mem::take(&mut shared.heard) {
                 self.asked = false;
             } else if self.asked {
+                shared.ended_by = Some(Bound::Silence);
                 return Err(Reason::PeerLost);
             } else {
                 self.asked = true;
@@ -213,6 +214,20 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
         Ok(())
     }
 
+    fn lost(&self, error: &io::Error) -> Reason {
+        log::debug!("a mesh connection broke: {error}");
+        // TCP_USER_TIMEOUT: what was sent is not acknowledged.
+        if error.kind() == io::ErrorKind::TimedOut {
+            self.shared.borrow_mut().ended_by = Some(Bound::Silence);
+            return Reason::PeerLost;
+        }
+        // A TLS alert of the peer arrives here: it refused our certificate after its own handshake was through.
+        match crate::tls::verify::handshake_reason(error) {
+            Reason::PeerUnreachable => Reason::PeerLost,
+            reason => reason,
+        }
+    }
+
     fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Reason> {
         if let Poll::Ready(reason) = self.poll_input(cx) {
             return Poll::Ready(reason);
@@ -221,7 +236,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
             return Poll::Ready(reason);
         }
         match self.poll_output(cx) {
-            Poll::Ready(Err(error)) => Poll::Ready(lost(&error)),
+            Poll::Ready(Err(error)) => Poll::Ready(self.lost(&error)),
             Poll::Ready(Ok(())) if self.shared.borrow().is_over() => Poll::Ready(Reason::Cancelled),
             _ => Poll::Pending,
         }
@@ -253,15 +268,6 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Driver<C> {
             cx.waker().wake_by_ref();
             Poll::Pending
         })
-    }
-}
-
-fn lost(error: &io::Error) -> Reason {
-    log::debug!("a mesh connection broke: {error}");
-    // A TLS alert of the peer arrives here: it refused our certificate after its own handshake was through.
-    match crate::tls::verify::handshake_reason(error) {
-        Reason::PeerUnreachable => Reason::PeerLost,
-        reason => reason,
     }
 }
 
