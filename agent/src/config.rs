@@ -404,6 +404,68 @@ mod tests {
         }
     }
 
+    /// Each bound that can be set: below the least and above the most the error names the key, what it is and what it may be.
+    #[test]
+    fn a_bound_out_of_its_range_is_refused_with_key_and_range() {
+        const DAY: u64 = 24 * 3600;
+        for (section, key, min, max) in [
+            ("timeouts", "connect_s", 1, DAY),
+            ("timeouts", "handshake_s", 1, DAY),
+            ("timeouts", "head_s", 1, DAY),
+            ("timeouts", "idle_s", 1, DAY),
+            ("timeouts", "tcp_idle_s", 0, 365 * DAY),
+            ("timeouts", "half_closed_s", 1, DAY),
+            ("timeouts", "hold_s", 1, DAY),
+            ("timeouts", "drain_s", 1, DAY),
+            ("keepalive", "idle_s", 1, 60),
+            ("keepalive", "interval_s", 1, 60),
+            ("keepalive", "probes", 1, 100),
+            ("keepalive", "peer_s", 1, 600),
+            ("limits", "threads", 1, 64),
+            ("limits", "connections", 1, 10_000_000),
+            ("limits", "held", 1, 1_000_000),
+            ("limits", "http_head_bytes", 1024, 1024 * 1024),
+            ("limits", "streams", 1, 1 << 20),
+            ("limits", "stream_kib", 64, 1 << 18),
+            ("limits", "connection_kib", 512, 1 << 20),
+            ("limits", "buffer_mib", 1, 1 << 20),
+        ] {
+            let set = |value: u64| {
+                let more = if (key, value) == ("stream_kib", max) {
+                    format!("connection_kib = {value}")
+                } else {
+                    String::new()
+                };
+                parse(&format!("[{section}]\n{key} = {value}\n{more}\n"))
+            };
+            for value in [min, max] {
+                set(value).unwrap_or_else(|error| panic!("{key} = {value}: {error}"));
+            }
+            for value in [min.checked_sub(1), Some(max + 1)].into_iter().flatten() {
+                let error = format!("{:#}", set(value).unwrap_err());
+                let expected = format!("{section}.{key} is {value}; use {min} to {max}");
+                assert_eq!(error, expected);
+            }
+            let error = parse(&format!("[{section}]\n{key} = \"1\"\n"));
+            let error = format!("{:#}", error.unwrap_err());
+            assert!(error.contains("agent.toml:2"), "{key}: {error}");
+        }
+    }
+
+    /// What the kernel is told of a program's connection.
+    #[test]
+    fn keep_alive_is_set_as_configured() {
+        let config = parse("[keepalive]\nidle_s = 7\ninterval_s = 3\nprobes = 2\n").unwrap();
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.set_tcp_keepalive(&config.data().keepalive).unwrap();
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(7));
+        let interval = socket.tcp_keepalive_interval().unwrap();
+        assert_eq!(interval, Duration::from_secs(3));
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 2);
+    }
+
     #[test]
     fn whatever_is_accepted_the_other_agent_accepts_too() {
         let extremes = [

@@ -137,6 +137,13 @@ impl Agent {
         );
     }
 
+    /// Asks it to end; [`Self::stop`] waits until it has.
+    #[track_caller]
+    pub fn begin_stop(&self) {
+        let process = self.process.as_ref().expect("the agent runs");
+        process.signal(Signal::SIGTERM);
+    }
+
     #[track_caller]
     pub fn stop(&mut self) {
         let process = self.process.take().expect("the agent runs");

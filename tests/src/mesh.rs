@@ -264,6 +264,33 @@ pub fn begin_on_stream(
     }
 }
 
+/// Greets and asks by pings without reading one answer, until the peer ends the connection.
+#[track_caller]
+pub fn ask_without_reading(port: SocketAddr, sni: &str, credential: &Credential) {
+    // More than all buffers on the way take the answers of.
+    const MOST: usize = 64 << 20;
+    let mut tls = greet(port, sni, credential);
+    let mut pings = Vec::new();
+    (0..1000).for_each(|nonce| frame::encode(&Frame::Ping { nonce }, &mut pings));
+    let ended = (0..MOST / pings.len()).any(|_| tls.write_all(&pings).is_err());
+    assert!(ended, "nobody minds {MOST} bytes of pings without a reader");
+}
+
+/// What a peer says in its hello that it is ready to bear.
+#[track_caller]
+pub fn announced(port: SocketAddr, sni: &str, credential: &Credential) -> Limits {
+    let mut tls = greet(port, sni, credential);
+    loop {
+        let limits = heard(&mut tls, |frame| match frame {
+            Frame::Hello { limits, .. } => Some(limits),
+            _ => None,
+        });
+        if let Some(limits) = limits {
+            return limits;
+        }
+    }
+}
+
 /// Begins so many streams, on as many connections as they need, and says this on each. Why the first was reset.
 #[track_caller]
 pub fn begin_streams(
@@ -337,6 +364,18 @@ enum Answer {
 
 const STREAM: u32 = 1;
 
+/// A connection on which our hello is said.
+#[track_caller]
+fn greet(port: SocketAddr, sni: &str, credential: &Credential) -> Tls {
+    let mut tls = offer(port, sni, Some(credential));
+    let mut out = Vec::new();
+    let limits = Limits::DEFAULT;
+    let version = mesh_core::stream::VERSION;
+    frame::encode(&Frame::Hello { version, limits }, &mut out);
+    tls.write_all(&out).expect("a handshake");
+    tls
+}
+
 /// Greets, opens a stream, sends `bytes` on it, if there are any; `end`: they are all.
 fn open(
     port: SocketAddr,
@@ -346,11 +385,8 @@ fn open(
     bytes: &[u8],
     end: bool,
 ) -> Tls {
-    let mut tls = offer(port, sni, Some(credential));
+    let mut tls = greet(port, sni, credential);
     let mut out = Vec::new();
-    let limits = Limits::DEFAULT;
-    let version = mesh_core::stream::VERSION;
-    frame::encode(&Frame::Hello { version, limits }, &mut out);
     let stream = STREAM;
     frame::encode(&Frame::Open { stream, header }, &mut out);
     if !bytes.is_empty() {

@@ -21,6 +21,8 @@ mod control_down;
 mod denial;
 #[path = "namespaces/door.rs"]
 mod door;
+#[path = "namespaces/drain.rs"]
+mod drain;
 #[path = "namespaces/edges.rs"]
 mod edges;
 #[path = "namespaces/explain.rs"]
@@ -55,6 +57,8 @@ mod identity;
 mod join;
 #[path = "namespaces/keepalive.rs"]
 mod keepalive;
+#[path = "namespaces/limits.rs"]
+mod limits;
 #[path = "namespaces/local_attackers.rs"]
 mod local_attackers;
 #[path = "namespaces/packet_capture.rs"]

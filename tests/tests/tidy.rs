@@ -82,6 +82,35 @@ const BANNED: &[(&str, &str)] = &[
     ("serde_yaml", "unmaintained; use serde_norway"),
 ];
 
+/// Where calls are carried: what begins so.
+const DATA_PATH: &[&str] = &[
+    "agent/src/accept",
+    "agent/src/call",
+    "agent/src/data",
+    "agent/src/http",
+    "agent/src/inbound",
+    "agent/src/limits",
+    "agent/src/outbound",
+    "agent/src/peers",
+    "agent/src/quiet",
+    "agent/src/relay",
+    "agent/src/vanished",
+    "mesh/api/src/header",
+    "mesh/api/src/message",
+    "mesh/core/src/balance",
+    "mesh/core/src/http1",
+    "mesh/core/src/rotation",
+    "mesh/core/src/stream",
+    "mesh/runtime/src/buffers",
+    "mesh/runtime/src/mux",
+    "mesh/runtime/src/tls",
+];
+
+/// A number whose name has one of these is a bound; a time always is.
+const BOUNDS: &[&str] = &[
+    "MAX", "MIN", "QUANTUM", "RESERVED", "SHARES", "SWEEPS", "TICKS", "TRIES", "TURN", "WINDOW",
+];
+
 /// Places that only exist on the machine where somebody wrote the text.
 const MACHINE_PATHS: &[&str] = &["/root/", "/home/", "/Users/"];
 
@@ -169,6 +198,59 @@ fn reason_line(reason: Reason) -> String {
         reason.http_status(),
         reason.text()
     )
+}
+
+/// Every constant that bounds the data path stands in docs/reference.md with its value.
+#[test]
+fn every_bound_of_the_data_path_is_documented() {
+    let page = fs::read_to_string(root().join("docs/reference.md")).unwrap_or_default();
+    let listed: Vec<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("| `") && line.contains("::"))
+        .collect();
+    let mut rows = Vec::new();
+    for file in files_below(&root(), "rs") {
+        let path = file.strip_prefix(root()).unwrap().to_string_lossy();
+        if DATA_PATH.iter().any(|part| path.starts_with(part)) && !path.contains("/tests") {
+            let text = fs::read_to_string(&file).unwrap();
+            let code = text.lines().take_while(|line| *line != "#[cfg(test)]");
+            let place = path.trim_end_matches(".rs").replace("/src/", "/");
+            rows.extend(
+                code.filter_map(bound)
+                    .map(|(name, value)| format!("| `{place}::{name}` | {value} | ")),
+            );
+        }
+    }
+    let of = |row: &String| listed.iter().filter(|line| line.starts_with(row)).count();
+    let missing: Vec<&String> = rows.iter().filter(|row| of(row) != 1).collect();
+    assert!(
+        missing.is_empty() && rows.len() == listed.len(),
+        "docs/reference.md must have these rows, each once: {missing:#?}\nand no others: {} for {} constants",
+        listed.len(),
+        rows.len()
+    );
+}
+
+/// A constant that is a bound: its name, and its value as a reader of the page sees it.
+fn bound(line: &str) -> Option<(&str, String)> {
+    let (_, declared) = line.split_once("const ")?;
+    let (name, rest) = declared.split_once(": ")?;
+    let (kind, value) = rest.trim_end_matches(';').split_once(" = ")?;
+    let number = ["usize", "u16", "u32", "u64"].contains(&kind);
+    let bounds = BOUNDS.iter().any(|word| name.contains(word));
+    if kind != "Duration" && !(number && bounds) {
+        return None;
+    }
+    let time = |function: &str, unit: &str| {
+        let inner = value.strip_prefix(function)?.strip_suffix(')')?;
+        Some(format!("{} {unit}", inner.replace('_', "")))
+    };
+    let plain = |c: char| c.is_ascii_digit() || "_ *<".contains(c);
+    let shown = time("Duration::from_secs(", "s")
+        .or_else(|| time("Duration::from_millis(", "ms"))
+        .or_else(|| value.chars().all(plain).then(|| value.replace('_', "")))
+        .unwrap_or_else(|| format!("`{value}`"));
+    Some((name, shown))
 }
 
 #[test]

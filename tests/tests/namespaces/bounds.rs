@@ -2,13 +2,16 @@
 //! when there is room.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use meshwork_tests::agent::Agent;
+use meshwork_tests::agent::{Agent, MESH_PORT};
+use meshwork_tests::control::TRUST_DOMAIN;
+use meshwork_tests::mesh::{Authority, announced};
 use meshwork_tests::process::Process;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::pair::{Pair, mesh_name, owner};
+use crate::pair::{Pair, mesh_name, owner, spiffe};
 
 /// Echoes on 9000; sends without end on 9001, to whoever says a word.
 const SERVER: &str = r#"
@@ -97,10 +100,7 @@ impl Bound {
     /// Makes the client's agent start anew with more lines in its configuration.
     #[track_caller]
     fn configure_client(&mut self, lines: &str) {
-        let client = &mut self.pair.client;
-        client.stop();
-        client.configure(lines);
-        client.start();
+        restart(&mut self.pair.client, lines);
         self.pair.wait_name("echo");
     }
 
@@ -118,6 +118,13 @@ impl Bound {
             check(answer == "hello", answer)
         });
     }
+}
+
+#[track_caller]
+fn restart(agent: &mut Agent, lines: &str) {
+    agent.stop();
+    agent.configure(lines);
+    agent.start();
 }
 
 /// A program that holds connections.
@@ -157,12 +164,12 @@ impl Holder {
     }
 }
 
-fn reached(agent: &Agent, limit: &str) -> f64 {
+pub(crate) fn reached(agent: &Agent, limit: &str) -> f64 {
     let metrics = agent.metrics();
     metrics.sum("mesh_limit_reached_total", &[("limit", limit)])
 }
 
-fn used(agent: &Agent, limit: &str) -> f64 {
+pub(crate) fn used(agent: &Agent, limit: &str) -> f64 {
     let metrics = agent.metrics();
     metrics.sum("mesh_limit_used", &[("limit", limit)])
 }
@@ -392,4 +399,65 @@ fn a_renewal_takes_calls_along_that_wait_for_room() {
     });
     let log = holder.process.log();
     assert!(!log.contains("refused"), "{log}");
+}
+
+/// What can be set, and is set in no other test, holds as it is set. (Which values are refused: `agent/src/config.rs`.)
+#[test]
+fn settings_other_than_the_defaults_hold() {
+    const LINES: &str = "[limits]\nthreads = 2\nhttp_head_bytes = 2048\nstreams = 77\nstream_kib = 64\nconnection_kib = 128\n";
+    let mut bound = Bound::new("settings_hold");
+    let _web = bound.pair.web("http", "");
+    restart(&mut bound.pair.server, LINES);
+    bound.configure_client(LINES);
+    bound.pair.control.wait_endpoints("shop/web", 1);
+    bound.wait_call();
+    // Threads.
+    for agent in [&bound.pair.client, &bound.pair.server] {
+        let tasks = fs::read_dir(format!("/proc/{}/task", agent.worker())).unwrap();
+        let names = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")));
+        let names: Vec<String> = names.map(|name| name.unwrap_or_default()).collect();
+        for name in ["data-0\n", "data-1\n"] {
+            assert!(names.iter().any(|n| n == name), "{names:?}");
+        }
+    }
+    // Heads.
+    let url = format!("http://{}/", mesh_name("web"));
+    for (length, expected) in [(1500, "200"), (2100, "431")] {
+        let long = "x".repeat(length);
+        let line =
+            format!("curl -sS -m 20 -o /dev/null -w '%{{http_code}}' -H 'x-long: {long}' {url}");
+        assert_eq!(bound.pair.ok(&line), expected, "{length} bytes");
+    }
+    assert_eq!(bound.pair.client.refused("http_head_too_large"), 1.0);
+    // What the called agent says that it bears.
+    let ours = Authority::of_control(&bound.pair.control.state_dir());
+    let uid = "00112233445566778899aabbccddeeff";
+    let peer = ours.leaf(&[&spiffe("client")], (-1, 1), Some(uid));
+    let address = SocketAddr::from((bound.pair.server.host.v4(), MESH_PORT));
+    let sni = format!("echo.shop.{TRUST_DOMAIN}");
+    let host = &bound.pair.client.host;
+    let limits = host.inside(|| announced(address, &sni, &peer));
+    assert_eq!(limits.max_streams, 77);
+    assert_eq!(limits.stream_credit, 64 << 10);
+    assert_eq!(limits.connection_credit, 128 << 10);
+    // What the calling agent holds for readers that stand still: two threads with four connections each, at the most.
+    let still = Holder::start(&bound, 9001);
+    wait_until("readers that stand still", SOON, || {
+        check(still.open() >= 20, format!("{}", still.open()))
+    });
+    still.tell("until");
+    let client = &bound.pair.client;
+    let (mut last, mut same) = (0.0, 0);
+    wait_until("all buffers to be full", SOON, || {
+        let held = used(client, "buffers");
+        same = if held == last && held > 0.0 {
+            same + 1
+        } else {
+            0
+        };
+        last = held;
+        check(same >= 10, format!("{held} bytes"))
+    });
+    assert!(last <= 8.0 * f64::from(128 << 10), "{last} bytes");
+    bound.wait_call();
 }

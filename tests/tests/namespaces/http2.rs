@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use meshwork_tests::control::TokenOptions;
+use meshwork_tests::host::Host;
 use meshwork_tests::process::{Cmd, Process};
 use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
+use crate::bounds::reached;
 use crate::pair::{Pair, mesh_name, owner, spiffe};
 
 /// The server and client of these tests; what follows is the script.
@@ -24,7 +26,7 @@ pub(crate) fn pair(name: &str) -> (Pair, Process) {
     (pair, server)
 }
 
-pub(crate) fn serve(host: &meshwork_tests::host::Host, environment: &[(&str, &str)]) -> Process {
+pub(crate) fn serve(host: &Host, environment: &[(&str, &str)]) -> Process {
     let script = format!("{PEER}\nserve()\n");
     let command = host.python("peer", &script).env("NAME", host.name());
     let command = environment
@@ -36,7 +38,7 @@ pub(crate) fn serve(host: &meshwork_tests::host::Host, environment: &[(&str, &st
 }
 
 /// A script of the workload `shop/client`.
-fn script(pair: &Pair, name: &str, text: &str) -> Cmd {
+pub(crate) fn script(pair: &Pair, name: &str, text: &str) -> Cmd {
     let text = format!("{PEER}\n{text}");
     pair.client.host.python(name, &text).cgroup("client")
 }
@@ -387,6 +389,8 @@ fn a_caller_that_floods_is_told_to_calm_down_and_counted() {
         );
         assert_eq!(text, "ended by 11\n", "{name}");
         pair.client.wait_refused("http_flood", before);
+        let floods = reached(&pair.client, "floods");
+        assert_eq!(floods, pair.client.refused("http_flood"), "{name}");
         let text = run(&pair, "print(Client().get('/')[1])");
         assert_eq!(text, "b'hello'\n", "after {name}");
     }
@@ -406,6 +410,8 @@ fn an_app_that_floods_loses_its_connection_and_is_counted() {
             "{path}: {text}"
         );
         pair.server.wait_refused("http_flood", before);
+        let floods = reached(&pair.server, "floods");
+        assert_eq!(floods, pair.server.refused("http_flood"), "{path}");
         let text = run(&pair, "print(Client().get('/')[1])");
         assert_eq!(text, "b'hello'\n", "after {path}");
     }

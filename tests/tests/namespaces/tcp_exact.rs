@@ -1,17 +1,19 @@
 //! What TCP promises two programs holds across the mesh: a reset is a reset at once, an end is an end, silence is not
 //! an end, and the kernel watches both programs.
 
-use meshwork_tests::process::Process;
+use meshwork_tests::process::{Cmd, Process};
 use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::pair::{Pair, mesh_name};
 
 /// A server whose ports do each what a test needs, and which says what it sees:
 /// 9000 hears and says `reset` or `end`; 9001 never reads, and knows by its socket alone; 9002 sends without end;
-/// 9003 takes a word, answers, and resets; 9004 echoes, and 9005 is HTTP. Health checks say nothing.
+/// 9003 takes a word, answers, and resets; 9004 echoes, and 9005 is HTTP. Health checks say nothing. The same, 10 higher, is
+/// there with a protocol that is not declared.
 const SERVER: &str = r#"
 import socket, struct, threading, time
 def say(*words): print(*words, flush=True)
+def port(c): return c.getsockname()[1]
 def reset(c):
     c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     c.close()
@@ -19,9 +21,9 @@ def hear(c):
     if c.recv(1) == b"": return
     try:
         while c.recv(65536): pass
+        say(port(c), "end")
         c.close()
-        say("9000 end")
-    except ConnectionResetError: say("9000 reset")
+    except ConnectionResetError: say(port(c), "reset")
 def ignore(c):
     if c.recv(1, socket.MSG_PEEK) == b"": return
     ended = False
@@ -29,14 +31,14 @@ def ignore(c):
         CLOSE_WAIT = 8
         if not ended and c.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == CLOSE_WAIT:
             ended = True
-            say("9001 end")
+            say(port(c), "end")
         time.sleep(0.01)
-    say("9001 reset")
+    say(port(c), "reset")
 def flood(c):
     if c.recv(1) == b"": return
     try:
         while True: c.sendall(b"x" * 65536)
-    except (ConnectionResetError, BrokenPipeError): say("9002 reset")
+    except (ConnectionResetError, BrokenPipeError): say(port(c), "reset")
 def answer(c):
     if c.recv(4, socket.MSG_WAITALL) == b"": return
     c.sendall(b"last words")
@@ -55,8 +57,8 @@ def serve(port, what):
         c = s.accept()[0]
         kept.append(c)
         threading.Thread(target=what, args=(c,), daemon=True).start()
-for port, what in ((9000, hear), (9001, ignore), (9002, flood), (9003, answer), (9004, echo)):
-    threading.Thread(target=serve, args=(port, what)).start()
+for number, what in ((9000, hear), (9001, ignore), (9002, flood), (9003, answer), (9004, echo)):
+    for more in (0, 10): threading.Thread(target=serve, args=(number + more, what)).start()
 serve(9005, echo)
 "#;
 
@@ -64,7 +66,7 @@ serve(9005, echo)
 const CLIENT: &str = r#"
 import os, select, socket, struct, sys, time
 def connect(port):
-    c = socket.create_connection(("NAME", port), 20)
+    c = socket.create_connection(("NAME", port + MORE), 20)
     c.settimeout(20)
     return c
 def reset(c):
@@ -80,6 +82,9 @@ def fill(c):
             if not select.select([], [c], [], 1)[1]: return sent
 "#;
 
+/// What is added to a port of the server, and how it is declared then.
+const PROTOCOLS: [(u16, &str); 2] = [(0, "tcp"), (10, "auto")];
+
 struct Exact {
     pair: Pair,
     server: Process,
@@ -91,10 +96,12 @@ impl Exact {
         let pair = Pair::new(name);
         let host = &pair.server.host;
         let server = host.python("exact", SERVER).cgroup("exact").spawn("exact");
-        let ports = [9000, 9001, 9002, 9003, 9004, 9005];
-        let ports = ports.map(|port| (port, if port == 9005 { "http" } else { "tcp" }));
-        for (port, _) in ports {
-            host.wait_listening(port, SOON);
+        let mut ports = vec![(9005, "http")];
+        for (more, protocol) in PROTOCOLS {
+            ports.extend((9000..9005).map(|port| (port + more, protocol)));
+        }
+        for (port, _) in &ports {
+            host.wait_listening(*port, SOON);
         }
         pair.server
             .serve("exact", &crate::pair::owner("exact"), &ports);
@@ -105,20 +112,26 @@ impl Exact {
 
     /// A program of the caller, which must end well; returns what it said.
     #[track_caller]
-    fn client(&self, name: &str, script: &str) -> String {
-        self.command(name, script).ok()
+    fn client(&self, name: &str, more: u16, script: &str) -> String {
+        self.command(name, more, script).ok()
     }
 
-    fn command(&self, name: &str, script: &str) -> meshwork_tests::process::Cmd {
-        let script = CLIENT.replace("NAME", &mesh_name("exact")) + script;
+    /// It connects to ports that are `more` higher than it says.
+    fn command(&self, name: &str, more: u16, script: &str) -> Cmd {
+        let begin = CLIENT
+            .replace("NAME", &mesh_name("exact"))
+            .replace("MORE", &more.to_string());
+        let script = begin + script;
         self.pair.client.host.python(name, &script).cgroup("client")
     }
 
+    /// Waits until the server has said this of a port.
     #[track_caller]
-    fn wait_said(&self, what: &str) {
-        wait_until(&format!("the server to say {what}"), SOON, || {
+    fn wait_said(&self, port: u16, what: &str) {
+        let line = format!("{port} {what}\n");
+        wait_until(&format!("the server to say {line}"), SOON, || {
             let log = self.server.log();
-            check(log.contains(what), log)
+            check(log.contains(&line), log)
         });
     }
 }
@@ -126,41 +139,37 @@ impl Exact {
 #[test]
 fn a_reset_of_the_caller_reaches_a_server_that_reads() {
     let exact = Exact::new("reset_reaches_a_server");
-    exact.client(
-        "idle",
-        "c = connect(9000)\nc.sendall(b'a' * 10)\nreset(c)\n",
-    );
-    exact.wait_said("9000 reset");
-    assert!(
-        !exact.server.log().contains("9000 end"),
-        "a reset is no end"
-    );
-    exact.client(
-        "whole",
-        "c = connect(9000)\nc.sendall(b'a' * 10)\nc.shutdown(socket.SHUT_WR)\nassert c.recv(1) == b''\n",
-    );
+    for (more, protocol) in PROTOCOLS {
+        let script = "c = connect(9000)\nc.sendall(b'a' * 10)\nreset(c)\n";
+        exact.client("idle", more, script);
+        exact.wait_said(9000 + more, "reset");
+        let ended = exact.server.log().contains(&format!("{} end", 9000 + more));
+        assert!(!ended, "{protocol}: a reset is no end");
+        let script = "c = connect(9000)\nc.sendall(b'a' * 10)\nc.shutdown(socket.SHUT_WR)\n\
+                      assert c.recv(1) == b''\n";
+        exact.client("whole", more, script);
+        exact.wait_said(9000 + more, "end");
+    }
 }
 
 /// The caller's bytes fill every window on the way; nobody reads them, and nobody writes either.
 #[test]
 fn a_reset_passes_windows_that_are_full() {
     let exact = Exact::new("a_reset_passes_full_windows");
-    let text = exact.client(
-        "full",
-        "c = connect(9001)\nsent = fill(c)\nprint(sent)\nreset(c)\n",
-    );
-    let sent: u64 = text.trim().parse().unwrap();
-    assert!(sent > 512 * 1024, "the windows were never full: {sent}");
-    exact.wait_said("9001 reset");
+    for (more, _) in PROTOCOLS {
+        let script = "c = connect(9001)\nsent = fill(c)\nprint(sent)\nreset(c)\n";
+        let text = exact.client("full", more, script);
+        let sent: u64 = text.trim().parse().unwrap();
+        assert!(sent > 512 * 1024, "the windows were never full: {sent}");
+        exact.wait_said(9001 + more, "reset");
+    }
 }
 
 /// The server sends to a caller that does not read; the caller's reset must not wait behind those bytes.
 #[test]
 fn a_reset_passes_bytes_that_nobody_reads() {
     let exact = Exact::new("a_reset_passes_unread_bytes");
-    exact.client(
-        "unread",
-        r#"
+    let script = r#"
 c = connect(9002)
 c.sendall(b"a")
 # The receive buffer stops growing: all on the way is full.
@@ -175,35 +184,42 @@ while same < 50:
     same = same + 1 if now == seen and now > 0 else 0
     seen = now
     time.sleep(0.01)
-reset(c)
-"#,
-    );
-    exact.wait_said("9002 reset");
+# Closed with bytes unread, it resets by itself.
+c.close()
+"#;
+    for (more, _) in PROTOCOLS {
+        exact.client("unread", more, script);
+        exact.wait_said(9002 + more, "reset");
+    }
 }
 
 /// After its own end the caller resets: the server, which says nothing and so would never find out, hears of it.
 #[test]
 fn a_reset_after_an_end_is_carried_too() {
     let exact = Exact::new("a_reset_after_an_end");
-    let go = exact.pair.client.host.dir().join("go");
-    let script = format!(
-        "c = connect(9001)\nc.sendall(b'a')\nc.shutdown(socket.SHUT_WR)\n\
-         while not os.path.exists({go:?}): time.sleep(0.01)\nreset(c)\n"
-    );
-    let _client = exact.command("ended", &script).spawn("ended");
-    exact.wait_said("9001 end");
-    assert!(!exact.server.log().contains("reset"), "not yet");
-    std::fs::write(&go, "").unwrap();
-    exact.wait_said("9001 reset");
+    for (more, protocol) in PROTOCOLS {
+        let go = exact.pair.client.host.dir().join(protocol);
+        let script = format!(
+            "c = connect(9001)\nc.sendall(b'a')\nc.shutdown(socket.SHUT_WR)\n\
+             while not os.path.exists({go:?}): time.sleep(0.01)\nreset(c)\n"
+        );
+        let _client = exact.command("ended", more, &script).spawn("ended");
+        exact.wait_said(9001 + more, "end");
+        let reset = exact
+            .server
+            .log()
+            .contains(&format!("{} reset", 9001 + more));
+        assert!(!reset, "{protocol}: not yet");
+        std::fs::write(&go, "").unwrap();
+        exact.wait_said(9001 + more, "reset");
+    }
 }
 
 /// What a server says before it resets arrives, and then the reset, not an end.
 #[test]
 fn last_words_arrive_before_the_reset() {
     let exact = Exact::new("last_words_arrive");
-    let text = exact.client(
-        "words",
-        r#"
+    let script = r#"
 for _ in range(20):
     c = connect(9003)
     c.sendall(b"word")
@@ -216,11 +232,13 @@ for _ in range(20):
         sys.exit(1)
     except ConnectionResetError: pass
 print("ok")
-"#,
-    );
-    assert_eq!(text, "ok\n");
-    let refused = exact.pair.server.refused("app_reset");
-    assert!(refused >= 20.0, "{refused}");
+"#;
+    for (more, protocol) in PROTOCOLS {
+        let before = exact.pair.server.refused("app_reset");
+        assert_eq!(exact.client("words", more, script), "ok\n", "{protocol}");
+        let refused = exact.pair.server.refused("app_reset") - before;
+        assert!(refused >= 20.0, "{protocol}: {refused}");
+    }
 }
 
 /// A quiet connection outlives the idle time of HTTP several times, and both programs' kernels are asked whether
@@ -242,7 +260,7 @@ fn silence_does_not_end_a_connection_of_bytes() {
          while not os.path.exists({go:?}): time.sleep(0.01)\n\
          c.sendall(b'two')\nassert c.recv(9) == b'two'\nprint('ok', flush=True)\n"
     );
-    let client = exact.command("quiet", &script).spawn("quiet");
+    let client = exact.command("quiet", 0, &script).spawn("quiet");
     wait_until("the connection to be quiet", SOON, || {
         check(client.log().contains("quiet"), client.log())
     });
@@ -283,9 +301,7 @@ fn an_idle_time_for_bytes_cuts_only_what_is_silent() {
     agent.configure("[timeouts]\ntcp_idle_s = 1\n");
     agent.start();
     exact.pair.wait_name("exact");
-    let text = exact.client(
-        "moving",
-        r#"
+    let script = r#"
 quiet, busy = connect(9004), connect(9004)
 quiet.sendall(b"x")
 assert quiet.recv(1) == b"x"
@@ -303,9 +319,8 @@ while time.monotonic() < began + 3:
     assert busy.recv(1) == b"x"
     time.sleep(0.2)
 print(cut)
-"#,
-    );
-    assert_eq!(text, "reset\n");
+"#;
+    assert_eq!(exact.client("moving", 0, script), "reset\n");
     let metrics = exact.pair.client.metrics();
     let counted = metrics.sum("mesh_limit_reached_total", &[("limit", "tcp_idle")]);
     assert_eq!(counted, 1.0);

@@ -342,8 +342,8 @@ fn is_flood(error: &h2::Error) -> bool {
 }
 
 fn note_flood(metrics: &Metrics, account: &Account) {
-    metrics.refused(Direction::Inbound, Reason::HttpFlood);
     metrics.limits.reached(Limit::Floods);
+    metrics.refused(Direction::Inbound, Reason::HttpFlood);
     log::warn!(account:% = account, reason:% = Reason::HttpFlood; "an app's connection is ended: {}", Reason::HttpFlood.text());
 }
 

@@ -3,8 +3,12 @@
 mod fairness;
 mod simulation;
 
+use std::cell::Cell;
+use std::io;
+use std::pin::Pin;
+
 use super::*;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, duplex};
 use tokio::task::{LocalSet, spawn_local};
 
 fn local<F: Future<Output = ()>>(test: F) {
@@ -129,6 +133,81 @@ fn an_end_leaves_with_the_last_data() {
     ]
     .concat();
     assert_eq!(mux.0.borrow().output, frames);
+}
+
+/// A carrier that counts how often it took something.
+struct Counted<C>(C, Rc<Cell<usize>>);
+
+impl<C: AsyncRead + Unpin> AsyncRead for Counted<C> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl<C: AsyncWrite + Unpin> AsyncWrite for Counted<C> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.0).poll_write(cx, bytes);
+        if written.is_ready() {
+            self.1.set(self.1.get() + 1);
+        }
+        written
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+/// What many streams have to say in one turn of the loop leaves in one write, with their ends, at both sides.
+#[test]
+fn a_turn_of_the_loop_is_one_write_whatever_the_number_of_streams() {
+    const STREAMS: usize = 500;
+    local(async {
+        let (a, b) = duplex(1 << 20);
+        let [ours, theirs] = [(), ()].map(|()| Rc::new(Cell::new(0)));
+        let carrier = Counted(a, Rc::clone(&ours));
+        let (client, _, driver) = connection(carrier, Side::Client, Limits::DEFAULT);
+        spawn_local(driver);
+        let carrier = Counted(b, Rc::clone(&theirs));
+        let (_, incoming, driver) = connection(carrier, Side::Server, Limits::DEFAULT);
+        spawn_local(driver);
+        spawn_local(echo(incoming));
+        let go = Rc::new(tokio::sync::Notify::new());
+        let mut tasks = Vec::new();
+        for _ in 0..STREAMS {
+            let (stream, go) = (client.open(b"header").await.unwrap(), Rc::clone(&go));
+            tasks.push(spawn_local(async move {
+                let mut stream = stream;
+                go.notified().await;
+                stream.send(b"small").await.unwrap();
+                stream.end();
+                assert_eq!(read_all(&mut stream).await.unwrap(), b"small");
+            }));
+        }
+        // All that was to be said of the opening is said, and every task waits.
+        for _ in 0..10 * STREAMS {
+            tokio::task::yield_now().await;
+        }
+        let before = (ours.get(), theirs.get());
+        go.notify_waiters();
+        for task in tasks {
+            task.await.unwrap();
+        }
+        let writes = (ours.get() - before.0, theirs.get() - before.1);
+        assert_eq!(writes, (1, 1));
+    });
 }
 
 #[test]
