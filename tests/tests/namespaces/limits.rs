@@ -539,3 +539,33 @@ fn an_agent_that_asks_and_never_reads_is_given_up_and_counted() {
     assert!(server.log().contains("more control frames are asked for"));
     old.goes_on();
 }
+
+/// An agent with as many connections to other agents as it may have refuses the call that needs one more, and gives up
+/// those that carry nothing, so that the next one finds room. The one that carries a call stays.
+#[test]
+fn more_connections_to_agents_than_are_allowed_are_refused() {
+    let rig = Rig::new("dialled", "[limits]\nconnections = 2\n", "");
+    let server = &rig.pair.server.host;
+    let _apps = [("b", 9101, 8001), ("c", 9102, 8002)].map(|(name, echo, http)| {
+        let app = app(server, name, echo, http);
+        rig.pair.declare(name, http, "http");
+        app
+    });
+    let get = |service: &str, port: u16| {
+        let url = format!("http://{}:{port}/", mesh_name(service));
+        answer(&rig.pair.ok(&format!("curl -sS -i -m 30 {url}")))
+    };
+    let client = &rig.pair.client;
+    let old = rig.open("old", "client");
+    assert_eq!(get("b", 8001), "server");
+    assert_eq!(used(client, "dialled"), 2.0);
+    assert_eq!(get("c", 8002), "503 overloaded");
+    assert_eq!(reached(client, "dialled"), 1.0);
+    assert_eq!(client.refused("overloaded"), 1.0);
+    wait_until("room for another", SOON, || {
+        let got = get("c", 8002);
+        check(got == "server", got)
+    });
+    assert_eq!(used(client, "dialled"), 2.0);
+    old.goes_on();
+}
