@@ -167,7 +167,8 @@ pub(crate) struct Tries {
 }
 
 impl Tries {
-    pub(crate) fn note(&mut self, endpoint: &Rc<EndpointKey>, reason: Reason) {
+    /// Returns whether a new connection was drained, too: then it is the endpoint that goes.
+    pub(crate) fn note(&mut self, endpoint: &Rc<EndpointKey>, reason: Reason) -> bool {
         self.made += 1;
         self.last = Some(reason);
         let again = reason == Reason::Draining && self.drained.as_ref() != Some(endpoint);
@@ -176,6 +177,7 @@ impl Tries {
         } else {
             self.failed.push(Rc::clone(endpoint));
         }
+        reason == Reason::Draining && !again
     }
 
     pub(crate) fn are_used_up(&self) -> bool {
@@ -301,8 +303,12 @@ pub(crate) async fn open(
                 });
             }
             Err(reason) => {
-                started.tell(Instant::now(), outcome_of(reason));
-                tries.note(&endpoint, reason);
+                let outcome = if tries.note(&endpoint, reason) {
+                    Outcome::Failure
+                } else {
+                    outcome_of(reason)
+                };
+                started.tell(Instant::now(), outcome);
                 if reason == Reason::NoIdentity {
                     break;
                 }
@@ -416,12 +422,12 @@ mod tests {
         let (one, other) = (endpoint(1), endpoint(2));
         let mut tries = Tries::default();
         assert_eq!(tries.reason(), Reason::NoEndpoints);
-        tries.note(&one, Reason::Draining);
+        assert!(!tries.note(&one, Reason::Draining));
         assert!(tries.failed.is_empty());
-        tries.note(&one, Reason::Draining);
+        assert!(tries.note(&one, Reason::Draining), "it goes away");
         assert_eq!(tries.failed, [Rc::clone(&one)]);
         assert!(!tries.are_used_up());
-        tries.note(&other, Reason::PeerUnreachable);
+        assert!(!tries.note(&other, Reason::PeerUnreachable));
         assert_eq!(tries.failed, [one, other]);
         assert_eq!(tries.reason(), Reason::PeerUnreachable);
         assert!(tries.are_used_up());

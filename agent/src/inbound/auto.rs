@@ -46,7 +46,8 @@ pub(super) async fn serve(
             .await
             .map_err(|_| Reason::AppReset)?;
         sent = buffer.len();
-        if seen == Sniff::Other || !caller_spoke(&mut app, stream).await {
+        let spoke = seen != Sniff::Other && caller_spoke(&mut app, stream).await?;
+        if !spoke {
             break;
         }
         match stream.recv(&mut buffer, SNIFF_READ).await {
@@ -63,18 +64,24 @@ pub(super) async fn serve(
 
 /// False when the app spoke first. Settings of HTTP/2 are no first word: a client of it speaks without having them, and
 /// before it did it can not be told whether its bytes may pass.
-async fn caller_spoke(app: &mut TcpStream, stream: &MuxStream) -> bool {
+///
+/// # Errors
+/// The app reset its connection. The kernel tells that once: the relay would take what follows for a proper end.
+async fn caller_spoke(app: &mut TcpStream, stream: &MuxStream) -> Result<bool, Reason> {
     poll_fn(|cx: &mut Context<'_>| {
         if stream.poll_readable(cx).is_ready() {
-            return Poll::Ready(true);
+            return Poll::Ready(Ok(true));
         }
         let mut first = [0; FRAME_HEAD_LEN];
         let mut first = ReadBuf::new(&mut first);
-        let peeked = ready!(app.poll_peek(cx, &mut first));
-        if peeked.is_ok() && begins_as_server(first.filled()) {
+        if let Err(error) = ready!(app.poll_peek(cx, &mut first)) {
+            log::debug!("an app's connection broke: {error}");
+            return Poll::Ready(Err(Reason::AppReset));
+        }
+        if begins_as_server(first.filled()) {
             return Poll::Pending;
         }
-        Poll::Ready(false)
+        Poll::Ready(Ok(false))
     })
     .await
 }

@@ -3,6 +3,7 @@
 //! are its preface, else bytes.
 
 use std::future::poll_fn;
+use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -32,6 +33,8 @@ enum First {
     /// Bytes of another protocol, the app's word, or an end.
     Bytes,
     Refused(Reason),
+    /// The caller reset its connection.
+    Gone,
 }
 
 pub(super) async fn serve(
@@ -75,6 +78,8 @@ pub(super) async fn serve(
                 Err(reason) => reason,
             },
             First::Refused(reason) => reason,
+            // The call is dropped: the app sees a reset, too.
+            First::Gone => return relay::abort(client),
         };
         call.failed(refused);
         tries.note(&call.endpoint, refused);
@@ -111,32 +116,35 @@ async fn first(
         if seen == Sniff::Other {
             return First::Bytes;
         }
-        let client_spoke = poll_fn(|cx| poll_either(cx, client, call, buffer)).await;
-        if !client_spoke {
-            return match call.stream.reset_reason() {
-                Some(reason) => First::Refused(reason),
-                None => First::Bytes,
-            };
+        match poll_fn(|cx| poll_either(cx, client, call, buffer)).await {
+            Ok(true) => (),
+            Ok(false) => {
+                return match call.stream.reset_reason() {
+                    Some(reason) => First::Refused(reason),
+                    None => First::Bytes,
+                };
+            }
+            Err(error) => {
+                log::debug!("the caller's connection broke: {error}");
+                return First::Gone;
+            }
         }
     }
 }
 
-/// True when the caller spoke; false when the app did, or one of them ended.
+/// True when the caller spoke; false when the app did, or one of them ended. The kernel tells an error once: whoever read
+/// on behind it would take it for a proper end.
 fn poll_either(
     cx: &mut Context<'_>,
     client: &mut TcpStream,
     call: &Call,
     buffer: &mut Vec<u8>,
-) -> Poll<bool> {
+) -> Poll<io::Result<bool>> {
     if call.stream.poll_readable(cx).is_ready() {
-        return Poll::Ready(false);
+        return Poll::Ready(Ok(false));
     }
-    match poll_read_buf(Pin::new(client), cx, buffer) {
-        Poll::Pending => Poll::Pending,
-        // The relay meets the end, or the error, again.
-        Poll::Ready(Ok(0) | Err(_)) => Poll::Ready(false),
-        Poll::Ready(Ok(_)) => Poll::Ready(true),
-    }
+    // The relay meets the end again.
+    poll_read_buf(Pin::new(client), cx, buffer).map_ok(|bytes| bytes > 0)
 }
 
 /// An HTTP caller gets the refusal as a response, others a reset.

@@ -9,24 +9,26 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
 
 use mesh_api::frame;
 use mesh_core::reason::Reason;
-use mesh_core::stream::{Event, Frame, Limits, Machine, OpenError, Side, Streams, Violation};
+use mesh_core::stream::{Event, Frame, Machine, OpenError, Side, Streams, Violation};
 
 mod budget;
 mod driver;
+mod opener;
 mod received;
+mod settings;
 mod slot;
 mod stream;
 
 pub use budget::Budget;
+use opener::Opener;
 use slot::{Slot, wake};
 
 pub use driver::Driver;
+pub use settings::{Bound, KEEPALIVE, Settings};
 pub use stream::{MuxStream, StreamError};
 
 /// What one stream may add to the output before it has left: a bulk transfer leaves room for others.
@@ -34,40 +36,6 @@ const QUANTUM: usize = 128 * 1024;
 /// All output that waits for the carrier. Above it every stream waits. What is more than the carrier takes at once
 /// only gets cold.
 const OUTPUT_MAX: usize = 256 * 1024;
-
-/// A peer that said nothing for this long is asked; after as long again it is given up.
-pub const KEEPALIVE: Duration = Duration::from_secs(30);
-
-/// How a connection works.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// What this side is ready to bear.
-    pub limits: Limits,
-    /// After this much silence the peer is asked whether it lives.
-    pub keepalive: Duration,
-    /// What the connection's buffers count against.
-    pub budget: Arc<Budget>,
-}
-
-impl From<Limits> for Settings {
-    /// A connection that shares its bounds with no other.
-    fn from(limits: Limits) -> Self {
-        Self {
-            limits,
-            keepalive: KEEPALIVE,
-            budget: Budget::new(usize::MAX),
-        }
-    }
-}
-
-/// A bound of this side by which a connection was ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bound {
-    /// The peer said, or acknowledged, nothing for too long.
-    Silence,
-    /// The peer asked for answers and did not read them.
-    Control,
-}
 
 /// A connection, as those see it who open streams.
 #[derive(Clone, Debug)]
@@ -315,36 +283,6 @@ impl Mux {
         let mut shared = self.0.borrow_mut();
         shared.closing = true;
         shared.wake_driver();
-    }
-}
-
-/// Somebody who is at opening a stream: also between being woken and having its turn.
-struct Opener<'a> {
-    shared: &'a RefCell<Shared>,
-    ticket: u64,
-    place: Option<Place>,
-}
-
-impl<'a> Opener<'a> {
-    fn begin(shared: &'a RefCell<Shared>) -> Self {
-        let mut all = shared.borrow_mut();
-        all.openers += 1;
-        all.tickets += 1;
-        Self {
-            shared,
-            ticket: all.tickets,
-            place: None,
-        }
-    }
-}
-
-impl Drop for Opener<'_> {
-    fn drop(&mut self) {
-        let mut shared = self.shared.borrow_mut();
-        shared.openers -= 1;
-        shared.opening.remove(&self.ticket);
-        // Given up before its turn came, it leaves the turn to the next.
-        shared.wake_openers();
     }
 }
 

@@ -7,7 +7,7 @@ use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::bounds::reached;
 use crate::http2;
-use crate::limits::{ECHO, HTTP, Open, Rig, answer, app};
+use crate::limits::{ECHO, HTTP, Open, PORTS, Rig, answer, app};
 use crate::pair::owner;
 
 /// What is open to the server: a connection of bytes, an HTTP/1 request that waits for its answer, an HTTP/2 tunnel.
@@ -91,7 +91,7 @@ fn a_stopped_agent_lets_calls_end_and_new_ones_go_elsewhere_at_once() {
     let second = rig.pair.site.host("second");
     let second = rig.pair.control.join(&second, &TokenOptions::default());
     let _app = app(&second.host, "app", ECHO, HTTP);
-    second.serve("app", &owner("app"), &[(ECHO, "tcp"), (HTTP, "http")]);
+    second.serve("app", &owner("app"), &PORTS);
     rig.pair.control.wait_endpoints("shop/app", 2);
     wait_until("both to answer", SOON, || {
         let got = rig.get("/");

@@ -24,8 +24,8 @@ const OPEN: &str = include_str!("limits/open.py");
 
 pub(crate) const ECHO: u16 = 9000;
 pub(crate) const HTTP: u16 = 8000;
-/// HTTP/2 that is declared and not served.
-const HTTP2: u16 = 8081;
+/// HTTP/2 is declared and not served.
+pub(crate) const PORTS: [(u16, &str); 3] = [(ECHO, "tcp"), (HTTP, "http"), (8081, "http2")];
 
 /// A pair whose `shop/app` echoes and speaks HTTP.
 pub(crate) struct Rig {
@@ -46,8 +46,7 @@ impl Rig {
             }
         }
         let app = app(&pair.server.host, "app", ECHO, HTTP);
-        let ports = [(ECHO, "tcp"), (HTTP, "http"), (HTTP2, "http2")];
-        pair.server.serve("app", &owner("app"), &ports);
+        pair.server.serve("app", &owner("app"), &PORTS);
         pair.control.wait_endpoints("shop/app", 1);
         pair.wait_name("app");
         Self { pair, app }
@@ -568,4 +567,31 @@ fn more_connections_to_agents_than_are_allowed_are_refused() {
     });
     assert_eq!(used(client, "dialled"), 2.0);
     old.goes_on();
+}
+
+/// The called agent bears two calls on a connection, and four connections are made to it: the ninth call waits for room, not
+/// for ever. Whoever has connections of its own goes on, as do those that are open; and when one is through there is room.
+#[test]
+fn calls_that_wait_for_room_on_a_connection_are_bounded_in_time() {
+    let rig = Rig::new(
+        "streams",
+        "[timeouts]\nconnect_s = 2\n",
+        "[limits]\nstreams = 2\n",
+    );
+    let client = &rig.pair.client;
+    let mut open: Vec<Open> = (0..8)
+        .map(|n| rig.open(&format!("open-{n}"), "client"))
+        .collect();
+    assert_eq!(used(client, "dialled"), 4.0);
+    assert_eq!(reached(client, "streams"), 0.0);
+    assert_eq!(rig.once("client", "app", ECHO), "ConnectionResetError");
+    assert_eq!(rig.get("/"), "503 overloaded");
+    assert_eq!(reached(client, "streams"), 2.0);
+    assert_eq!(client.refused("overloaded"), 2.0);
+    assert_eq!(rig.once("shell", "app", ECHO), "open");
+    open.pop().unwrap().goes_on();
+    assert_eq!(rig.get("/"), "server");
+    for call in open {
+        call.goes_on();
+    }
 }

@@ -8,7 +8,7 @@ use crate::pair::{Pair, mesh_name};
 
 /// A server whose ports do each what a test needs, and which says what it sees:
 /// 9000 hears and says `reset` or `end`; 9001 never reads, and knows by its socket alone; 9002 sends without end;
-/// 9003 takes a word, answers, and resets; 9004 echoes, and 9005 is HTTP. Health checks say nothing. The same, 10 higher, is
+/// 9003 takes a word, answers, and resets; 9004 echoes, 9005 is HTTP, and 9006 resets at once. Health checks say nothing. The same, 10 higher, is
 /// there with a protocol that is not declared.
 const SERVER: &str = r#"
 import socket, struct, threading, time
@@ -57,7 +57,7 @@ def serve(port, what):
         c = s.accept()[0]
         kept.append(c)
         threading.Thread(target=what, args=(c,), daemon=True).start()
-for number, what in ((9000, hear), (9001, ignore), (9002, flood), (9003, answer), (9004, echo)):
+for number, what in ((9000, hear), (9001, ignore), (9002, flood), (9003, answer), (9004, echo), (9006, reset)):
     for more in (0, 10): threading.Thread(target=serve, args=(number + more, what)).start()
 serve(9005, echo)
 "#;
@@ -98,7 +98,7 @@ impl Exact {
         let server = host.python("exact", SERVER).cgroup("exact").spawn("exact");
         let mut ports = vec![(9005, "http")];
         for (more, protocol) in PROTOCOLS {
-            ports.extend((9000..9005).map(|port| (port + more, protocol)));
+            ports.extend([9000, 9001, 9002, 9003, 9004, 9006].map(|port| (port + more, protocol)));
         }
         for (port, _) in &ports {
             host.wait_listening(*port, SOON);
@@ -238,6 +238,22 @@ print("ok")
         assert_eq!(exact.client("words", more, script), "ok\n", "{protocol}");
         let refused = exact.pair.server.refused("app_reset") - before;
         assert!(refused >= 20.0, "{protocol}: {refused}");
+    }
+}
+
+/// A server that resets before anybody said a word ended nothing properly.
+#[test]
+fn a_reset_before_any_word_is_no_end() {
+    let exact = Exact::new("a_reset_before_any_word");
+    let script = r#"
+for _ in range(20):
+    c = connect(9006)
+    try: print(c.recv(1))
+    except ConnectionResetError: print("reset")
+"#;
+    for (more, protocol) in PROTOCOLS {
+        let text = exact.client("wordless", more, script);
+        assert_eq!(text, "reset\n".repeat(20), "{protocol}");
     }
 }
 

@@ -6,8 +6,11 @@ mod simulation;
 use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::*;
+use mesh_core::stream::Limits;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf, duplex};
 use tokio::task::{LocalSet, spawn_local};
 
@@ -336,7 +339,7 @@ fn a_reader_that_is_never_through_keeps_only_what_it_has_not_read() {
 fn output_that_never_runs_dry_does_not_grow_and_all_streams_have_their_share() {
     local(async {
         let (client, mut incoming) = pair(Limits::DEFAULT);
-        let counts: Vec<Rc<std::cell::Cell<usize>>> = (0..24).map(|_| Rc::default()).collect();
+        let counts: Vec<Rc<Cell<usize>>> = (0..24).map(|_| Rc::default()).collect();
         for count in &counts {
             let (client, count) = (client.clone(), Rc::clone(count));
             spawn_local(async move {

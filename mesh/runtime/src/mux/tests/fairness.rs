@@ -6,6 +6,7 @@ use tokio::task::{spawn_local, yield_now};
 
 use super::super::*;
 use super::local;
+use mesh_core::stream::Limits;
 
 /// The carrier's own buffer.
 const CARRIER: usize = 10_000;

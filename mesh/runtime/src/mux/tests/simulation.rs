@@ -6,6 +6,7 @@ use std::io;
 use std::pin::Pin;
 
 use mesh_core::rng::Rng;
+use mesh_core::stream::Limits;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf, duplex};
 use tokio::task::{JoinHandle, spawn_local, yield_now};
 
