@@ -19,6 +19,7 @@ def reset(c):
     c.close()
 def hear(c):
     if c.recv(1) == b"": return
+    say(port(c), "heard")
     try:
         while c.recv(65536): pass
         say(port(c), "end")
@@ -140,8 +141,14 @@ impl Exact {
 fn a_reset_of_the_caller_reaches_a_server_that_reads() {
     let exact = Exact::new("reset_reaches_a_server");
     for (more, protocol) in PROTOCOLS {
-        let script = "c = connect(9000)\nc.sendall(b'a' * 10)\nreset(c)\n";
-        exact.client("idle", more, script);
+        let go = exact.pair.client.host.dir().join(protocol);
+        let script = format!(
+            "c = connect(9000)\nc.sendall(b'a' * 10)\n\
+             while not os.path.exists({go:?}): time.sleep(0.01)\nreset(c)\n"
+        );
+        let _client = exact.command("idle", more, &script).spawn("idle");
+        exact.wait_said(9000 + more, "heard");
+        std::fs::write(&go, "").unwrap();
         exact.wait_said(9000 + more, "reset");
         let ended = exact.server.log().contains(&format!("{} end", 9000 + more));
         assert!(!ended, "{protocol}: a reset is no end");
