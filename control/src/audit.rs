@@ -3,14 +3,17 @@
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use mesh_core::reason::Reason;
 use serde::Serialize;
 
 use crate::clock;
+use crate::limits::{self, Pace};
 
 /// Size at which the file is rotated.
 const FILE_MAX: u64 = 64 * 1024 * 1024;
@@ -20,6 +23,10 @@ const KEPT: usize = 4;
 const TAIL_MAX: u64 = 4 * 1024 * 1024;
 /// Most entries of one answer.
 pub(crate) const LIMIT_MAX: usize = 10_000;
+/// Refusals of one address in one kind of act before they are only counted: more than a fleet behind one address has when its
+/// scope was narrowed. One more is written after each of the second: some 20 MB a day.
+const REFUSALS_MAX: u32 = 1_000;
+const REFUSALS_REFILL: Duration = Duration::from_secs(1);
 /// Longest text of a field that a peer chose.
 const FIELD_MAX: usize = 256;
 
@@ -38,6 +45,12 @@ impl Actor {
             who: "control".to_owned(),
             from: String::new(),
         }
+    }
+
+    /// The address without a port; `None` for control itself.
+    pub(crate) fn address(&self) -> Option<IpAddr> {
+        let with_port = self.from.parse::<SocketAddr>().map(|a| a.ip());
+        with_port.or_else(|_| self.from.parse()).ok()
     }
 }
 
@@ -59,6 +72,8 @@ pub(crate) struct Audit {
     path: PathBuf,
     /// Held for one append only.
     file: Mutex<Open>,
+    /// By address and kind of act.
+    refusals: Pace<(IpAddr, String)>,
 }
 
 #[derive(Debug)]
@@ -74,10 +89,13 @@ impl Audit {
         Ok(Self {
             path,
             file: Mutex::new(open),
+            refusals: Pace::new(REFUSALS_MAX, REFUSALS_REFILL),
         })
     }
 
-    /// Appends one entry. That the audit can not be written is loud, and stops nothing: what was committed is.
+    /// Appends one entry. That the audit can not be written is loud, and stops nothing: what was committed is. False for a
+    /// refusal of somebody who has had his share of them in this kind of act: who is refused without end must not rotate away
+    /// what else is there. All are counted in metrics.
     pub(crate) fn append(
         &self,
         actor: &Actor,
@@ -85,7 +103,13 @@ impl Audit {
         object: &str,
         refused: Option<Reason>,
         revision: u64,
-    ) {
+    ) -> bool {
+        if let (Some(_), Some(address)) = (refused, actor.address()) {
+            let who = (limits::key(address), cut(action).to_owned());
+            if !self.refusals.take(who, 1, Instant::now()) {
+                return false;
+            }
+        }
         let entry = Entry {
             time: clock::rfc3339(clock::now_s()),
             who: cut(&actor.who),
@@ -104,6 +128,7 @@ impl Audit {
         if let Err(error) = written {
             log::error!(action, object; "cannot append to {}: {error}", self.path.display());
         }
+        true
     }
 
     fn write(&self, line: &[u8]) -> io::Result<()> {

@@ -148,8 +148,14 @@ impl Control {
         }
     }
 
-    /// Notes a refusal that never came to the writer.
+    /// Notes a refusal that never came to the writer. A caller that is refused without end is only counted after a while.
     pub(crate) fn refused(&self, actor: &Actor, action: &str, object: &str, refusal: &Refusal) {
+        self.metrics.refused(refusal.reason);
+        let revision = self.writer.now().revision;
+        let refused = Some(refusal.reason);
+        if !self.audit.append(actor, action, object, refused, revision) {
+            return;
+        }
         let (who, from) = (actor.who.as_str(), actor.from.as_str());
         let reason = refusal.reason.code();
         match refusal.reason.fault() {
@@ -160,10 +166,6 @@ impl Control {
                 log::info!(action, object, who, from, reason; "refused: {refusal}");
             }
         }
-        self.metrics.refused(refusal.reason);
-        let revision = self.writer.now().revision;
-        self.audit
-            .append(actor, action, object, Some(refusal.reason), revision);
     }
 
     /// Notes an act that changes nothing in the catalogue.

@@ -69,7 +69,8 @@ impl Mesh for MeshService {
         let peer = peer(&request)?;
         let host = peer.agent(&self.control.writer.now());
         let host = host.inspect_err(|r| self.refused(&unknown(&peer), "renew", "", r))?;
-        let response = renew::renew(&self.control, &host, &peer, request.get_ref())?;
+        let response = renew::renew(&self.control, &host, &peer, request.get_ref());
+        let response = response.inspect_err(|r| self.refused(&unknown(&peer), "renew", "", r))?;
         Ok(Response::new(response))
     }
 
@@ -114,7 +115,10 @@ impl Mesh for MeshService {
         let now = self.control.writer.now();
         let host = peer.agent(&now);
         let host = host.inspect_err(|r| self.refused(&unknown(&peer), "explain", "", r))?;
-        let response = explain::explain(&now, &host, request.get_ref());
+        let limits = &self.control.limits;
+        let response = limits
+            .question(&host.uid, Instant::now())
+            .and_then(|()| explain::explain(&now, &host, request.get_ref()));
         let response = response.inspect_err(|r| self.refused(&unknown(&peer), "explain", "", r))?;
         Ok(Response::new(response))
     }

@@ -1,5 +1,6 @@
 //! A whole control in this process, with agents and operators that speak to it over real TLS.
 
+mod edges;
 mod harness;
 mod hostile;
 mod trust;

@@ -147,17 +147,20 @@ impl WriterLoop {
     fn note(&self, job: &Job, object: &str, refusal: Option<&Refusal>, changed: bool) {
         let revision = self.state.catalogue.revision;
         let action = job.command.action();
-        if let Some(refusal) = refusal {
-            let who = job.actor.who.as_str();
-            let reason = refusal.reason.code();
-            self.metrics.refused(refusal.reason);
-            log::warn!(action, object, who, reason; "refused: {refusal}");
-        } else if !changed {
+        let reason = refusal.map(|r| r.reason);
+        if refusal.is_none() && !changed {
             return;
         }
-        let reason = refusal.map(|r| r.reason);
-        self.audit
+        let written = self
+            .audit
             .append(&job.actor, action, object, reason, revision);
+        if let Some(refusal) = refusal {
+            self.metrics.refused(refusal.reason);
+            if written {
+                let (who, reason) = (job.actor.who.as_str(), refusal.reason.code());
+                log::warn!(action, object, who, reason; "refused: {refusal}");
+            }
+        }
     }
 }
 

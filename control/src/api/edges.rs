@@ -126,13 +126,16 @@ pub(super) fn quiet(
         .iter()
         .filter(|(uid, _)| now.hosts.contains_key(*uid));
     for (_, report) in reports {
+        let mut seen: BTreeMap<(&ServiceName, u16), u64> = BTreeMap::new();
+        for (edge, used) in &report.edges {
+            if let EdgeCaller::Plaintext(_) = edge.caller {
+                let last = seen.entry((&edge.service, edge.port)).or_default();
+                *last = used.last_ms.max(*last);
+            }
+        }
         for port in &report.watched {
             let key = (port.service.clone(), port.port);
-            let last = report.edges.iter().filter(|(edge, _)| {
-                let here = (&edge.service, edge.port) == (&key.0, key.1);
-                here && matches!(edge.caller, EdgeCaller::Plaintext(_))
-            });
-            let last = last.map(|(_, used)| used.last_ms).max();
+            let last = seen.get(&(&port.service, port.port)).copied();
             // Where callers can not be told apart nobody knows who was not seen.
             let quiet = match report.overflowed {
                 true => now_ms,

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use mesh_core::identity::SpiffeId;
 use mesh_core::names::ServiceName;
-use mesh_core::policy::{Cidr, Level, PolicySet, Target, authorize, deciding, plaintext_door};
+use mesh_core::policy::{Cidr, PolicySet, Target, authorize, deciding, plaintext_door};
 use mesh_core::service::Transport;
 
 use super::Catalogue;
-use super::objects::Service;
+use super::objects::{Policy, Service};
 
 /// What the policies say of one call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,23 +25,24 @@ pub(crate) fn policies(now: &Catalogue) -> PolicySet {
     select(now, |_| true)
 }
 
-/// The policies that may decide about one service.
+/// The policies that may decide about one service. Only these are read: agents ask for it.
 pub(crate) fn policies_of(now: &Catalogue, service: &ServiceName) -> PolicySet {
-    select(now, |level| match level {
-        Level::Service(name) => name == service,
-        Level::Namespace(namespace) => *namespace == service.namespace,
-        Level::Mesh => true,
+    select(now, |policy| {
+        let (metadata, spec) = (&policy.object.metadata, &policy.object.spec);
+        let namespace = metadata.namespace.as_deref();
+        namespace.is_none_or(|ns| ns == service.namespace.as_str())
+            && (spec.service.as_deref()).is_none_or(|name| name == service.name.as_str())
     })
 }
 
-fn select(now: &Catalogue, wanted: impl Fn(&Level) -> bool) -> PolicySet {
+fn select(now: &Catalogue, wanted: impl Fn(&Policy) -> bool) -> PolicySet {
     let own = &now.settings.trust_domain;
+    let all = now.policies.values().filter(|policy| wanted(policy));
     // They were checked when they came.
-    let all = now.policies.values();
     let all = all.filter_map(|policy| policy.object.to_core(own).ok());
     PolicySet {
         revision: now.policies_revision,
-        policies: all.filter(|p| wanted(&p.level)).map(Arc::new).collect(),
+        policies: all.map(Arc::new).collect(),
     }
 }
 

@@ -1,5 +1,7 @@
 //! `Renew`: new leaves for what a host's token allows, and for nothing else.
 
+use std::time::Instant;
+
 use mesh_api::proto;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::reason::Reason;
@@ -26,6 +28,8 @@ pub(super) fn renew(
             request.leaves.len()
         )));
     }
+    let asked = request.leaves.len();
+    control.limits.leaves(&host.uid, asked, Instant::now())?;
     let actor = Actor {
         who: format!("host/{}", host.name),
         from: peer.from(),

@@ -82,16 +82,23 @@ impl TryFrom<&proto::Edges> for EdgeReport {
             }
             edges.push((key, used));
         }
-        let watched = wire.watched.iter().map(|one| {
-            Ok(WatchedPort {
+        let mut seen = BTreeSet::new();
+        let mut watched = Vec::with_capacity(wire.watched.len());
+        for one in &wire.watched {
+            let port = WatchedPort {
                 service: service("a watched port", one.service.as_ref())?,
                 port: port("a watched port", one.port)?,
                 since_ms: one.since_ms,
-            })
-        });
+            };
+            // Who says it twice would count as two hosts that saw nobody.
+            if !seen.insert((port.service.clone(), port.port)) {
+                return Err(bad("a watched port", "is listed twice"));
+            }
+            watched.push(port);
+        }
         Ok(Self {
             edges,
-            watched: watched.collect::<Result<_, SyncError>>()?,
+            watched,
             overflowed: wire.overflowed,
         })
     }
@@ -162,7 +169,7 @@ mod tests {
 
     #[test]
     fn what_is_out_of_bounds_is_refused() {
-        let changes: [fn(&mut proto::Edges); 8] = [
+        let changes: [fn(&mut proto::Edges); 9] = [
             |e| e.edges[0].service = None,
             |e| e.edges[0].port = 70_000,
             |e| e.edges[0].identity = "spiffe://x".to_owned(),
@@ -171,6 +178,13 @@ mod tests {
             |e| e.edges[1].verdict = "maybe".to_owned(),
             |e| e.edges[1] = e.edges[0].clone(),
             |e| e.watched[0].port = 0,
+            |e| {
+                let again = proto::WatchedPort {
+                    since_ms: 8,
+                    ..e.watched[0].clone()
+                };
+                e.watched.push(again);
+            },
         ];
         for change in changes {
             let mut wire = proto::Edges::from(&report());

@@ -1,7 +1,11 @@
 //! `meshctl edges`: who really calls is listed with its identity or as plaintext, with since when.
 
+use std::fs;
+
+use mesh_api::proto;
+use mesh_api::stored::{seal, unseal};
 use meshwork_tests::control::Control;
-use meshwork_tests::wait::{check, wait_until};
+use meshwork_tests::wait::{SOON, check, wait_until};
 use serde_json::Value;
 
 use crate::pair::{Pair, mesh_name, owner, spiffe, spiffe_host};
@@ -98,4 +102,72 @@ fn every_edge_has_identities_or_is_plaintext() {
     });
     let nothing = pair.control.meshctl("edges shop/nothing").ok();
     assert_eq!(nothing.lines().count(), 1, "{nothing}");
+}
+
+const DAY_MS: u64 = 86_400_000;
+
+/// Ports at which nobody called in plaintext for long are proposed for `strict`, and others are not.
+#[test]
+fn strict_is_proposed_where_it_would_refuse_nobody() {
+    let mut pair = Pair::new("strict_is_proposed");
+    let _web = pair.web("http", "");
+    let old = pair
+        .server
+        .host
+        .cmd("exec /usr/bin/python3 -m http.server 81");
+    let _old = old.cgroup("old").spawn("old");
+    pair.server.host.wait_listening(81, SOON);
+    pair.declare("old", 81, "http");
+    let listed = |pair: &Pair| pair.control.meshctl("edges");
+    // Both are watched, for minutes only.
+    let kept = pair.server.host.dir().join("state/edges");
+    let watched = || -> Result<proto::Edges, String> {
+        let bytes = fs::read(&kept).map_err(|e| e.to_string())?;
+        let edges: proto::Edges = unseal(&bytes).map_err(|e| e.to_string())?;
+        let count = edges.watched.len();
+        check(count == 2, format!("{count} are watched")).map(|()| edges)
+    };
+    let mut edges = wait_until("both ports to be watched", Control::NOTICED, watched);
+    assert!(!listed(&pair).stderr.contains("would refuse nobody"));
+    // As they are on its disk after nine days, in the last two of which somebody called one of them.
+    pair.server.stop();
+    let now_ms = edges.watched[0].since_ms;
+    for port in &mut edges.watched {
+        port.since_ms -= 9 * DAY_MS;
+    }
+    edges.edges.push(proto::Edge {
+        service: Some(proto::ServiceRef {
+            namespace: "shop".to_owned(),
+            name: "old".to_owned(),
+        }),
+        port: 81,
+        address: pair.client.host.v4().to_string(),
+        verdict: "passed".to_owned(),
+        calls: 1,
+        first_ms: now_ms - 8 * DAY_MS,
+        last_ms: now_ms - 2 * DAY_MS,
+        ..proto::Edge::default()
+    });
+    fs::write(&kept, seal(&edges)).unwrap();
+    pair.server.start();
+    let proposed = "shop/web port 80 saw no plaintext caller since ";
+    wait_until("the proposal", Control::NOTICED, || {
+        let output = listed(&pair);
+        check(output.stderr.contains(proposed), output.to_string())
+    });
+    let output = listed(&pair);
+    assert!(!output.stderr.contains("shop/old"), "{output}");
+    assert!(output.stdout.contains("shop/old"), "{output}");
+    let found = pair.control.meshctl("check").stdout;
+    assert!(found.contains("shop/web:80, since "), "{found}");
+    let strict = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop, annotations: \
+        {meshwork.io/transport: strict}}\nspec: {ports: [{port: 80, appProtocol: http}]}\n";
+    pair.control.apply(strict).ok();
+    wait_until("the proposal to be heeded", SOON, || {
+        let output = listed(&pair);
+        let heeded = !output.stderr.contains(proposed);
+        check(heeded, output.to_string())
+    });
+    let call = format!("curl -sS -m 5 http://{}/", mesh_name("web"));
+    assert_eq!(pair.ok(&call), "hello\n");
 }
