@@ -125,6 +125,9 @@ impl Sources {
         if view.policies.is_none() {
             waits.push("the policies, which control sends".to_owned());
         }
+        if view.revoked.is_none() {
+            waits.push("what was revoked, which control sends again".to_owned());
+        }
         let standings = self.standings.borrow().clone();
         let set = self.sets.borrow().clone();
         let accounts = set.workloads.iter().map(|w| &w.account);
@@ -159,6 +162,7 @@ impl Sources {
             control: control(&session),
             index: index(&view, &session),
             policies: view.policies.as_ref().map(|p| p.revision),
+            revocations_unknown: view.revoked.is_none(),
             endpoints_known: view.endpoints.len(),
             capture: CaptureStatus {
                 applied: owners.applied,
@@ -184,7 +188,8 @@ impl Sources {
             let mut shown = workload_status(workload, &session.problems, &verdicts);
             let identity = Identity::Workload(account.clone());
             shown.leaf = leaf(&identity, standings.get(&identity));
-            if view.revoked.cover(&host.uid, &identity) {
+            let revoked = view.revoked.as_ref();
+            if revoked.is_some_and(|revoked| revoked.cover(&host.uid, &identity)) {
                 let reason = Reason::IdentityRevoked;
                 shown.leaf.left_s = None;
                 shown.leaf.refused = Some(refusal(reason, reason.text(), &identity));

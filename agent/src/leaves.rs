@@ -619,7 +619,7 @@ mod tests {
             unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::new(Leaves::default()),
-            revoked: Arc::default(),
+            revoked: Some(Arc::default()),
             live: false,
         });
         let (sets, sets_at) = watch::channel(set(accounts));

@@ -72,10 +72,15 @@ pub(crate) fn enter(thread: &Rc<Thread>, mux: &Mux, ends: Ends) -> Entered {
         theirs: ends.theirs,
     };
     let view = thread.view();
-    if view.revoked.cover(&ends.host, &connection.theirs) {
-        connection.end(thread, Reason::PeerRevoked);
-    } else if view.revoked.cover(&view.host.uid, &connection.ours) {
-        connection.end(thread, Reason::IdentityRevoked);
+    match &view.revoked {
+        None => connection.end(thread, Reason::RevocationsUnknown),
+        Some(revoked) if revoked.cover(&ends.host, &connection.theirs) => {
+            connection.end(thread, Reason::PeerRevoked);
+        }
+        Some(revoked) if revoked.cover(&view.host.uid, &connection.ours) => {
+            connection.end(thread, Reason::IdentityRevoked);
+        }
+        Some(_) => {}
     }
     let mut hosts = live.hosts.borrow_mut();
     let of_host = hosts.entry(ends.host.clone()).or_default();
@@ -101,9 +106,11 @@ impl Connection {
 /// Ends what is revoked from now on. Never completes while the agent lives.
 pub(crate) async fn heed(thread: Rc<Thread>) {
     let mut view = thread.view.clone();
-    let mut known = Arc::clone(&view.borrow().revoked);
+    let mut known = view.borrow().revoked.clone().unwrap_or_default();
     while view.changed().await.is_ok() {
-        let now = Arc::clone(&view.borrow_and_update().revoked);
+        // While it is not known there is nothing open.
+        let now = view.borrow_and_update().revoked.clone();
+        let now = now.unwrap_or_default();
         if Arc::ptr_eq(&now, &known) {
             continue;
         }

@@ -312,25 +312,30 @@ impl State {
 
     /// What was kept; a damaged file is reported and is as none.
     pub(crate) fn kept<M: Message + Default>(&self, what: Kept) -> Option<M> {
-        let path = self.root.join(what.name());
-        let read = || -> Result<Option<M>, KeptError> {
-            let content = read_if_there(&path, STORED_MAX)?;
-            Ok(content.map(|c| stored::unseal(&c)).transpose()?)
-        };
-        match read() {
-            Ok(message) => message,
-            Err(error) => {
-                log::warn!(
-                    file:% = path.display(), error:% = error;
-                    "a file of the state directory is of no use and is left out; control sends its content again"
-                );
-                None
-            }
-        }
+        self.kept_whole(what).unwrap_or_else(|error| {
+            log::warn!(
+                file:% = self.file(what).display(), error:% = error;
+                "a file of the state directory is of no use and is left out; control sends its content again"
+            );
+            None
+        })
+    }
+
+    /// What was kept, where a damaged file is not as none.
+    pub(crate) fn kept_whole<M: Message + Default>(
+        &self,
+        what: Kept,
+    ) -> Result<Option<M>, KeptError> {
+        let content = read_if_there(&self.file(what), STORED_MAX)?;
+        Ok(content.map(|c| stored::unseal(&c)).transpose()?)
+    }
+
+    pub(crate) fn file(&self, what: Kept) -> PathBuf {
+        self.root.join(what.name())
     }
 
     pub(crate) fn keep(&self, what: Kept, message: &impl Message) -> Result<(), FileError> {
-        files::write_private(&self.root.join(what.name()), &stored::seal(message))
+        files::write_private(&self.file(what), &stored::seal(message))
     }
 
     /// When control was last heard; Unix time, milliseconds.
@@ -370,8 +375,9 @@ impl State {
     }
 }
 
+/// Why a file that was kept is of no use.
 #[derive(Debug, thiserror::Error)]
-enum KeptError {
+pub(crate) enum KeptError {
     #[error(transparent)]
     File(#[from] FileError),
     #[error(transparent)]

@@ -33,6 +33,9 @@ pub(crate) struct Status {
     pub(crate) index: Option<IndexStatus>,
     /// Revision of the policies in use; none were ever received: nobody is let in.
     pub(crate) policies: Option<u64>,
+    /// The list of what was revoked can not be read: nobody is believed.
+    #[serde(default)]
+    pub(crate) revocations_unknown: bool,
     /// Services whose endpoints are known.
     pub(crate) endpoints_known: usize,
     pub(crate) capture: CaptureStatus,
@@ -179,6 +182,12 @@ impl Status {
                 "policies     none were received yet: nobody is let in"
             )?;
         }
+        if self.revocations_unknown {
+            writeln!(
+                page,
+                "revocations  CAN NOT BE READ from disk: all calls are refused until control is reached"
+            )?;
+        }
         match &self.capture.error {
             Some(error) => writeln!(
                 page,
@@ -223,6 +232,7 @@ impl Status {
             + usize::from(self.control.stale_since_s.is_some())
             + usize::from(self.capture.error.is_some())
             + usize::from(self.policies.is_none())
+            + usize::from(self.revocations_unknown)
             + usize::from(self.host_leaf.refused.is_some());
         let workloads = self.workloads.iter().map(|w| w.problems().len());
         host + workloads.sum::<usize>()

@@ -35,8 +35,8 @@ pub(crate) struct View {
     /// Whose a socket is, by what the kernel says of it.
     pub(crate) owners: Arc<OwnerTable>,
     pub(crate) leaves: Arc<Leaves>,
-    /// What must no more be believed, of this host too.
-    pub(crate) revoked: Arc<Revocations>,
+    /// What must no more be believed, of this host too. `None`: it is not known, and nobody is believed.
+    pub(crate) revoked: Option<Arc<Revocations>>,
     /// Whether the session with control is live: only then is it worth waiting for an answer.
     pub(crate) live: bool,
 }
@@ -44,7 +44,8 @@ pub(crate) struct View {
 impl View {
     /// The certificate of an identity that this host may speak for.
     pub(crate) fn leaf(&self, identity: &Identity) -> Result<&Arc<Leaf>, Reason> {
-        if self.revoked.cover(&self.host.uid, identity) {
+        let revoked = self.revoked.as_ref().ok_or(Reason::RevocationsUnknown)?;
+        if revoked.cover(&self.host.uid, identity) {
             return Err(Reason::IdentityRevoked);
         }
         self.leaves.of(identity).ok_or(Reason::NoIdentity)

@@ -177,7 +177,7 @@ impl Parts {
             unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::new(Leaves::default()),
-            revoked: Arc::default(),
+            revoked: Some(Arc::default()),
             live: false,
         });
         Ok(Self {

@@ -3,6 +3,7 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_lc_rs::rand;
@@ -12,7 +13,7 @@ use mesh_core::identity::SpiffeId;
 use mesh_core::names::{HostUid, TrustDomain};
 use mesh_core::reason::Reason;
 use mesh_runtime::files::{self, FileError};
-use mesh_runtime::tls::{leaf, verify};
+use mesh_runtime::tls::leaf;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, DnValue, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
@@ -61,6 +62,15 @@ pub(crate) enum Origin {
     },
 }
 
+/// Where another issuer under the same root comes from.
+#[derive(Clone, Debug)]
+pub(crate) enum NewIssuer {
+    /// It is made here and signed by this key of the root.
+    Signed { root_key: PathBuf },
+    /// The operator's.
+    Given { cert: PathBuf, key: PathBuf },
+}
+
 /// What a leaf is for.
 #[derive(Clone, Debug)]
 pub(crate) struct LeafOrder<'a> {
@@ -75,6 +85,8 @@ pub(crate) struct LeafOrder<'a> {
 pub(crate) struct Ca {
     pub root: CertificateDer<'static>,
     chain: CertificateDer<'static>,
+    /// [`Self::chain`], as revocations carry it.
+    shared: Arc<[u8]>,
     issuer: Issuer<'static, KeyPair>,
     root_life: Life,
     issuer_life: Life,
@@ -116,20 +128,46 @@ impl Ca {
                 let root = params.self_signed(&key).map_err(make("the root"))?;
                 write("root.key", &key.serialize_pem())?;
                 write("root.pem", &root.pem())?;
-                make_issuer(&write, trust_domain, &root.pem(), key, now_s)?;
+                make_issuer(trust_domain, &root.pem(), key, now_s)?.write(&directory)?;
             }
             Origin::Root { cert, key } => {
                 let root = read_pem(cert)?;
                 let key = read_key(key)?;
                 write("root.pem", &root)?;
-                make_issuer(&write, trust_domain, &root, key, now_s)?;
+                make_issuer(trust_domain, &root, key, now_s)?.write(&directory)?;
             }
             Origin::Issuer { root, cert, key } => {
                 write("root.pem", &read_pem(root)?)?;
-                write("issuer.pem", &read_pem(cert)?)?;
-                write("issuer.key", &read_key(key)?.serialize_pem())?;
+                given_issuer(cert, key)?.write(&directory)?;
             }
         }
+        Self::load(state)
+    }
+
+    /// Puts another issuer in the place of the one in `state`, if it is one of the same root. What the old one signed is
+    /// good until its own end.
+    pub(crate) fn renew_issuer(
+        state: &Path,
+        trust_domain: &TrustDomain,
+        new: &NewIssuer,
+        now_s: u64,
+    ) -> Result<Self, CaError> {
+        let directory = state.join("ca");
+        let root = directory.join("root.pem");
+        let (pair, origin) = match new {
+            NewIssuer::Signed { root_key } => {
+                let key = read_key(root_key)?;
+                let pair = make_issuer(trust_domain, &read_pem(&root)?, key, now_s)?;
+                (pair, root_key)
+            }
+            NewIssuer::Given { cert, key } => (given_issuer(cert, key)?, cert),
+        };
+        pair.check(&read_certificate(&root)?)
+            .map_err(|cause| CaError::Given {
+                path: origin.display().to_string(),
+                cause,
+            })?;
+        pair.write(&directory)?;
         Self::load(state)
     }
 
@@ -140,18 +178,15 @@ impl Ca {
         let issuer_path = directory.join("issuer.pem");
         let chain = read_certificate(&issuer_path)?;
         let key = read_key(&directory.join("issuer.key"))?;
-        let given = |cause: String| CaError::Given {
+        let lives = check_pair(&chain, &key, &root);
+        let (issuer_life, root_life) = lives.map_err(|cause| CaError::Given {
             path: issuer_path.display().to_string(),
             cause,
-        };
-        let ours = leaf::spki_sha256(&chain).map_err(|e| given(e.text().to_owned()))?;
-        if ours != Digest::of(&key.subject_public_key_info()).0 {
-            return Err(given("issuer.key is not its key".to_owned()));
-        }
-        let (issuer_life, root_life) = check_issuer(&chain, &root).map_err(given)?;
+        })?;
         let issuer = Issuer::from_ca_cert_der(&chain, key).map_err(make("the issuer"))?;
         Ok(Self {
             root,
+            shared: chain.as_ref().into(),
             chain,
             issuer,
             root_life,
@@ -213,8 +248,8 @@ impl Ca {
     }
 
     /// The issuing certificate.
-    pub(crate) fn issuer(&self) -> &CertificateDer<'static> {
-        &self.chain
+    pub(crate) fn issuer(&self) -> Arc<[u8]> {
+        Arc::clone(&self.shared)
     }
 
     /// Signs what this mesh states, for itself to believe later.
@@ -223,9 +258,10 @@ impl Ca {
         signed.map_err(make("a signature"))
     }
 
-    /// Whether [`Ca::sign_statement`] of this issuer made `signature`.
-    pub(crate) fn has_signed(&self, statement: &str, signature: &[u8]) -> bool {
-        verify::has_signed(&self.chain, statement.as_bytes(), signature)
+    /// Whether this certificate is an issuer of this mesh, or was: the root signed it. Its time may be over, for what it
+    /// stated outlives it.
+    pub(crate) fn has_issued(&self, issuer: &[u8]) -> bool {
+        *issuer == *self.shared || check_issuer(issuer, &self.root).is_ok()
     }
 
     /// When the issuer, or the root, ends: no leaf lives longer.
@@ -243,21 +279,49 @@ impl Ca {
     }
 }
 
+/// A certificate with its key, as PEM.
+struct IssuerPair {
+    cert: String,
+    key: String,
+}
+
+impl IssuerPair {
+    /// Whether they belong together, and to this root.
+    fn check(&self, root: &[u8]) -> Result<(), String> {
+        let cert = CertificateDer::from_pem_slice(self.cert.as_bytes());
+        let key = KeyPair::from_pem(&self.key).map_err(|e| e.to_string())?;
+        check_pair(&cert.map_err(|e| e.to_string())?, &key, root)?;
+        Ok(())
+    }
+
+    fn write(&self, directory: &Path) -> Result<(), FileError> {
+        files::write_private(&directory.join("issuer.key"), self.key.as_bytes())?;
+        files::write_private(&directory.join("issuer.pem"), self.cert.as_bytes())
+    }
+}
+
 fn make_issuer(
-    write: &impl Fn(&str, &str) -> Result<(), FileError>,
     trust_domain: &TrustDomain,
     root_pem: &str,
     root_key: KeyPair,
     now_s: u64,
-) -> Result<(), CaError> {
+) -> Result<IssuerPair, CaError> {
     let failed = make("the issuer");
     let root = Issuer::from_ca_cert_pem(root_pem, root_key).map_err(&failed)?;
     let key = KeyPair::generate().map_err(&failed)?;
     let params = ca_params(trust_domain, "issuer", 0, ISSUER_LIFE_S, now_s);
     let issuer = params.signed_by(&key, &root).map_err(&failed)?;
-    write("issuer.key", &key.serialize_pem())?;
-    write("issuer.pem", &issuer.pem())?;
-    Ok(())
+    Ok(IssuerPair {
+        cert: issuer.pem(),
+        key: key.serialize_pem(),
+    })
+}
+
+fn given_issuer(cert: &Path, key: &Path) -> Result<IssuerPair, CaError> {
+    Ok(IssuerPair {
+        cert: read_pem(cert)?,
+        key: read_key(key)?.serialize_pem(),
+    })
 }
 
 fn ca_params(
@@ -359,6 +423,15 @@ fn read_certificate(path: &Path) -> Result<CertificateDer<'static>, CaError> {
         path: path.display().to_string(),
         cause: e.to_string(),
     })
+}
+
+/// Whether `issuer` is a CA under `root` and `key` its key. Returns the lives of both.
+fn check_pair(issuer: &[u8], key: &KeyPair, root: &[u8]) -> Result<(Life, Life), String> {
+    let certified = leaf::spki_sha256(issuer).map_err(|e| e.text().to_owned())?;
+    if certified != Digest::of(&key.subject_public_key_info()).0 {
+        return Err("the key is not its key".to_owned());
+    }
+    check_issuer(issuer, root)
 }
 
 /// Whether `issuer` is a CA under `root`. Returns the lives of both.

@@ -144,6 +144,7 @@ impl Control {
         Revocation {
             at_s: revoked.at_s,
             signature: Arc::clone(signature),
+            issuer: self.ca.issuer(),
             subject,
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use mesh_core::expiry::{Alarm, alarm};
 
-use crate::ca::Life;
+use crate::ca::{Ca, Life};
 use crate::clock;
 use crate::control::Control;
 
@@ -23,17 +23,23 @@ pub(crate) struct Certificate {
 
 /// The root and the issuer, as they are now.
 pub(crate) fn certificates(control: &Control) -> [Certificate; 2] {
-    let now_s = clock::now_s().cast_signed();
-    let lives = [
-        ("root", control.ca.root_life()),
-        ("issuer", control.ca.issuer_life()),
-    ];
-    lives.map(|(name, life)| Certificate {
-        name,
-        life,
-        left_s: life.not_after_s.saturating_sub(now_s),
-        alarm: alarm(life.not_before_s, life.not_after_s, now_s),
-    })
+    lives(&control.ca, clock::now_s().cast_signed())
+}
+
+pub(crate) fn lives(ca: &Ca, now_s: i64) -> [Certificate; 2] {
+    let lives = [("root", ca.root_life()), ("issuer", ca.issuer_life())];
+    lives.map(|(name, life)| Certificate::at(name, life, now_s))
+}
+
+impl Certificate {
+    pub(crate) const fn at(name: &'static str, life: Life, now_s: i64) -> Self {
+        Self {
+            name,
+            life,
+            left_s: life.not_after_s.saturating_sub(now_s),
+            alarm: alarm(life.not_before_s, life.not_after_s, now_s),
+        }
+    }
 }
 
 /// Says at the start and every day who needs somebody. Never completes.

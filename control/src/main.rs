@@ -28,6 +28,7 @@ mod expiry;
 mod export;
 mod exporter;
 mod init;
+mod issuer;
 mod lease;
 mod limits;
 mod metrics;
@@ -59,6 +60,8 @@ enum Command {
     Run(Run),
     /// Puts a backup in the place of the store; control must be stopped.
     Restore(Restore),
+    /// Puts another issuing certificate, of the same root, in the place of the one in use; control must be stopped.
+    RenewIssuer(RenewIssuer),
 }
 
 #[derive(Debug, Args)]
@@ -129,6 +132,22 @@ struct Restore {
     force: bool,
 }
 
+#[derive(Debug, Args)]
+struct RenewIssuer {
+    /// Where the mesh is kept.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/meshwork-control")]
+    state_dir: PathBuf,
+    /// The root's key, which signs a new certificate once [default: ca/root.key in the state directory]
+    #[arg(long, value_name = "FILE", conflicts_with = "issuer_cert")]
+    root_key: Option<PathBuf>,
+    /// Your issuing certificate (PEM), where the root's key stays elsewhere.
+    #[arg(long, value_name = "FILE", requires = "issuer_key")]
+    issuer_cert: Option<PathBuf>,
+    /// The key of the issuing certificate.
+    #[arg(long, value_name = "FILE", requires = "issuer_cert")]
+    issuer_key: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Init(args) => init(args),
@@ -136,6 +155,7 @@ fn main() -> ExitCode {
         Command::Restore(args) => {
             restore::restore(&args.file, &args.state_dir, args.force).map(|told| print(&told))
         }
+        Command::RenewIssuer(args) => renew_issuer(args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -170,6 +190,20 @@ fn init(args: Init) -> anyhow::Result<()> {
         origin,
     })?;
     print(&told);
+    Ok(())
+}
+
+fn renew_issuer(args: RenewIssuer) -> anyhow::Result<()> {
+    let state = args.state_dir;
+    let new = match (args.issuer_cert, args.issuer_key) {
+        (Some(cert), Some(key)) => ca::NewIssuer::Given { cert, key },
+        _ => ca::NewIssuer::Signed {
+            root_key: args
+                .root_key
+                .unwrap_or_else(|| state.join("ca").join("root.key")),
+        },
+    };
+    print(&issuer::renew(&state, &new)?);
     Ok(())
 }
 

@@ -105,21 +105,65 @@ impl Agent {
     /// Starts it with a wall clock that is so many seconds off; nothing else of the host is.
     #[track_caller]
     pub fn start_off_clock(&mut self, seconds: i64) {
+        self.step_clock(seconds);
         let command = self
             .to_run()
             .env("LD_PRELOAD", &faketime())
-            .env("FAKETIME", &format!("{seconds:+}s"))
+            .env("FAKETIME_TIMESTAMP_FILE", &self.clock().to_string_lossy())
+            .env("FAKETIME_NO_CACHE", "1")
             .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
             .env("DONT_FAKE_MONOTONIC", "1");
         self.process = Some(command.spawn("agent"));
         self.wait_ready();
     }
 
+    /// From now on the wall clock of an agent that was started off the clock is so many seconds off.
+    #[track_caller]
+    pub fn step_clock(&self, seconds: i64) {
+        let new = self.clock().with_extension("new");
+        fs::write(&new, format!("{seconds:+}s\n")).expect("a clock");
+        fs::rename(new, self.clock()).expect("a clock");
+    }
+
+    fn clock(&self) -> PathBuf {
+        self.host.dir().join("clock")
+    }
+
+    /// An agent on `host` that has all files of this one, as a copied disk has.
+    #[track_caller]
+    pub fn cloned(&self, host: &Host) -> Self {
+        let clone = Self::new(host);
+        let copied = std::process::Command::new("cp")
+            .arg("-a")
+            .arg(self.host.dir().join("state/."))
+            .arg(host.dir().join("state"))
+            .status();
+        assert!(copied.expect("cp").success(), "the state is not copied");
+        clone
+    }
+
+    /// Starts it as in another boot of the kernel than the other agents here, without waiting.
+    #[track_caller]
+    pub fn spawn_in_boot(&mut self, boot_id: &str) {
+        let file = self.host.dir().join("boot_id");
+        fs::write(&file, format!("{boot_id}\n")).expect("a boot id");
+        // Every command has mounts of its own.
+        let mount = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && exec \"$@\"";
+        let mut words = vec!["sh".to_owned(), "-c".to_owned(), mount.to_owned()];
+        words.push(file.display().to_string());
+        words.extend(self.words());
+        let command = self.host.program(words).cgroup("agent");
+        self.process = Some(command.spawn("agent"));
+    }
+
     fn to_run(&self) -> Cmd {
+        self.host.program(self.words()).cgroup("agent")
+    }
+
+    fn words(&self) -> [String; 4] {
         let program = binary("mesh-agent").display().to_string();
         let config = self.config().display().to_string();
-        let words = [program, "--config".to_owned(), config, "run".to_owned()];
-        self.host.program(words).cgroup("agent")
+        [program, "--config".to_owned(), config, "run".to_owned()]
     }
 
     #[track_caller]

@@ -167,6 +167,11 @@ impl Control {
         });
     }
 
+    /// What it has logged since it was first started.
+    pub fn log(&self) -> String {
+        self.process.as_ref().map(Process::log).unwrap_or_default()
+    }
+
     #[track_caller]
     pub fn metrics(&self) -> Metrics {
         let socket = self.state_dir().join("control.sock");

@@ -88,6 +88,11 @@ impl Authority {
         }
     }
 
+    /// The certificate that signs; of a foreign authority it is its root.
+    pub fn root(&self) -> &CertificateDer<'static> {
+        &self.chain[0]
+    }
+
     /// A leaf for these URIs, valid `from` and `until` so many days from now.
     #[track_caller]
     pub fn leaf(&self, uris: &[&str], days: (i64, i64), host_uid: Option<&str>) -> Credential {

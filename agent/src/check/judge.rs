@@ -1,6 +1,7 @@
 //! What the facts mean: one function a check. Nothing is asked here.
 
 use mesh_api::check::{Check, Checks};
+use mesh_core::expiry::alarm;
 use mesh_core::reason::Reason;
 
 use super::{Certificate, Facts};
@@ -194,10 +195,10 @@ fn certificates(facts: &Facts) -> Check {
         let remedy = "set this host's clock: it is behind control's";
         return Check::failed(NAME, "certificates are not valid yet", remedy).about(early);
     }
-    let late = list(&|c| left(c) < (c.not_after_s - c.not_before_s) / 3);
+    let late = list(&|c| alarm(c.not_before_s, c.not_after_s, facts.now_s).is_some());
     if !late.is_empty() {
-        let remedy = "they should have been renewed: see `control`, and the agent's log";
-        return Check::warning(NAME, "less than a third of a life is left", remedy).about(late);
+        let remedy = "they should have been renewed: see `control`, and the agent's log; the issuing one is control's to renew";
+        return Check::warning(NAME, "little life is left", remedy).about(late);
     }
     let autonomy = status.and_then(|s| s.autonomy_s);
     match autonomy {
@@ -258,6 +259,11 @@ fn index(facts: &Facts, status: &Status) -> Check {
     if status.policies.is_none() {
         let remedy = "see `control`: nobody is let in before they came";
         return Check::failed(NAME, "the policies were never received", remedy);
+    }
+    if status.revocations_unknown {
+        let remedy = "see `control`: it names them anew; until then nobody is believed";
+        let found = "what was revoked can not be read from disk";
+        return Check::failed(NAME, found, remedy);
     }
     let found = format!("{} services, revision {}", index.services, index.revision);
     let Some(since) = status.control.stale_since_s else {

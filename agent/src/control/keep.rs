@@ -161,10 +161,12 @@ impl Persisted {
 /// Writes what differs. Revocations and roots first: a leaf or policy must never be newer than what it is judged by.
 fn write(state: &State, before: &Wanted, after: &Wanted) -> Result<(), FileError> {
     if let Some(kept) = changed(before.revocations.as_ref(), after.revocations.as_ref()) {
+        let (revoked, issuers) = sync::revocations_to_wire(kept.revoked.iter());
         let stored = StoredRevocations {
             epoch: kept.at.epoch,
             revision: kept.at.revision,
-            revoked: kept.revoked.iter().map(sync::revocation_to_wire).collect(),
+            revoked,
+            issuers,
         };
         state.keep(Kept::Revocations, &stored)?;
     }

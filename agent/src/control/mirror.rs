@@ -9,6 +9,7 @@ use mesh_api::stored::{StoredEndpoints, StoredIndex, StoredPolicies, StoredRevoc
 use mesh_api::sync::{EndpointsChange, IndexChange, REVOCATIONS_PART, SyncError, policy_set};
 use mesh_api::{proto, sync};
 use mesh_core::names::{ServiceName, TrustDomain};
+use mesh_core::reason::Reason;
 use mesh_core::revocation::{Known, Named, Revocations};
 use mesh_core::service::Index;
 use mesh_core::session::Installed;
@@ -36,6 +37,8 @@ pub(super) struct Mirror {
     /// The epoch of the live session.
     epoch: u64,
     revocations: Known,
+    /// What is on disk of them can not be read, and control has not named all yet: nobody is believed.
+    unreadable: bool,
     /// Services whose endpoints are wanted, and when they last were.
     subscriptions: BTreeMap<ServiceName, u64>,
 }
@@ -62,10 +65,11 @@ impl Mirror {
             }),
             epoch: 0,
             revocations: Known::default(),
+            unreadable: false,
             subscriptions: BTreeMap::new(),
         };
+        mirror.load_revocations(state);
         let loaded = [
-            ("revocations", mirror.load_revocations(state)),
             ("index", mirror.load_index(state)),
             ("policies", mirror.load_policies(state)),
             ("endpoints", mirror.load_endpoints(state)),
@@ -78,27 +82,22 @@ impl Mirror {
         mirror
     }
 
-    fn load_revocations(&mut self, state: &State) -> Result<(), SyncError> {
-        let Some(stored) = state.kept::<StoredRevocations>(Kept::Revocations) else {
-            return Ok(());
-        };
-        let mut all = Revocations::default();
-        for part in stored.revoked.chunks(REVOCATIONS_PART) {
-            let part = proto::Revocations {
-                revoked: part.to_vec(),
-                ..proto::Revocations::default()
-            };
-            for one in sync::revocations(&part)? {
-                all.add(one);
+    /// That there is no file means that nothing was ever heard: a host that has just joined. One that can not be read
+    /// means that something was.
+    fn load_revocations(&mut self, state: &State) {
+        match read_revocations(state) {
+            Ok(known) => self.revocations = known,
+            Err(error) => {
+                log::error!(
+                    error:% = error, reason:% = Reason::RevocationsUnknown;
+                    "what was revoked can not be read from disk: nobody is believed until control is reached. If that takes \
+                     too long, remove {}: what was revoked and control has not said again is believed then",
+                    state.file(Kept::Revocations).display()
+                );
+                self.unreadable = true;
             }
         }
-        let at = Installed {
-            epoch: stored.epoch,
-            revision: stored.revision,
-        };
-        self.revocations = Known::new(all, Some(at));
         self.use_revocations();
-        Ok(())
     }
 
     fn load_index(&mut self, state: &State) -> Result<(), SyncError> {
@@ -189,6 +188,10 @@ impl Mirror {
             revoked: sync::revocations(update)?,
         };
         let forgotten = self.revocations.handle(named, now_ms / 1000);
+        if self.unreadable && self.revocations.at().is_some() {
+            log::info!("control named all that was revoked: others are believed again");
+            self.unreadable = false;
+        }
         self.use_revocations();
         Ok(forgotten)
     }
@@ -196,25 +199,31 @@ impl Mirror {
     /// What control has forgotten, in parts; each is told once.
     pub(super) fn take_forgotten(&mut self) -> Option<proto::Revocations> {
         let (part, more) = self.revocations.take_forgotten(REVOCATIONS_PART);
+        let (revoked, issuers) = sync::revocations_to_wire(&part);
         (!part.is_empty()).then(|| proto::Revocations {
             more,
-            revoked: part.iter().map(sync::revocation_to_wire).collect(),
+            revoked,
+            issuers,
             ..proto::Revocations::default()
         })
     }
 
     /// First no new handshake is believed, then what is open is ended: so nothing slips between.
     fn use_revocations(&self) {
-        let revoked = self.revocations.all();
+        let revoked = (!self.unreadable).then(|| Arc::clone(self.revocations.all()));
         let trust = TrustStore::clone(&self.trust.load());
         self.trust
-            .store(Arc::new(trust.with_revoked(Arc::clone(revoked))));
-        self.view.change(|view| view.revoked = Arc::clone(revoked));
-        let kept = Arc::new(KeptRevocations {
-            at: self.revocations.at().unwrap_or_default(),
-            revoked: Arc::clone(revoked),
-        });
-        self.wanted.send_modify(|w| w.revocations = Some(kept));
+            .store(Arc::new(trust.with_revoked(revoked.clone())));
+        self.view.change(|view| view.revoked.clone_from(&revoked));
+        // What can not be read stays there until all of it is known again. What was never said is no file.
+        let at = self.revocations.at();
+        if let Some(revoked) = revoked
+            && (at.is_some() || !revoked.is_empty())
+        {
+            let at = at.unwrap_or_default();
+            let kept = Arc::new(KeptRevocations { at, revoked });
+            self.wanted.send_modify(|w| w.revocations = Some(kept));
+        }
     }
 
     pub(super) fn contact(&self, now_ms: u64) {
@@ -334,7 +343,7 @@ impl Mirror {
             .roots(&self.trust_domain)
             .filter(|roots| !roots.is_empty())
             .with_context(|| format!("it has no root of {}", self.trust_domain))?;
-        let revoked = Arc::clone(self.trust.load().revoked());
+        let revoked = self.trust.load().revoked().cloned();
         self.trust.store(Arc::new(store.with_revoked(revoked)));
         let bundle = Arc::new(bundle);
         self.wanted.send_modify(|w| w.bundle = Some(bundle));
@@ -406,12 +415,35 @@ impl Mirror {
     }
 }
 
+fn read_revocations(state: &State) -> anyhow::Result<Known> {
+    let Some(stored) = state.kept_whole::<StoredRevocations>(Kept::Revocations)? else {
+        return Ok(Known::default());
+    };
+    let mut all = Revocations::default();
+    for part in stored.revoked.chunks(REVOCATIONS_PART) {
+        let part = proto::Revocations {
+            revoked: part.to_vec(),
+            issuers: stored.issuers.clone(),
+            ..proto::Revocations::default()
+        };
+        for one in sync::revocations(&part)? {
+            all.add(one);
+        }
+    }
+    let at = Installed {
+        epoch: stored.epoch,
+        revision: stored.revision,
+    };
+    Ok(Known::new(all, Some(at)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::control::keep;
     use crate::state::tests::{Scratch, membership};
     use crate::view::View;
+    use mesh_core::identity::Identity;
     use mesh_core::service::Health;
     use tokio_util::sync::CancellationToken;
 
@@ -427,7 +459,7 @@ mod tests {
             unfit: Arc::default(),
             owners: Arc::default(),
             leaves: Arc::default(),
-            revoked: Arc::default(),
+            revoked: Some(Arc::default()),
             live: false,
         })
     }
@@ -539,8 +571,9 @@ mod tests {
         let view = second.view.now();
         assert_eq!(view.policies.as_ref().unwrap().policies.len(), 1);
         assert_eq!(second.subscribe().services.len(), 1);
-        assert_eq!(view.revoked.len(), 1);
-        assert_eq!(second.trust.load().revoked(), &view.revoked);
+        let revoked = view.revoked.as_ref().unwrap();
+        assert_eq!(revoked.len(), 1);
+        assert_eq!(second.trust.load().revoked(), Some(revoked));
     }
 
     fn revoked(host: u8) -> proto::Revocation {
@@ -557,6 +590,7 @@ mod tests {
             snapshot: true,
             more: false,
             revoked: revoked.to_vec(),
+            issuers: vec![],
         }
     }
 
@@ -578,7 +612,7 @@ mod tests {
         let rest = revocations(3, &[revoked(1)]);
         assert_eq!(mirror.revocations(&rest, 1_000), Ok(true));
         assert_eq!(mirror.revocations_at(), installed(EPOCH + 1, 3));
-        assert_eq!(mirror.view.now().revoked.len(), 3);
+        assert_eq!(mirror.view.now().revoked.as_ref().unwrap().len(), 3);
         let told = mirror.take_forgotten().unwrap();
         assert_eq!(told.revoked, [revoked(2)]);
         assert_eq!(mirror.take_forgotten(), None);
@@ -586,7 +620,45 @@ mod tests {
         let mut bad = revocations(9, &[revoked(4)]);
         bad.revoked[0].host_uid = "x".to_owned();
         assert!(mirror.revocations(&bad, 1_000).is_err());
-        assert_eq!(mirror.trust.load().revoked().len(), 3);
+        assert_eq!(mirror.trust.load().revoked().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn nobody_is_believed_while_what_was_revoked_can_not_be_read() {
+        let Scratch(state) = &Scratch::new();
+        let nobody = |mirror: &Mirror| {
+            let (view, trust) = (mirror.view.now(), mirror.trust.load());
+            assert_eq!(view.revoked.is_none(), trust.revoked().is_none());
+            view.revoked.is_none()
+        };
+        assert!(!nobody(&mirror(state)), "it was never told of any");
+        // A file that can be opened and not understood, and one whose content this version does not take.
+        let bad = StoredRevocations {
+            revoked: vec![proto::Revocation::default()],
+            ..StoredRevocations::default()
+        };
+        for damage in ["sealed", "cut"] {
+            match damage {
+                "sealed" => state.keep(Kept::Revocations, &bad).unwrap(),
+                _ => std::fs::write(state.file(Kept::Revocations), "meshwk1\n").unwrap(),
+            }
+            let mut mirror = mirror(state);
+            assert!(nobody(&mirror), "{damage}");
+            let host = Identity::Host("vm-1".parse().unwrap());
+            let refused = mirror.view.now().leaf(&host).map(drop);
+            assert_eq!(refused, Err(Reason::RevocationsUnknown));
+            assert_eq!(mirror.revocations_at(), None, "control is to name all");
+            // New roots, and a part of the list, are not enough; and the file stays as it is.
+            let mut part = revocations(4, &[revoked(1)]);
+            part.more = true;
+            assert_eq!(mirror.revocations(&part, 1_000), Ok(false));
+            assert!(nobody(&mirror) && mirror.wanted().borrow().revocations.is_none());
+            let rest = revocations(4, &[revoked(2)]);
+            assert_eq!(mirror.revocations(&rest, 1_000), Ok(false));
+            assert!(!nobody(&mirror));
+            assert_eq!(mirror.view.now().revoked.as_ref().unwrap().len(), 2);
+            assert!(mirror.wanted().borrow().revocations.is_some());
+        }
     }
 
     #[test]

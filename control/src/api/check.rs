@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use mesh_api::check::{Check, Checks};
 use mesh_core::edge::{EdgeCaller, EdgeVerdict};
+use mesh_core::expiry::Alarm;
 use mesh_core::policy::{Caller, Enforce, Level, PolicySet};
 use mesh_core::reason::Reason;
 use mesh_core::service::Transport;
 use mesh_runtime::clock::rfc3339;
-use mesh_runtime::tls::leaf::validity;
 use serde_json::{Value, json};
 
 use super::edges;
@@ -17,11 +17,7 @@ use crate::clock;
 use crate::clocks::Offsets;
 use crate::control::Control;
 use crate::edges::EdgesByHost;
-
-/// Days of life left at which an authority's certificate is a warning, and at which it has failed: time to plan, and
-/// time to act.
-const AUTHORITY_WARN_S: i64 = 60 * 86_400;
-const AUTHORITY_FAIL_S: i64 = 7 * 86_400;
+use crate::expiry::{self, Certificate};
 
 /// A difference of clocks that is worth a look, and one at which certificates are judged wrongly, milliseconds.
 const OFFSET_WARN_MS: u64 = 5_000;
@@ -30,9 +26,7 @@ const OFFSET_FAIL_MS: u64 = 60_000;
 /// What the checks are made of.
 struct Facts<'a> {
     now: &'a Catalogue,
-    now_s: i64,
-    /// Root and issuer, with begin and end.
-    authorities: Vec<(&'static str, i64, i64)>,
+    authorities: [Certificate; 2],
     autonomy_s: u64,
     /// Hosts that fell silent together and are held as live.
     held: u64,
@@ -44,15 +38,9 @@ struct Facts<'a> {
 /// The answer, with the time that a caller compares its clock with.
 pub(crate) fn answer(control: &Control) -> Value {
     let now = control.writer.now();
-    let authorities = [("root", &control.ca.root), ("issuer", control.ca.issuer())];
-    let authorities = authorities.into_iter().filter_map(|(name, der)| {
-        let (begin, end) = validity(der).ok()?;
-        Some((name, begin, end))
-    });
     let facts = Facts {
         now: &now,
-        now_s: clock::now_s().cast_signed(),
-        authorities: authorities.collect(),
+        authorities: expiry::certificates(control),
         autonomy_s: control.leaves.autonomy().as_secs(),
         held: control.leases.held(),
         clocks: control.clocks.all(),
@@ -91,13 +79,13 @@ fn certificates(facts: &Facts<'_>) -> Check {
     const NAME: &str = "certificates";
     let mut failed = Vec::new();
     let mut late = Vec::new();
-    for (name, begin, end) in &facts.authorities {
-        let left = end - facts.now_s;
-        let line = format!("the {name} ends {}", rfc3339(end.cast_unsigned()));
-        if left < AUTHORITY_FAIL_S {
-            failed.push(line);
-        } else if left < AUTHORITY_WARN_S.min((end - begin) / 3) {
-            late.push(line);
+    for one in &facts.authorities {
+        let ends = rfc3339(one.life.not_after_s.max(0).cast_unsigned());
+        let line = format!("the {} ends {ends}", one.name);
+        match one.alarm {
+            None => {}
+            Some(Alarm::Plan | Alarm::Act) => late.push(line),
+            Some(Alarm::Urgent | Alarm::Over) => failed.push(line),
         }
     }
     let remedy = "no certificate lives longer than what issued it: make a new authority in time (docs/operations.md)";
@@ -108,12 +96,12 @@ fn certificates(facts: &Facts<'_>) -> Check {
     if !late.is_empty() {
         return Check::warning(NAME, "the authority is near its end", remedy).about(late);
     }
-    let ends = facts.authorities.iter().map(|(_, _, end)| *end).min();
+    let ends = facts.authorities.iter().map(|one| one.life.not_after_s);
     Check::ok(
         NAME,
         format!(
             "root and issuer live until {} at least; hosts run without control for {} h",
-            rfc3339(ends.unwrap_or_default().max(0).cast_unsigned()),
+            rfc3339(ends.min().unwrap_or_default().max(0).cast_unsigned()),
             facts.autonomy_s / 3600
         ),
     )
@@ -381,6 +369,7 @@ mod tests {
     use mesh_api::check::Verdict;
 
     use super::*;
+    use crate::ca::Life;
     use crate::catalogue::objects::Settings;
 
     const NOW_S: i64 = 1_800_000_000;
@@ -397,10 +386,9 @@ mod tests {
         };
         let mut facts = Facts {
             now: &Catalogue::new(7, settings),
-            now_s: NOW_S,
-            authorities: vec![
-                ("root", NOW_S - 365 * DAY_S, NOW_S + 9 * 365 * DAY_S),
-                ("issuer", NOW_S - DAY_S, NOW_S + 364 * DAY_S),
+            authorities: [
+                authority(10 * 365, 9 * 365 * DAY_S),
+                authority(365, 364 * DAY_S),
             ],
             autonomy_s: 115_200,
             held: 0,
@@ -413,23 +401,32 @@ mod tests {
         checks.into_iter().map(|c| (c.name, c.verdict)).collect()
     }
 
+    fn authority(life_days: i64, left_s: i64) -> Certificate {
+        let not_after_s = NOW_S + left_s;
+        let life = Life {
+            not_before_s: not_after_s - life_days * DAY_S,
+            not_after_s,
+        };
+        Certificate::at("issuer", life, NOW_S)
+    }
+
+    /// The thresholds are those of `mesh_core::expiry`, as in log, metrics and `meshctl status`.
     #[test]
     fn an_authority_is_named_in_time() {
-        let with = |left: i64| {
-            let issuer = ("issuer", NOW_S + left - 365 * DAY_S, NOW_S + left);
-            verdicts(|f| f.authorities[1] = issuer)["certificates"]
+        let with = |life_days: i64, left_s: i64| {
+            verdicts(|f| f.authorities[1] = authority(life_days, left_s))["certificates"]
         };
-        assert_eq!(with(364 * DAY_S), Verdict::Ok);
-        assert_eq!(with(60 * DAY_S), Verdict::Ok);
-        assert_eq!(with(60 * DAY_S - 1), Verdict::Warning);
-        assert_eq!(with(7 * DAY_S - 1), Verdict::Failed);
-        assert_eq!(with(-1), Verdict::Failed);
-        // One that lives for a month only is no cause for a warning on its first day.
-        let short = |left: i64| {
-            verdicts(|f| f.authorities = vec![("issuer", NOW_S + left - 30 * DAY_S, NOW_S + left)])
-        };
-        assert_eq!(short(29 * DAY_S)["certificates"], Verdict::Ok);
-        assert_eq!(short(9 * DAY_S)["certificates"], Verdict::Warning);
+        assert_eq!(with(365, 364 * DAY_S), Verdict::Ok);
+        assert_eq!(with(365, 60 * DAY_S + 1), Verdict::Ok);
+        assert_eq!(with(365, 60 * DAY_S), Verdict::Warning);
+        assert_eq!(with(365, 7 * DAY_S + 1), Verdict::Warning);
+        assert_eq!(with(365, 7 * DAY_S), Verdict::Failed);
+        assert_eq!(with(365, -1), Verdict::Failed);
+        // One that lives for a month only is no cause for a warning on its first day, nor a failure on its last.
+        assert_eq!(with(30, 29 * DAY_S), Verdict::Ok);
+        assert_eq!(with(30, 10 * DAY_S), Verdict::Warning);
+        assert_eq!(with(30, DAY_S), Verdict::Warning);
+        assert_eq!(with(30, 0), Verdict::Failed);
     }
 
     #[test]

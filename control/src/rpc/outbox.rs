@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_api::proto;
-use mesh_api::sync::{REVOCATIONS_PART, revocation_to_wire};
+use mesh_api::sync::{REVOCATIONS_PART, revocations_to_wire};
 use mesh_core::names::{HostUid, ServiceName};
 use mesh_core::revocation::Revocation;
 use mesh_core::service::{Endpoint, Health, Port};
@@ -164,12 +164,14 @@ impl Outbox {
             told.turn = Turn::clone(last);
         }
         told.revision = (!more).then_some(revision);
-        let revoked = revoked.iter().map(|one| revocation_to_wire(&signed(one)));
+        let revoked: Vec<Revocation> = revoked.iter().map(|one| signed(one)).collect();
+        let (revoked, issuers) = revocations_to_wire(&revoked);
         let update = proto::Revocations {
             revision,
             snapshot: told.snapshot,
             more,
-            revoked: revoked.collect(),
+            revoked,
+            issuers,
         };
         told.snapshot &= more;
         Some(update)
@@ -381,7 +383,8 @@ mod tests {
         let signed = |revoked: &Revoked| Revocation {
             subject: revoked.subject(),
             at_s: revoked.at_s,
-            signature: [][..].into(),
+            signature: Arc::default(),
+            issuer: Arc::default(),
         };
         let all = std::iter::from_fn(|| outbox.next(now, signed));
         all.filter_map(|m| m.message).collect()

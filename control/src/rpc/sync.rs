@@ -1,6 +1,7 @@
 //! `Sync`: the session of one agent, one task each. It hears the agent, keeps its lease, and sends what the
 //! [`Outbox`] has whenever the transport has room.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,8 @@ use mesh_core::lease::{LEASE, SessionId};
 use mesh_core::names::{HostUid, ServiceName};
 use mesh_core::reason::Reason;
 use mesh_core::revocation::Revocation;
+use mesh_runtime::tls::verify;
+use rustls_pki_types::CertificateDer;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -274,7 +277,7 @@ impl Session {
         Ok(())
     }
 
-    /// Takes over revocations of an earlier epoch. Only what this mesh's issuer signed is believed.
+    /// Takes over revocations of an earlier epoch. Only what an issuer signed that this mesh's root signed is believed.
     async fn merge(&mut self, known: &proto::Revocations) -> Result<(), Refusal> {
         if self.disbelieved {
             return Ok(());
@@ -286,15 +289,22 @@ impl Session {
             .filter(|one| !now.revoked.contains_key(&one.subject) && !one.is_over(clock::now_s()));
         let new: Vec<Revocation> = new.collect();
         let domain = &self.control.settings.trust_domain;
+        // Each of the few is looked at once.
+        let issuers: BTreeSet<&Arc<[u8]>> = new.iter().map(|one| &one.issuer).collect();
+        let issuers = issuers.into_iter();
+        let ours: BTreeSet<_> = issuers.filter(|i| self.control.ca.has_issued(i)).collect();
         let forged = |one: &&Revocation| {
             let statement = one.subject.statement(domain, one.at_s);
-            !self.control.ca.has_signed(&statement, &one.signature)
+            let issuer = CertificateDer::from(&*one.issuer);
+            !ours.contains(&one.issuer)
+                || !verify::has_signed(&issuer, statement.as_bytes(), &one.signature)
         };
         if let Some(forged) = new.iter().find(forged) {
-            // The issuer may be another one now, so the session goes on; it is not asked again.
+            // The root may be another one now, so the session goes on; it is not asked again.
             self.disbelieved = true;
             let message = format!(
-                "a revocation of {} is not signed by this mesh's issuer; nothing of what this agent knows is taken over",
+                "a revocation of {} is not signed by an issuer under this mesh's root; nothing of what this agent knows is \
+                 taken over",
                 now.host_label(&forged.subject.host)
             );
             let refusal = Refusal::new(Reason::Invalid, message);

@@ -163,7 +163,9 @@ impl Fields {
                     account: "web".to_owned(),
                     at_s: f.number(),
                     signature: f.bytes(),
+                    issuer: 0,
                 }),
+                issuers: vec![],
             }),
             7 => Say::Edges(proto::Edges {
                 edges: self.many(30, Self::edge),

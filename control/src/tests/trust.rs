@@ -164,6 +164,131 @@ async fn a_control_of_an_older_backup_believes_what_it_signed_itself() {
     site.end().await;
 }
 
+/// What an issuer signed outlives it: the root vouches for it, whoever is the issuer now, and nobody else does.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_issuer_of_the_same_root_believes_what_the_old_one_revoked() {
+    let site = Site::new("issuer").await;
+    let agent = site.agent("vm-1", "10.0.0.1").await;
+    let victim = site.agent("vm-2", "10.0.0.2").await;
+    let (_, backup) = site.call(Method::GET, "/v1/backup", Value::Null).await;
+    let mut session = agent.session(&site, "boot-1", (0, 0)).await;
+    revoke(&site, "/v1/hosts/-/vm-2:revoke").await;
+    let known = session.revocations(1).await;
+    assert_eq!(known.issuers[..], [site.control.ca.issuer().to_vec()]);
+    drop(session);
+    let running = crate::issuer::renew(&site.dir, &by_root(&site.dir)).unwrap_err();
+    assert!(format!("{running:#}").contains("is mesh-control stopped?"));
+    let dir = site.dir.clone();
+    site.stop().await;
+    let file = dir.join("old-backup");
+    std::fs::write(&file, backup.as_str().unwrap()).unwrap();
+    // A key that is not the root's changes nothing.
+    let root_key = dir.join("ca/issuer.key");
+    let wrong = crate::ca::NewIssuer::Signed { root_key };
+    let refused = crate::issuer::renew(&dir, &wrong).unwrap_err().to_string();
+    assert!(refused.contains("not signed by the root"), "{refused}");
+    let told = crate::issuer::renew(&dir, &by_root(&dir)).unwrap();
+    assert!(told.contains("the issuer lives until"), "{told}");
+    std::fs::remove_dir_all(dir.join("store")).unwrap();
+    drop(std::fs::remove_dir_all(dir.join("exports")));
+    crate::restore::restore(&file, &dir, false).unwrap();
+
+    let site = Site::open(dir, true).await;
+    assert_ne!(known.issuers[..], [site.control.ca.issuer().to_vec()]);
+    // Neither an authority of one's own, nor one's own leaf, is an issuer.
+    let (own, key) = authority();
+    let leaf = agent.joined().certificate_chain[0].clone();
+    for (issuer, key) in [(own, &key), (leaf, &agent.key)] {
+        let mut forged = known.clone();
+        let subject = mesh_core::revocation::Subject {
+            host: agent.joined().host_uid.parse().unwrap(),
+            account: None,
+        };
+        let domain = "corp.example.com".parse().unwrap();
+        let one = &mut forged.revoked[0];
+        one.host_uid.clone_from(&agent.joined().host_uid);
+        let statement = subject.statement(&domain, one.at_s);
+        one.signature = key.sign(statement.as_bytes()).unwrap().into();
+        forged.issuers = vec![issuer];
+        let mut session = agent.session(&site, "boot-1", (0, 0)).await;
+        session.say(Say::Revocations(forged)).await;
+        session.say(Say::Beat(proto::Beat::default())).await;
+        session
+            .wait(|m| matches!(m, Hear::Beat(_)).then_some(()))
+            .await;
+        assert!(site.control.writer.now().revoked.is_empty());
+    }
+    // It has leaves of the old issuer, and what that one revoked is revoked.
+    let mut session = agent.session(&site, "boot-1", (0, 0)).await;
+    session.revocations(0).await;
+    session.say(Say::Revocations(known)).await;
+    let again = session.revocations(1).await;
+    assert_eq!(again.issuers[..], [site.control.ca.issuer().to_vec()]);
+    let mut client = victim.client(&site).await;
+    let refused = client.renew(proto::RenewRequest::default()).await;
+    assert_eq!(reason(&refused.unwrap_err()), "host_revoked");
+    site.end().await;
+}
+
+fn by_root(dir: &std::path::Path) -> crate::ca::NewIssuer {
+    let root_key = dir.join("ca/root.key");
+    crate::ca::NewIssuer::Signed { root_key }
+}
+
+/// An authority that signed itself, in the name of the mesh.
+fn authority() -> (bytes::Bytes, KeyPair) {
+    let key = KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let made = params.self_signed(&key).unwrap();
+    (made.der().to_vec().into(), key)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_host_asks_and_how_often_it_is_refused_is_bounded() {
+    let site = Site::new("questions").await;
+    let agent = site.agent("vm-1", "10.0.0.1").await;
+    let mut client = agent.client(&site).await;
+    let question = proto::ExplainRequest {
+        service: Some(proto::ServiceRef {
+            namespace: "shop".to_owned(),
+            name: "web".to_owned(),
+        }),
+        port: 80,
+        callers: vec!["spiffe://corp.example.com/host/vm-1".to_owned()],
+    };
+    let mut limited = None;
+    for _ in 0..200 {
+        if let Err(status) = client.explain(question.clone()).await {
+            limited = Some(status);
+            break;
+        }
+    }
+    assert_eq!(reason(&limited.expect("no limit")), "rate_limited");
+    // Another host is not slowed down by it.
+    let other = site.agent("vm-2", "10.0.0.2").await;
+    let mut question = question;
+    question.callers = vec!["spiffe://corp.example.com/host/vm-2".to_owned()];
+    let mut client = other.client(&site).await;
+    let answer = client.explain(question).await.unwrap().into_inner();
+    assert_eq!(answer.decisions[0].outcome, "allowed");
+    // Who is refused without end is counted, and does not rotate the audit log away.
+    let actor = crate::audit::Actor {
+        who: "host/vm-1".to_owned(),
+        from: "10.0.0.1:5555".to_owned(),
+    };
+    for _ in 0..5_000 {
+        let refusal = Reason::OutOfScope.into();
+        site.control.refused(&actor, "renew", "", &refusal);
+    }
+    let written = site.control.audit.tail(10_000).unwrap();
+    let written = written.iter().filter(|e| e["from"] == "10.0.0.1:5555");
+    assert!((1_000..2_000).contains(&written.count()));
+    let page = site.control.metrics.render(&site.control.writer.now());
+    assert!(page.contains("reason=\"out_of_scope\"} 5000"), "{page}");
+    site.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_was_away_comes_back_by_the_key_that_joined() {
     let site = Site::new("rejoin").await;

@@ -76,6 +76,9 @@ pub struct StoredRevocations {
     pub revision: u64,
     #[prost(message, repeated, tag = "3")]
     pub revoked: Vec<proto::Revocation>,
+    /// To which they point.
+    #[prost(bytes = "bytes", repeated, tag = "4")]
+    pub issuers: Vec<bytes::Bytes>,
 }
 
 /// The content of a file that holds `message`.

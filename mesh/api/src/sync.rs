@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use mesh_core::names::{Account, HostUid, Label, ServiceName, TrustDomain};
 use mesh_core::policy::{Cidr, PolicySet};
 use mesh_core::reason::Reason;
@@ -29,6 +30,10 @@ pub const POLICIES_MAX: usize = 10_000;
 pub const REVOCATIONS_PART: usize = 5_000;
 /// Longest signature, in bytes: RSA of 4096 bits.
 const SIGNATURE_MAX: usize = 512;
+/// Most issuers of one message: a mesh has a few in the year for which revocations are kept.
+const ISSUERS_MAX: usize = 64;
+/// Largest certificate of an issuer, in bytes: ours have about 500, with RSA of 4096 bits some 2,000.
+const ISSUER_MAX: usize = 4 * 1024;
 /// Longest text of one field, in bytes: a DNS name.
 pub const TEXT_MAX: usize = 253;
 
@@ -320,10 +325,19 @@ pub fn policy_set(wire: &proto::PolicyUpdate, own: &TrustDomain) -> Result<Polic
 /// Reads a part of a list of revocations.
 pub fn revocations(wire: &proto::Revocations) -> Result<Vec<Revocation>, SyncError> {
     at_most("revocations", wire.revoked.len(), REVOCATIONS_PART)?;
-    wire.revoked.iter().map(revocation).collect()
+    at_most("issuers", wire.issuers.len(), ISSUERS_MAX)?;
+    let mut issuers: Vec<Arc<[u8]>> = vec![Arc::default()];
+    for issuer in &wire.issuers {
+        at_most("bytes of an issuer", issuer.len(), ISSUER_MAX)?;
+        issuers.push(issuer.as_ref().into());
+    }
+    wire.revoked
+        .iter()
+        .map(|one| revocation(one, &issuers))
+        .collect()
 }
 
-fn revocation(wire: &proto::Revocation) -> Result<Revocation, SyncError> {
+fn revocation(wire: &proto::Revocation, issuers: &[Arc<[u8]>]) -> Result<Revocation, SyncError> {
     let name = |e| bad("a revocation", e);
     let host: HostUid = wire.host_uid.parse().map_err(name)?;
     at_most("bytes of a signature", wire.signature.len(), SIGNATURE_MAX)?;
@@ -334,15 +348,40 @@ fn revocation(wire: &proto::Revocation) -> Result<Revocation, SyncError> {
             name: account.parse().map_err(name)?,
         }),
     };
+    let issuer = usize::try_from(wire.issuer).ok();
+    let issuer = issuer.and_then(|at| issuers.get(at));
     Ok(Revocation {
         subject: Subject { host, account },
         at_s: wire.at_s,
         signature: wire.signature.as_ref().into(),
+        issuer: Arc::clone(issuer.ok_or_else(|| bad("a revocation", "its issuer is not listed"))?),
     })
 }
 
-/// Writes a revocation.
-pub fn revocation_to_wire(revocation: &Revocation) -> proto::Revocation {
+/// Writes revocations, and the issuers to which they point.
+pub fn revocations_to_wire<'a>(
+    all: impl IntoIterator<Item = &'a Revocation>,
+) -> (Vec<proto::Revocation>, Vec<Bytes>) {
+    let mut issuers: Vec<&Arc<[u8]>> = Vec::new();
+    let all = all.into_iter().map(|one| {
+        let known = issuers.iter().position(|known| **known == one.issuer);
+        let at = known.or_else(|| {
+            // One more than can be said: it goes without, as one that nobody signed.
+            let room = !one.issuer.is_empty() && issuers.len() < ISSUERS_MAX;
+            room.then(|| {
+                issuers.push(&one.issuer);
+                issuers.len() - 1
+            })
+        });
+        let issuer = at.and_then(|at| u32::try_from(at + 1).ok());
+        revocation_to_wire(one, issuer.unwrap_or(0))
+    });
+    let all = all.collect();
+    let issuers = issuers.into_iter().map(|der| der.to_vec().into());
+    (all, issuers.collect())
+}
+
+fn revocation_to_wire(revocation: &Revocation, issuer: u32) -> proto::Revocation {
     let account = revocation.subject.account.as_ref();
     let (namespace, name) = account
         .map(|a| (a.namespace.to_string(), a.name.to_string()))
@@ -353,6 +392,7 @@ pub fn revocation_to_wire(revocation: &Revocation) -> proto::Revocation {
         account: name,
         at_s: revocation.at_s,
         signature: revocation.signature.to_vec().into(),
+        issuer,
     }
 }
 
@@ -452,6 +492,44 @@ mod tests {
             services,
             removed: vec![],
         }
+    }
+
+    #[test]
+    fn revocations_read_back_with_who_signed_them() {
+        let one = |n: u64, issuer: &[u8]| Revocation {
+            subject: Subject {
+                host: format!("{n:032x}").parse().unwrap(),
+                account: None,
+            },
+            at_s: n,
+            signature: [7, 8].into(),
+            issuer: issuer.into(),
+        };
+        let all = [one(1, b"old"), one(2, b"new"), one(3, b""), one(4, b"old")];
+        let (revoked, issuers) = revocations_to_wire(&all);
+        assert_eq!(issuers, [&b"old"[..], b"new"]);
+        let mut wire = proto::Revocations {
+            revoked,
+            issuers,
+            ..proto::Revocations::default()
+        };
+        assert_eq!(revocations(&wire).unwrap(), all);
+        wire.issuers.pop();
+        assert!(revocations(&wire).is_err(), "an issuer that is not listed");
+        wire.issuers = vec![Bytes::from(vec![0; ISSUER_MAX + 1]); 2];
+        assert!(revocations(&wire).is_err());
+        // More than a message bears: the last go without, and all of it can still be read.
+        let many: Vec<_> = (0..100_u8).map(|n| one(n.into(), &[n, 1])).collect();
+        let (revoked, issuers) = revocations_to_wire(&many);
+        assert_eq!(issuers.len(), ISSUERS_MAX);
+        let wire = proto::Revocations {
+            revoked,
+            issuers,
+            ..proto::Revocations::default()
+        };
+        let read = revocations(&wire).unwrap();
+        assert_eq!(read[..ISSUERS_MAX], many[..ISSUERS_MAX]);
+        assert!(read[ISSUERS_MAX..].iter().all(|one| one.issuer.is_empty()));
     }
 
     #[test]

@@ -83,13 +83,14 @@ reasons! {
     // The called agent: certificate.
     NotTls = 30, "not_tls", Peer, 503, "what came to the mesh port is not TLS 1.3";
     NoCertificate = 31, "no_certificate", Peer, 503, "the peer showed no certificate";
-    CertificateMalformed = 32, "certificate_malformed", Peer, 503, "the certificate has not exactly one SPIFFE id";
+    CertificateMalformed = 32, "certificate_malformed", Peer, 503, "the certificate has not exactly one SPIFFE id, or its Source can not be read";
     UnknownTrustDomain = 33, "unknown_trust_domain", Peer, 503, "no root is known for the certificate's trust domain";
     UntrustedIssuer = 34, "untrusted_issuer", Peer, 503, "the certificate was not issued under the root of its trust domain";
     CertificateExpired = 35, "certificate_expired", Peer, 503, "the certificate is expired or not valid yet; check both clocks";
     IdentityKind = 36, "identity_kind", Peer, 503, "this kind of identity is not accepted here";
     UnknownServerName = 37, "unknown_server_name", Peer, 503, "no workload of this host has the identity that the SNI asks for";
     PeerRevoked = 38, "peer_revoked", Policy, 403, "the operator revoked the host or the workload at the other end; see `meshctl get revocations`";
+    SourceMissing = 39, "source_missing", Peer, 503, "the certificate does not name the host that it was given to, so that it could not be revoked";
     // The called agent: stream.
     HeaderVersion = 40, "header_version", Peer, 503, "the stream's header has a version that this agent does not know; upgrade the older side";
     HeaderMalformed = 41, "header_malformed", Peer, 503, "the stream's header could not be read";
@@ -104,6 +105,7 @@ reasons! {
     Cancelled = 50, "cancelled", Peer, 499, "the caller went away";
     StreamReset = 51, "stream_reset", Upstream, 502, "the program at the other end ended its HTTP/2 stream with an error code of its own";
     PlaintextRefused = 53, "plaintext_refused", Policy, 403, "the service's transport is strict and the caller came in plaintext; call it by its mesh name, or except the caller by `meshwork.io/plaintext-from`";
+    RevocationsUnknown = 54, "revocations_unknown", Local, 503, "the list of what was revoked can not be read from this host's disk, so nobody is believed until control is reached";
     // Control.
     TokenMalformed = 60, "token_malformed", Peer, 400, "the join token is truncated or mistyped; copy it whole";
     TokenUnknown = 61, "token_unknown", Peer, 401, "no such join token, or its secret is wrong";

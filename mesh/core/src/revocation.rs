@@ -32,8 +32,10 @@ pub struct Revocation {
     pub subject: Subject,
     /// Unix time, seconds.
     pub at_s: u64,
-    /// Of [`Subject::statement`] by the mesh's issuer.
+    /// Of [`Subject::statement`] by the mesh's issuer of that day.
     pub signature: Arc<[u8]>,
+    /// The certificate of that issuer: a later control knows only its root. Empty where there is no signature.
+    pub issuer: Arc<[u8]>,
 }
 
 /// A set of revocations.
@@ -232,7 +234,8 @@ pub(crate) mod tests {
                 account: account.map(|text| Account::parse(text).unwrap()),
             },
             at_s,
-            signature: [][..].into(),
+            signature: Arc::default(),
+            issuer: Arc::default(),
         }
     }
 

@@ -32,11 +32,17 @@ fn authority() -> Authority {
 
 impl Authority {
     fn leaf(&self, path: &str, host: &HostUid) -> CertificateDer<'static> {
+        self.leaf_of(path, Some(host.as_str()))
+    }
+
+    fn leaf_of(&self, path: &str, source: Option<&str>) -> CertificateDer<'static> {
         let mut params = CertificateParams::default();
-        let source = DnType::CustomDnType(SOURCE_OID.to_vec());
-        let value = DnValue::PrintableString(host.as_str().try_into().unwrap());
         params.distinguished_name = rcgen::DistinguishedName::new();
-        params.distinguished_name.push(source, value);
+        if let Some(text) = source {
+            let source = DnType::CustomDnType(SOURCE_OID.to_vec());
+            let value = DnValue::PrintableString(text.try_into().unwrap());
+            params.distinguished_name.push(source, value);
+        }
         let uri = format!("spiffe://corp.test/{path}");
         params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
         params.extended_key_usages = vec![
@@ -76,12 +82,13 @@ fn a_revoked_source_is_refused_as_caller_and_as_server() {
             account: account.map(|a| Account::parse(a).unwrap()),
         },
         at_s: 1,
-        signature: [][..].into(),
+        signature: Arc::default(),
+        issuer: Arc::default(),
     };
     let all: Revocations = [revoked(1, None), revoked(2, Some("shop/web"))]
         .into_iter()
         .collect();
-    let now = TrustStore::clone(&trust.load()).with_revoked(Arc::new(all));
+    let now = TrustStore::clone(&trust.load()).with_revoked(Some(Arc::new(all)));
     trust.store(Arc::new(now));
     let refused = Err(Reason::PeerRevoked);
     assert_eq!(judge(web, 1), [refused, refused], "the host");
@@ -89,6 +96,55 @@ fn a_revoked_source_is_refused_as_caller_and_as_server() {
     assert_eq!(judge(web, 3), [Ok(()), Ok(())], "another host");
     assert_eq!(judge("ns/shop/sa/api", 2)[0], Ok(()), "another workload");
     assert_eq!(judge("host/vm-1", 1)[0], refused, "the host's own");
+    // Not to know is no reason to believe.
+    let now = TrustStore::clone(&trust.load()).with_revoked(None);
+    trust.store(Arc::new(now));
+    let unknown = Err(Reason::RevocationsUnknown);
+    assert_eq!(judge(web, 3), [unknown, unknown]);
+    let control = authority.leaf_of("control", None);
+    let proving = caller.judge(&control, &[], None, unix_now());
+    assert!(proving.is_ok(), "control is the one who can tell");
+}
+
+/// A leaf without its Source would be covered by no revocation.
+#[test]
+fn a_leaf_that_names_no_host_is_refused_unless_it_is_of_none() {
+    let authority = authority();
+    let domain: TrustDomain = "corp.test".parse().unwrap();
+    let trust = TrustStore::of_root(domain.clone(), &authority.root).unwrap();
+    let trust = trust.shared();
+    let judge = |accept: Accept, path: &str, source: Option<&str>| {
+        let leaf = authority.leaf_of(path, source);
+        let name = ServerName::try_from("web.shop.corp.test").unwrap();
+        let verifier = Verifier::new(Arc::clone(&trust), accept);
+        verifier
+            .judge(&leaf, &[], Some(&name), unix_now())
+            .map(drop)
+    };
+    let (own, other) = (host(1), host(2));
+    let agent = format!("agent/{own}");
+    let control = Accept::Control(domain.clone());
+    let people = Accept::AgentsAndOperators(domain);
+    let (missing, malformed) = (
+        Err(Reason::SourceMissing),
+        Err(Reason::CertificateMalformed),
+    );
+    let web = "ns/shop/sa/web";
+    for (accept, path, source, expected) in [
+        (Accept::Callers, web, Some(own.as_str()), Ok(())),
+        (Accept::Callers, web, None, missing),
+        (Accept::NamedWorkload, web, None, missing),
+        (Accept::Callers, "host/vm-1", None, missing),
+        (Accept::Callers, web, Some("a host"), malformed),
+        (Accept::Callers, "control", None, Ok(())),
+        (control, "control", None, Ok(())),
+        (people.clone(), "operator/admin", None, Ok(())),
+        (people.clone(), &agent, Some(own.as_str()), Ok(())),
+        (people.clone(), &agent, None, missing),
+        (people, &agent, Some(other.as_str()), missing),
+    ] {
+        assert_eq!(judge(accept, path, source), expected, "{path} {source:?}");
+    }
 }
 
 #[test]

@@ -1,14 +1,18 @@
 //! Who may not speak at the mesh port, each refused by its reason.
 
+use std::fs;
 use std::net::SocketAddr;
 
 use mesh_api::header::{Header, StreamKind};
+use mesh_api::proto::{TrustBundle, TrustDomainRoots};
+use mesh_api::stored::{seal, unseal};
 use mesh_core::reason::Reason;
 use meshwork_tests::agent::MESH_PORT;
 use meshwork_tests::control::TRUST_DOMAIN;
 use meshwork_tests::mesh::{Authority, Credential, knock, knock_plaintext, open_stream};
+use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::pair::{Pair, spiffe};
+use crate::pair::{Pair, mesh_name, spiffe};
 
 const UID: &str = "00112233445566778899aabbccddeeff";
 /// Valid since yesterday, until tomorrow.
@@ -21,6 +25,13 @@ struct Port<'a> {
 }
 
 impl Port<'_> {
+    /// How it ends to knock with a credential.
+    #[track_caller]
+    fn knock(&self, credential: &Credential) -> String {
+        let client = &self.pair.client.host;
+        client.inside(|| knock(self.address, &self.sni, Some(credential)))
+    }
+
     /// Knocks with a credential, which must be refused for `reason`.
     #[track_caller]
     fn refuses(&self, reason: &str, sni: &str, credential: Option<&Credential>) {
@@ -77,7 +88,91 @@ fn certificates_that_prove_nothing_are_refused_by_reason() {
         let uri = format!("spiffe://{TRUST_DOMAIN}/{kind}");
         refuses("identity_kind", ours.leaf(&[&uri], NOW, Some(UID)));
     }
+    // Signed by our own issuer, and covered by no revocation.
+    refuses("source_missing", ours.leaf(&[&client], NOW, None));
+    refuses(
+        "certificate_malformed",
+        ours.leaf(&[&client], NOW, Some("x")),
+    );
     port.refuses("no_certificate", &port.sni, None);
+    let end = port.knock(&ours.leaf(&[&client], NOW, Some(UID)));
+    assert_eq!(end, "accepted", "with all of it right it gets in");
+}
+
+/// Two trust domains are believed, each by its own root: neither may speak in the other's name.
+#[test]
+fn a_root_of_one_trust_domain_vouches_for_no_other() {
+    let mut pair = Pair::new("a_root_of_one_trust_domain");
+    let _web = pair.web("http", "");
+    let ours = Authority::of_control(&pair.control.state_dir());
+    let theirs = Authority::foreign("evil.test");
+    // As control will say once two meshes are linked; this one would take it back.
+    pair.control.stop();
+    pair.server.stop();
+    let file = pair.server.host.dir().join("state/bundle");
+    let mut bundle: TrustBundle = unseal(&fs::read(&file).unwrap()).unwrap();
+    bundle.domains.push(TrustDomainRoots {
+        trust_domain: "evil.test".to_owned(),
+        roots: vec![theirs.root().to_vec().into()],
+    });
+    fs::write(&file, seal(&bundle)).unwrap();
+    pair.server.start();
+    let port = port(&pair);
+    let id = |domain: &str| format!("spiffe://{domain}/ns/shop/sa/client");
+    for (authority, own, other) in [
+        (&ours, TRUST_DOMAIN, "evil.test"),
+        (&theirs, "evil.test", TRUST_DOMAIN),
+    ] {
+        let end = port.knock(&authority.leaf(&[&id(own)], NOW, Some(UID)));
+        assert_eq!(end, "accepted", "{own} speaks for itself");
+        let forged = authority.leaf(&[&id(other)], NOW, Some(UID));
+        port.refuses("untrusted_issuer", &port.sni, Some(&forged));
+    }
+}
+
+/// A wall clock that steps costs no trust that it need not, and what it costs comes back with it.
+#[test]
+fn clocks_that_step_by_minutes_and_by_a_day_are_outlived() {
+    let mut pair = Pair::new("clocks_that_step");
+    let _web = pair.web("http", "");
+    pair.client.stop();
+    pair.client.start_off_clock(0);
+    let call = format!("curl -sS -m 10 -i http://{}/", mesh_name("web"));
+    let answer = |pair: &mut Pair| {
+        // Its connections go with it: the next call is a handshake, judged by the clocks of now.
+        pair.server.kill_worker();
+        pair.cmd(&call).output()
+    };
+    let signed = |pair: &Pair| {
+        pair.control
+            .metrics()
+            .sum("mesh_control_leaves_signed_total", &[])
+    };
+    for seconds in [300, -300, 86_400, 0] {
+        pair.client.step_clock(seconds);
+        let before = signed(&pair);
+        wait_until(&format!("calls at {seconds:+} s"), SOON, || {
+            let got = answer(&mut pair);
+            check(got.stdout.ends_with("hello\n"), got.to_string())
+        });
+        // What is signed anew is not new by that clock, and must not be asked for again and again.
+        let made = signed(&pair) - before;
+        assert!(made < 20.0, "{made} certificates at {seconds:+} s");
+    }
+    // A day behind, nothing is valid yet, and that is said; nobody is believed on the off chance.
+    pair.client.step_clock(-86_400);
+    wait_until("a refusal", SOON, || {
+        let got = answer(&mut pair);
+        let said = ["certificate_expired", "no_identity"]
+            .iter()
+            .any(|reason| got.stdout.contains(&format!("x-meshwork-reason: {reason}")));
+        check(said, got.to_string())
+    });
+    pair.client.step_clock(0);
+    wait_until("calls by the right clock", SOON, || {
+        let got = answer(&mut pair);
+        check(got.stdout.ends_with("hello\n"), got.to_string())
+    });
 }
 
 /// Control shows itself at the mesh port to prove addresses. That gives it no right to call anything.
@@ -157,7 +252,13 @@ fn a_server_name_that_is_not_of_this_host_is_refused() {
     let port = port(&pair);
     let ours = Authority::of_control(&pair.control.state_dir());
     let credential = ours.leaf(&[&spiffe("client")], NOW, Some(UID));
-    for name in ["client.shop.corp.test", "web.shop.evil.test", "web.shop"] {
+    // An address is not sent as a server name: the last asks for nobody at all.
+    for name in [
+        "client.shop.corp.test",
+        "web.shop.evil.test",
+        "web.shop",
+        "192.0.2.1",
+    ] {
         port.refuses("unknown_server_name", name, Some(&credential));
     }
 }
@@ -167,7 +268,7 @@ fn a_server_name_that_is_not_of_this_host_is_refused() {
 fn a_server_with_another_identity_is_not_called() {
     let pair = Pair::new("a_server_with_another_identity");
     let _web = pair.web("http", "");
-    let url = format!("http://{}/", crate::pair::mesh_name("web"));
+    let url = format!("http://{}/", mesh_name("web"));
     assert_eq!(pair.ok(&format!("curl -sS -m 10 {url}")), "hello\n");
     // The same identity, but from another host: the right name under another Source.
     let token = meshwork_tests::control::TokenOptions::default();

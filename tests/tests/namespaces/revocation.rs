@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use meshwork_tests::agent::MESH_PORT;
+use meshwork_tests::agent::{Agent, MESH_PORT};
 use meshwork_tests::control::TRUST_DOMAIN;
 use meshwork_tests::mesh::{Authority, Credential, knock};
 use meshwork_tests::process::Process;
@@ -188,6 +188,62 @@ fn a_revoked_workload_is_cut_off_and_its_host_goes_on() {
     assert!(unknown.stderr.contains("not_found"), "{unknown}");
 }
 
+/// A damaged file is not an empty one: without control nobody is believed, in either direction.
+#[test]
+fn nobody_is_believed_while_the_list_can_not_be_read() {
+    let mut pair = Pair::new("the_list_can_not_be_read");
+    let _web = pair.web("http", "");
+    let call = format!("curl -sS -m 10 -i http://{}/", mesh_name("web"));
+    let served = |pair: &Pair| {
+        wait_until("a served call", SOON, || {
+            let answer = pair.cmd(&call).output();
+            check(answer.stdout.ends_with("hello\n"), answer.to_string())
+        });
+    };
+    served(&pair);
+    let file = |agent: &Agent| agent.host.dir().join("state/revocations");
+    for agent in [&pair.server, &pair.client] {
+        wait_until("the list on disk", SOON, || {
+            check(file(agent).exists(), "it is not there".to_owned())
+        });
+    }
+    pair.control.stop();
+    // With a list that is whole a restart without control costs nothing.
+    pair.server.stop();
+    pair.server.start();
+    served(&pair);
+    let refused = |pair: &Pair, agent: &Agent| {
+        let before = agent.refused("revocations_unknown");
+        let answer = pair.cmd(&call).output();
+        assert!(answer.stdout.contains(" 503 "), "{answer}");
+        agent.wait_refused("revocations_unknown", before);
+    };
+    pair.server.stop();
+    std::fs::write(file(&pair.server), "meshwk1\nnothing").unwrap();
+    pair.server.spawn();
+    wait_until("the agent to take handshakes", SOON, || {
+        let status = pair.server.command("status").stdout;
+        check(status.contains("revocations  CAN NOT BE READ"), status)
+    });
+    refused(&pair, &pair.server);
+    pair.control.run();
+    served(&pair);
+    pair.server.wait_ready();
+    // And a caller's agent, which is the one to believe a server.
+    pair.control.stop();
+    pair.client.stop();
+    std::fs::write(file(&pair.client), "").unwrap();
+    pair.client.spawn();
+    wait_until("the agent to refuse a call", SOON, || {
+        let answer = pair.cmd(&call).output();
+        assert!(!answer.status.success(), "it was served: {answer}");
+        let counted = pair.client.refused("revocations_unknown");
+        check(0.0 < counted, answer.to_string())
+    });
+    pair.control.run();
+    served(&pair);
+}
+
 /// The backup is older than the revocation, and nothing else is left of control's own: agents know it.
 #[test]
 fn a_restored_control_hears_from_agents_what_was_revoked() {
@@ -223,7 +279,7 @@ fn a_restored_control_hears_from_agents_what_was_revoked() {
         check(told, format!("{listed:?}"))
     });
     refused_at_the_port(&pair, &stolen(&pair), "peer_revoked");
-    let late = meshwork_tests::agent::Agent::new(&pair.site.host("late"));
+    let late = Agent::new(&pair.site.host("late"));
     let refused = late.join(&unused);
     assert!(refused.stderr.contains("token_revoked"), "{refused}");
 }
@@ -248,7 +304,7 @@ fn a_host_that_was_off_for_forty_days_comes_back_without_a_token() {
     let audit = pair.control.get("audit");
     let again = |e: &&serde_json::Value| e["action"] == "rejoin" && e["outcome"] == "ok";
     assert_eq!(audit.iter().filter(again).count(), 1, "{audit:?}");
-    let left = |agent: &meshwork_tests::agent::Agent| {
+    let left = |agent: &Agent| {
         let identity = format!("agent/{uid}");
         let labels = [("identity", identity.as_str())];
         agent

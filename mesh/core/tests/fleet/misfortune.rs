@@ -20,7 +20,8 @@ impl World {
                     self.revoke(Revocation {
                         subject: Subject { host, account },
                         at_s: 1,
-                        signature: [][..].into(),
+                        signature: Arc::default(),
+                        issuer: Arc::default(),
                     });
                 }
                 return;

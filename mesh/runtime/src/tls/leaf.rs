@@ -1,7 +1,7 @@
 //! What a leaf certificate says: one SPIFFE id, its Source and its life.
 
 use aws_lc_rs::digest;
-use mesh_core::identity::SpiffeId;
+use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::HostUid;
 use mesh_core::reason::Reason;
 use x509_parser::certificate::X509Certificate;
@@ -27,11 +27,28 @@ pub struct LeafFacts {
     pub serial: Vec<u8>,
 }
 
+impl LeafFacts {
+    /// Whether what a host was given names it. Without its Source a leaf would be covered by no revocation. Control and
+    /// operators are no host's.
+    pub(super) fn check_source(&self) -> Result<(), Reason> {
+        let named = match &self.id.identity {
+            Identity::Workload(_) | Identity::Host(_) => self.host.is_some(),
+            Identity::Agent(uid) => self.host.as_ref() == Some(uid),
+            Identity::Control | Identity::Operator(_) => true,
+        };
+        if named {
+            Ok(())
+        } else {
+            Err(Reason::SourceMissing)
+        }
+    }
+}
+
 /// Reads a leaf of the mesh.
 ///
 /// # Errors
-/// [`Reason::CertificateMalformed`] when it is no certificate, has not exactly one URI name, or that is not a
-/// SPIFFE id of the mesh.
+/// [`Reason::CertificateMalformed`] when it is no certificate, has not exactly one URI name, that is not a SPIFFE id of
+/// the mesh, or its Source can not be read.
 pub fn read_leaf(der: &[u8]) -> Result<LeafFacts, Reason> {
     let malformed = Reason::CertificateMalformed;
     let (rest, certificate) = X509Certificate::from_der(der).map_err(|_| malformed)?;
@@ -54,12 +71,16 @@ pub fn read_leaf(der: &[u8]) -> Result<LeafFacts, Reason> {
         return Err(malformed);
     };
     let id = SpiffeId::parse(uri).map_err(|_| malformed)?;
-    let host = certificate
-        .subject()
-        .iter_by_oid(&OID_X509_SERIALNUMBER)
-        .next()
-        .and_then(|attribute| attribute.as_str().ok())
-        .and_then(|text| text.parse().ok());
+    let mut sources = certificate.subject().iter_by_oid(&OID_X509_SERIALNUMBER);
+    let host = match (sources.next(), sources.next()) {
+        (None, _) => None,
+        (Some(source), None) => {
+            let text = source.as_str().map_err(|_| malformed)?;
+            Some(text.parse().map_err(|_| malformed)?)
+        }
+        // Which of them a revocation would have to name is not to be guessed.
+        (Some(_), Some(_)) => return Err(malformed),
+    };
     Ok(LeafFacts {
         id,
         host,

@@ -17,11 +17,12 @@ const ROOTS_MAX: usize = 16;
 pub type SharedTrust = Arc<ArcSwap<TrustStore>>;
 
 /// Who is believed: root sets by trust domain, and what was revoked of what they vouch for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct TrustStore {
     number: u64,
     domains: BTreeMap<TrustDomain, Vec<TrustAnchor<'static>>>,
-    revoked: Arc<Revocations>,
+    /// `None`: it is not known. Then no host is believed.
+    revoked: Option<Arc<Revocations>>,
 }
 
 /// Why a bundle can not be used.
@@ -33,6 +34,17 @@ pub enum TrustError {
     Root(TrustDomain),
     #[error("the trust bundle has too many domains or roots")]
     TooMany,
+}
+
+/// Nobody is believed, for want of a root.
+impl Default for TrustStore {
+    fn default() -> Self {
+        Self {
+            number: 0,
+            domains: BTreeMap::new(),
+            revoked: Some(Arc::default()),
+        }
+    }
 }
 
 impl TrustStore {
@@ -56,7 +68,7 @@ impl TrustStore {
         Ok(Self {
             number: bundle.number,
             domains,
-            revoked: Arc::default(),
+            revoked: Some(Arc::default()),
         })
     }
 
@@ -66,18 +78,18 @@ impl TrustStore {
         Ok(Self {
             number: 0,
             domains: BTreeMap::from([(domain, vec![root])]),
-            revoked: Arc::default(),
+            revoked: Some(Arc::default()),
         })
     }
 
-    /// The same roots with other revocations.
-    pub fn with_revoked(self, revoked: Arc<Revocations>) -> Self {
+    /// The same roots with other revocations; `None`: what was revoked is not known.
+    pub fn with_revoked(self, revoked: Option<Arc<Revocations>>) -> Self {
         Self { revoked, ..self }
     }
 
-    /// What was revoked.
-    pub fn revoked(&self) -> &Arc<Revocations> {
-        &self.revoked
+    /// What was revoked, if that is known.
+    pub fn revoked(&self) -> Option<&Arc<Revocations>> {
+        self.revoked.as_ref()
     }
 
     /// Shares it.

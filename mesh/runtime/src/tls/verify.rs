@@ -83,11 +83,13 @@ impl Verifier {
             Accept::NamedWorkload | Accept::Control(_) => KeyUsage::server_auth(),
         };
         verify_chain(leaf, chain, roots, now, usage)?;
-        // Last: only of what is proven is it worth saying that it was revoked.
-        if let Some(host) = &facts.host
-            && trust.revoked().cover(host, &facts.id.identity)
-        {
-            return Err(Reason::PeerRevoked);
+        // Last: only of what is proven is it worth saying that it was revoked, or can not be.
+        facts.check_source()?;
+        if let Some(host) = &facts.host {
+            let revoked = trust.revoked().ok_or(Reason::RevocationsUnknown)?;
+            if revoked.cover(host, &facts.id.identity) {
+                return Err(Reason::PeerRevoked);
+            }
         }
         Ok(facts)
     }
