@@ -61,8 +61,6 @@ pub(crate) struct Door {
     ports: BTreeMap<u16, Facts>,
     /// What the kernel had counted when it was read last.
     counted: BTreeMap<(IpAddr, u16, Verdict), u64>,
-    /// What policy had decided about callers over mTLS when it was asked last.
-    decided: BTreeMap<EdgeKey, u64>,
     /// Whether it was never read: what it has of callers that are known, the worker before this one has counted.
     resuming: bool,
     sources: HashSet<IpAddr>,
@@ -91,7 +89,6 @@ impl Door {
             keep_open,
             ports: BTreeMap::new(),
             counted: BTreeMap::new(),
-            decided: BTreeMap::new(),
             resuming: true,
             sources: HashSet::new(),
             status: DoorStatus::default(),
@@ -203,13 +200,9 @@ impl Door {
 
     /// Adds the callers over mTLS, as policy decided about them.
     fn count_identities(&mut self, now_ms: u64) {
-        let (decided, full) = self.metrics.decided();
+        let (decided, full) = self.metrics.take_decided();
         for (key, calls) in decided {
-            let before = self.decided.get(&key).copied().unwrap_or(0);
-            if before < calls {
-                self.ledger.add(key.clone(), calls - before, now_ms);
-                self.decided.insert(key, calls);
-            }
+            self.ledger.add(key, calls, now_ms);
         }
         if full {
             self.ledger.overflow();

@@ -33,7 +33,7 @@ use hands::Job;
 use crate::data::Thread;
 use crate::limits::Limit;
 use crate::live::{self, Ends};
-use crate::metrics::{Direction, Flow, FlowLabels};
+use crate::metrics::{DecisionCount, Direction, Flow, FlowLabels};
 use crate::peers::unix_now_s;
 use crate::relay::{self, Activity, Local, Open};
 use crate::view::ViewReader;
@@ -88,9 +88,16 @@ pub(crate) struct Admitted {
     /// Where its connections to the app wait between two requests.
     shelves: app::Shelves,
     pub(crate) flow: Arc<Flow>,
-    allowed: prometheus_client::metrics::counter::Counter,
+    decision: DecisionCount,
     /// Policy changed its mind.
     revoked: Rc<Cell<bool>>,
+}
+
+/// A refusal by policy, for who counts and logs it.
+struct Denied {
+    target: Target,
+    /// Which policies decided.
+    by: String,
 }
 
 impl Admitted {
@@ -112,7 +119,12 @@ impl ResolvesServerCert for ByServerName {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let view = self.0.borrow();
         let account = SpiffeId::account_of_sni(hello.server_name()?, &view.host.trust_domain)?;
-        let leaf = view.leaf(&Identity::Workload(account)).ok()?;
+        let identity = Identity::Workload(account);
+        let leaf = match view.leaf(&identity) {
+            // Whoever calls is refused by our verifier, with that reason; control is let in and finds the host there.
+            Err(Reason::RevocationsUnknown) => view.leaves.of(&identity)?,
+            found => found.ok()?,
+        };
         Some(Arc::clone(&leaf.key))
     }
 }
@@ -130,7 +142,16 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     thread.handshakes.borrow_mut().end(address);
     let tls = match shaken {
         Ok(Ok(tls)) => tls,
-        Ok(Err(error)) => return not_authenticated(thread, from, handshake_reason(&error), &error),
+        Ok(Err(error)) => {
+            let reason = handshake_reason(&error);
+            // Of what our verifier refused, the library can only say in which of its variants it came.
+            return match reason {
+                Reason::NotTls | Reason::PeerHandshake | Reason::PeerUnreachable => {
+                    not_authenticated(thread, from, reason, &error)
+                }
+                known => not_authenticated(thread, from, known, &known.text()),
+            };
+        }
         Err(_) => {
             thread.metrics.limits.reached(Limit::Handshake);
             return not_authenticated(thread, from, Reason::Timeout, &"no handshake in time");
@@ -353,7 +374,7 @@ impl Peer {
         let known = |is: &dyn Fn(&Admitted) -> bool| {
             let decided = self.decided.borrow();
             let known = decided.iter().find(|known| is(known))?;
-            known.allowed.inc();
+            known.decision.count();
             Some(Rc::clone(known))
         };
         if valid && let Some(known) = known(&|known| known.asked == asked) {
@@ -367,13 +388,18 @@ impl Peer {
         if let Some(known) = known(&|known| known.header == header) {
             return Ok(known);
         }
-        let admitted = Rc::new(self.decide(&header, asked).map_err(|(reason, by)| {
-            let what = self.what(&header);
-            (
-                reason,
-                by.map_or_else(|| what.clone(), |by| format!("{what} (decided by {by})")),
-            )
+        let admitted = Rc::new(self.decide(&header, asked).map_err(|(reason, denial)| {
+            let mut what = self.what(&header);
+            if let Some(denied) = denial {
+                let metrics = &self.thread.metrics;
+                metrics
+                    .decision(&self.id, &denied.target, &denied.by, EdgeVerdict::Refused)
+                    .count();
+                what = format!("{what} (decided by {})", denied.by);
+            }
+            (reason, what)
         })?);
+        admitted.decision.count();
         self.decided.borrow_mut().push(Rc::clone(&admitted));
         Ok(admitted)
     }
@@ -404,8 +430,9 @@ impl Peer {
         self.decided.borrow_mut().retain_mut(|known| {
             match self.decide(&known.header, &known.asked) {
                 Ok(now) => {
-                    // It is served elsewhere now. What is open stays as it began, and is cut with the rest if need be.
-                    if now.beyond != known.beyond {
+                    // Another rule decides, or it is served elsewhere now: new calls are counted and go by that. What is open
+                    // stays as it began, and is cut with the rest if need be.
+                    if now.beyond != known.beyond || now.permit != known.permit {
                         let revoked = Rc::clone(&known.revoked);
                         *known = Rc::new(Admitted { revoked, ..now });
                     }
@@ -423,8 +450,9 @@ impl Peer {
         }
     }
 
-    /// Judges by the policies of now; with a refusal comes which policy decided.
-    fn decide(&self, header: &Header, asked: &[u8]) -> Result<Admitted, (Reason, Option<String>)> {
+    /// Judges by the policies of now, and counts nothing: what is open is judged too. With a refusal comes which policy
+    /// decided.
+    fn decide(&self, header: &Header, asked: &[u8]) -> Result<Admitted, (Reason, Option<Denied>)> {
         let view = self.thread.view();
         let policies = view
             .policies
@@ -461,12 +489,10 @@ impl Peer {
         let metrics = &self.thread.metrics;
         let (src, dst) = (self.id.to_string(), service.name.to_string());
         let permit = authorize(policies, &self.id, target.clone()).map_err(|denial| {
-            metrics
-                .decision(&self.id, &target, &denial.decided_by, EdgeVerdict::Refused)
-                .inc();
-            (denial.reason, Some(denial.decided_by))
+            let (target, by) = (target.clone(), denial.decided_by);
+            (denial.reason, Some(Denied { target, by }))
         })?;
-        let decision = if permit.audited() {
+        let verdict = if permit.audited() {
             EdgeVerdict::Audited
         } else {
             EdgeVerdict::Passed
@@ -474,8 +500,7 @@ impl Peer {
         if permit.audited() {
             log::info!(src:% = self.id, dst = self.what(header), rule = permit.rule(); "would be refused if enforce were on");
         }
-        let allowed = metrics.decision(&self.id, &target, permit.rule(), decision);
-        allowed.inc();
+        let decision = metrics.decision(&self.id, &target, permit.rule(), verdict);
         let flow = metrics.flow(&FlowLabels {
             direction: Direction::Inbound,
             src,
@@ -492,7 +517,7 @@ impl Peer {
             beyond: service.endpoints.as_slice().into(),
             shelves: app::Shelves::default(),
             flow,
-            allowed,
+            decision,
             revoked: Rc::default(),
         })
     }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use mesh_core::edge::{EDGES_MAX, EdgeCaller, EdgeKey, EdgeVerdict};
+use mesh_core::edge::{EdgeCaller, EdgeKey, EdgeVerdict};
 use mesh_core::identity::SpiffeId;
 use mesh_core::names::ServiceName;
 use mesh_core::policy::Target;
@@ -22,11 +22,15 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
-use crate::workloads::WorkloadSet;
+pub(crate) use decisions::DecisionCount;
+use decisions::Edges;
 
 use crate::leaves::Standings;
 use crate::limits::Limits;
 use crate::peers::unix_now_s;
+use crate::workloads::WorkloadSet;
+
+mod decisions;
 
 /// Different flows that are told apart; later ones are counted together under `overflow`. A peer can make us see
 /// as many identities as it has certificates.
@@ -273,8 +277,7 @@ pub(crate) struct Metrics {
     latency: Family<FlowLabels, Histogram, fn() -> Histogram>,
     refused: Family<RefusalLabels, Counter>,
     decisions: Family<DecisionLabels, Counter>,
-    /// The counters of decisions by edge: one a rule. As many edges as a report has.
-    edges: Mutex<HashMap<EdgeKey, Vec<(String, Counter)>>>,
+    edges: Mutex<Edges>,
     pub(crate) mesh_connections: Gauge,
     pub(crate) app_connections: Counter,
     pub(crate) app_reused: Counter,
@@ -504,14 +507,14 @@ impl Metrics {
         self.plaintext_connections.get_or_create(&labels).inc();
     }
 
-    /// The counter of a decision of policy. `src` may be any identity, so its number is bounded by [`FLOWS_MAX`].
+    /// What counts a decision of policy; it is not counted by this. `src` may be any identity, so its number is bounded by [`FLOWS_MAX`].
     pub(crate) fn decision(
         &self,
         src: &SpiffeId,
         target: &Target,
         rule: &str,
         verdict: EdgeVerdict,
-    ) -> Counter {
+    ) -> DecisionCount {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let name = src.to_string();
         let told_apart = known.contains(&name) || known.len() < FLOWS_MAX;
@@ -534,21 +537,6 @@ impl Metrics {
                 EdgeVerdict::Refused => "denied",
             },
         };
-        let counter = self.decisions.get_or_create(&labels).clone();
-        if told_apart {
-            self.note_edge(src, target, rule, verdict, &counter);
-        }
-        counter
-    }
-
-    fn note_edge(
-        &self,
-        src: &SpiffeId,
-        target: &Target,
-        rule: &str,
-        verdict: EdgeVerdict,
-        counter: &Counter,
-    ) {
         let key = EdgeKey {
             service: target.service.clone(),
             port: target.port,
@@ -556,23 +544,15 @@ impl Metrics {
             verdict,
         };
         let mut edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
-        if edges.len() >= EDGES_MAX && !edges.contains_key(&key) {
-            return;
-        }
-        let counters = edges.entry(key).or_default();
-        if counters.iter().all(|(known, _)| known != rule) {
-            counters.push((rule.to_owned(), counter.clone()));
-        }
+        let metric = self.decisions.get_or_create(&labels).clone();
+        DecisionCount::new(metric, edges.calls(key))
     }
 
-    /// How often callers over mTLS were decided about, and whether there are more of them than are told apart.
-    pub(crate) fn decided(&self) -> (Vec<(EdgeKey, u64)>, bool) {
-        let edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
-        let all = edges.iter().map(|(key, counters)| {
-            let calls = counters.iter().map(|(_, counter)| counter.get());
-            (key.clone(), calls.sum())
-        });
-        (all.collect(), edges.len() >= EDGES_MAX)
+    /// The calls over mTLS that were decided about since this was asked last, and whether there were callers that could
+    /// not be told apart.
+    pub(crate) fn take_decided(&self) -> (Vec<(EdgeKey, u64)>, bool) {
+        let mut edges = self.edges.lock().unwrap_or_else(PoisonError::into_inner);
+        edges.take()
     }
 
     /// All metrics in the text form of OpenMetrics.
@@ -596,6 +576,8 @@ fn overflow(labels: &FlowLabels) -> FlowLabels {
 
 #[cfg(test)]
 mod tests {
+    use mesh_core::edge::EDGES_MAX;
+
     use super::*;
 
     #[test]
@@ -649,6 +631,40 @@ mod tests {
             .collect();
         ends.sort_unstable();
         assert_eq!(ends, ["\"0\"} 1", "\"16\"} 1", "\"other\"} 3"], "{page}");
+    }
+
+    #[test]
+    fn edges_are_taken_once_bounded_and_forgotten() {
+        let metrics = Metrics::new(Budget::new(1));
+        let decision = |n: usize, rule: &str| {
+            let src = SpiffeId::parse(&format!("spiffe://a/ns/b/sa/c{n}")).unwrap();
+            let target = Target {
+                service: ServiceName::parse("b/d").unwrap(),
+                port: 80,
+            };
+            metrics.decision(&src, &target, rule, EdgeVerdict::Passed)
+        };
+        let living = decision(0, "p/one");
+        assert_eq!(metrics.take_decided(), (vec![], false), "nobody called yet");
+        living.count();
+        decision(0, "p/two").count();
+        let (taken, full) = metrics.take_decided();
+        assert_eq!((taken.len(), taken[0].1, full), (1, 2, false));
+        assert_eq!(metrics.take_decided().0, []);
+        living.count();
+        assert_eq!(metrics.take_decided().0[0].1, 1, "of who is still there");
+        for n in 0..EDGES_MAX + 10 {
+            decision(n, "p/one").count();
+        }
+        let (taken, full) = metrics.take_decided();
+        assert_eq!((taken.len(), full), (EDGES_MAX, true));
+        // They are gone, so that others have room; the calls of all are in the metric.
+        decision(EDGES_MAX + 20, "p/one").count();
+        assert_eq!(metrics.take_decided().0.len(), 1);
+        assert_eq!(metrics.edges.lock().unwrap().calls.len(), 1);
+        let page = metrics.encode();
+        let last = format!("c{}\",", EDGES_MAX + 9);
+        assert!(page.contains(&last), "{page}");
     }
 
     #[test]

@@ -214,7 +214,7 @@ pub struct Target {
 }
 
 /// Proof that policy lets a peer reach a target. Made by [`authorize`] and nowhere else.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Permit {
     target: Target,
     rule: String,

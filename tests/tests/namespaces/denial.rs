@@ -190,3 +190,62 @@ spec: {rules: [{name: r, from: [{namespace: shop}]}]}
     });
     assert!(pair.ok(&line).contains("hello"));
 }
+
+/// One connection between the agents carries all calls while policies change: each call is counted once, by the rule that
+/// lets it pass, and what is judged anew is no call.
+#[test]
+fn calls_are_counted_by_the_rule_of_now_and_nothing_else_is() {
+    let pair = Pair::new("calls_are_counted_by_the_rule");
+    let _web = pair.web("http", "");
+    let client = spiffe("client");
+    let counted = |rule: &str, decision: &str| {
+        let labels = [
+            ("src", client.as_str()),
+            ("rule", rule),
+            ("decision", decision),
+        ];
+        pair.server.metrics().sum("mesh_decisions_total", &labels)
+    };
+    let all = || {
+        let labels = [("src", client.as_str())];
+        pair.server.metrics().sum("mesh_decisions_total", &labels)
+    };
+    let revision = || {
+        let state: serde_json::Value = serde_json::from_str(&pair.server.admin("/state")).unwrap();
+        state["policies"].clone()
+    };
+    let apply = |enforce: &str, rule: &str, caller: &str| {
+        let before = revision();
+        let policy = format!(
+            "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {{name: web, namespace: shop}}\n\
+             spec: {{service: web, enforce: {enforce}, rules: [{{name: {rule}, from: [{{identity: {caller}}}]}}]}}\n"
+        );
+        pair.control.apply(&policy).ok();
+        wait_until("the policy to be in force", SOON, || {
+            let now = revision();
+            check(now != before, now.to_string())
+        });
+    };
+    let call = || {
+        let line = format!("curl -sS -m 10 http://{}/", mesh_name("web"));
+        assert_eq!(pair.ok(&line), "hello\n");
+    };
+    apply("on", "first", "shop/client");
+    call();
+    assert_eq!((counted("web/first", "allowed"), all()), (1.0, 1.0));
+    apply("on", "second", "shop/client");
+    call();
+    assert_eq!(counted("web/first", "allowed"), 1.0);
+    assert_eq!((counted("web/second", "allowed"), all()), (1.0, 2.0));
+    apply("audit", "boss", "shop/boss");
+    call();
+    assert_eq!((counted("web", "audited"), all()), (1.0, 3.0));
+    for rule in ["third", "fourth", "fifth"] {
+        apply("on", rule, "shop/client");
+    }
+    assert_eq!(all(), 3.0, "nobody called");
+    call();
+    assert_eq!((counted("web/fifth", "allowed"), all()), (1.0, 4.0));
+    let connections = pair.server.metrics().sum("mesh_peer_connections", &[]);
+    assert_eq!(connections, 1.0, "they took more than one connection");
+}
