@@ -16,12 +16,19 @@ use mesh_api::header::Header;
 use mesh_api::message::{
     self, BlockWriter, Fields, Kind, MessageError, Part, Reader, read_request, read_response,
 };
+use mesh_api::proto::{Edges, FromAgent, FromControl, Revocations, from_agent, from_control};
+use mesh_api::stored::{StoredRevocations, unseal};
+use mesh_api::sync::{self, EndpointsChange, IndexChange};
 use mesh_api::token::JoinToken;
+use mesh_api::workload_file::Workload;
+use mesh_core::edge::EdgeReport;
 use mesh_core::http1::{Body, Framing, HEAD_MAX, Request, parse_request, parse_response, rewrite};
 use mesh_core::stream::{Limits, Machine, Side};
+use mesh_core::vip::VipRanges;
 use mesh_runtime::tls::record::{
     CONTENT_MAX, HEADER_LEN, OVERHEAD, Opened, RECORD_MAX, content, content_room, record_len,
 };
+use prost::Message as _;
 
 use reading::{Message, Passed, Seen};
 
@@ -186,6 +193,77 @@ pub fn token(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
     if let Ok(token) = JoinToken::parse(&text) {
         assert_eq!(JoinToken::parse(&token.reveal()).as_ref(), Ok(&token));
+    }
+}
+
+/// A message of a Sync session, as the other side reads it, or what an agent has on disk of them: what is taken is
+/// written again as it was.
+pub fn sync(bytes: &[u8]) {
+    if let Ok(FromControl {
+        message: Some(said),
+    }) = FromControl::decode(bytes)
+    {
+        from_control(&said);
+    }
+    if let Ok(FromAgent {
+        message: Some(said),
+    }) = FromAgent::decode(bytes)
+    {
+        match said {
+            from_agent::Message::Edges(wire) => {
+                if let Ok(report) = EdgeReport::try_from(&wire) {
+                    let again = EdgeReport::try_from(&Edges::from(&report));
+                    assert_eq!(again.as_ref(), Ok(&report));
+                }
+            }
+            from_agent::Message::Revocations(wire) => revocations(&wire),
+            _ => {}
+        }
+    }
+    let _ = unseal::<StoredRevocations>(bytes);
+}
+
+fn from_control(said: &from_control::Message) {
+    use from_control::Message;
+    match said {
+        Message::Index(wire) => {
+            let vips = VipRanges::default();
+            let read = |wire| IndexChange::read(wire, &vips).and_then(|change| change.apply(None));
+            if let Ok(index) = read(wire) {
+                let kept = sync::index_snapshot(&index, wire.revision);
+                let again = read(&kept).expect("what was kept is read");
+                assert_eq!(sync::index_snapshot(&again, wire.revision), kept);
+            }
+        }
+        Message::Endpoints(wire) => drop(EndpointsChange::try_from(wire)),
+        Message::Policies(wire) => {
+            let own = "corp.test".parse().expect("a trust domain");
+            drop(sync::policy_set(wire, &own));
+        }
+        Message::ReportStatus(wire) => drop(sync::report_status(wire)),
+        Message::Revocations(wire) => revocations(wire),
+        Message::Welcome(_) | Message::Beat(_) | Message::Bundle(_) => {}
+    }
+}
+
+fn revocations(wire: &Revocations) {
+    if let Ok(all) = sync::revocations(wire) {
+        let (revoked, issuers) = sync::revocations_to_wire(&all);
+        let again = Revocations {
+            revoked,
+            issuers,
+            ..Revocations::default()
+        };
+        assert_eq!(sync::revocations(&again), Ok(all));
+    }
+}
+
+/// A file of services.d: whatever is wrong with it, it is said where and what to do.
+pub fn workload_file(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    match Workload::parse("web", &text) {
+        Ok(workload) => assert!(!workload.account.to_string().is_empty()),
+        Err(error) => assert!(!error.message.is_empty() && !error.remedy.is_empty()),
     }
 }
 

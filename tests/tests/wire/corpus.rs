@@ -23,8 +23,10 @@ const TARGETS: &[Target] = &[
     ("message", |bytes| {
         fuzz::message(bytes);
     }),
+    ("sync", fuzz::sync),
     ("tls_records", fuzz::tls_records),
     ("token", fuzz::token),
+    ("workload_file", fuzz::workload_file),
 ];
 
 #[test]
