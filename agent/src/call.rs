@@ -2,14 +2,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::future::poll_fn;
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
-use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_api::header::{HEADER_MAX, Header, StreamKind};
 use mesh_core::balance::{Balancer, Outcome};
@@ -160,9 +157,12 @@ impl Caller {
 #[derive(Debug, Default)]
 pub(crate) struct Tries {
     made: usize,
+    /// They are passed over.
     failed: Vec<Rc<EndpointKey>>,
-    /// Its connection was given up under the call, which says nothing of the endpoint: a new one is tried once.
-    drained: Option<Rc<EndpointKey>>,
+    /// Of these, those whose connection was given up under the call. That may have been a renewal: where no other is
+    /// left, a new connection to them is tried, once.
+    drained: Vec<Rc<EndpointKey>>,
+    came_back: bool,
     last: Option<Reason>,
 }
 
@@ -171,13 +171,20 @@ impl Tries {
     pub(crate) fn note(&mut self, endpoint: &Rc<EndpointKey>, reason: Reason) -> bool {
         self.made += 1;
         self.last = Some(reason);
-        let again = reason == Reason::Draining && self.drained.as_ref() != Some(endpoint);
-        if again {
-            self.drained = Some(Rc::clone(endpoint));
-        } else {
-            self.failed.push(Rc::clone(endpoint));
+        self.failed.push(Rc::clone(endpoint));
+        let drained = reason == Reason::Draining;
+        if drained && !self.came_back {
+            self.drained.push(Rc::clone(endpoint));
         }
-        reason == Reason::Draining && !again
+        drained && self.came_back
+    }
+
+    /// There is none but those that failed. Whether some of them may be tried again.
+    fn come_back(&mut self) -> bool {
+        let drained = std::mem::take(&mut self.drained);
+        self.failed.retain(|failed| !drained.contains(failed));
+        self.came_back |= !drained.is_empty();
+        !drained.is_empty()
     }
 
     pub(crate) fn are_used_up(&self) -> bool {
@@ -278,18 +285,16 @@ pub(crate) async fn open(
     .encode(&mut header);
     while !tries.are_used_up() {
         let Some(started) = pick(thread, caller, &endpoints, &tries.failed) else {
+            if tries.come_back() {
+                continue;
+            }
             break;
         };
         let endpoint = Rc::clone(&started.endpoint);
         let leaf = thread.view.borrow().leaf(&caller.id.identity).cloned()?;
         let place = caller.place(thread, &endpoint);
         let opened = match peers::connection(thread, &place, &leaf, &endpoint).await {
-            Ok(mux) => within(thread.settings.connect, mux.open(&header))
-                .await
-                .unwrap_or_else(|| {
-                    thread.metrics.limits.reached(Limit::Streams);
-                    Err(Reason::Overloaded)
-                }),
+            Ok(connections) => connections.open(thread, &header).await,
             // This agent has no room for a connection: no other endpoint changes that, and this one is not to blame.
             Err(Reason::Overloaded) => return Err(Reason::Overloaded),
             Err(reason) => Err(reason),
@@ -340,16 +345,6 @@ fn pick(
         at,
         told: Cell::new(false),
     })
-}
-
-/// What `future` gives within `limit`. What is ready at once costs no timer.
-async fn within<T>(limit: Duration, future: impl Future<Output = T>) -> Option<T> {
-    let mut future = pin!(future);
-    let at_once = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
-    match at_once {
-        Poll::Ready(ready) => Some(ready),
-        Poll::Pending => tokio::time::timeout(limit, future).await.ok(),
-    }
 }
 
 fn known(view: &View, service: &ServiceName) -> Option<Arc<Vec<Endpoint>>> {
@@ -422,14 +417,17 @@ mod tests {
         let (one, other) = (endpoint(1), endpoint(2));
         let mut tries = Tries::default();
         assert_eq!(tries.reason(), Reason::NoEndpoints);
+        assert!(!tries.come_back(), "there is none");
         assert!(!tries.note(&one, Reason::Draining));
-        assert!(tries.failed.is_empty());
-        assert!(tries.note(&one, Reason::Draining), "it goes away");
-        assert_eq!(tries.failed, [Rc::clone(&one)]);
-        assert!(!tries.are_used_up());
         assert!(!tries.note(&other, Reason::PeerUnreachable));
-        assert_eq!(tries.failed, [one, other]);
-        assert_eq!(tries.reason(), Reason::PeerUnreachable);
+        assert_eq!(tries.failed, [Rc::clone(&one), Rc::clone(&other)]);
+        assert!(tries.come_back());
+        assert_eq!(tries.failed, [Rc::clone(&other)]);
+        assert!(!tries.are_used_up());
+        assert!(tries.note(&one, Reason::Draining), "it goes away");
+        assert_eq!(tries.failed, [other, one]);
+        assert_eq!(tries.reason(), Reason::Draining);
+        assert!(!tries.come_back(), "once");
         assert!(tries.are_used_up());
         assert_eq!(outcome_of(Reason::Draining), Outcome::Cancelled);
     }

@@ -115,6 +115,16 @@ pub(crate) enum Broken {
     Cut,
 }
 
+impl Broken {
+    /// The same when the program has had the request: nothing may be tried elsewhere any more.
+    pub(crate) fn behind_request(self) -> Self {
+        match self {
+            Self::Malformed(Reason::Overloaded) => Self::Malformed(Reason::HeadDropped),
+            other => other,
+        }
+    }
+}
+
 impl From<StreamError> for Broken {
     fn from(error: StreamError) -> Self {
         match error {
@@ -255,6 +265,12 @@ pub(crate) async fn pump(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_breaks_behind_a_request_is_tried_nowhere_else() {
+        let broken = Broken::Malformed(Reason::Overloaded).behind_request();
+        assert!(matches!(broken, Broken::Malformed(reason) if !reason.is_retryable()));
+    }
 
     #[test]
     fn unfinished_heads_are_bounded_and_one_sender_leaves_room_for_others() {

@@ -2,15 +2,20 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use futures_util::TryFutureExt as _;
+use futures_util::future::select_ok;
 use mesh_core::identity::Identity;
 use mesh_core::reason::Reason;
 use mesh_core::stream::Side;
-use mesh_runtime::mux::{self, Mux, Room};
+use mesh_runtime::mux::{self, Mux, MuxStream, Room};
 use mesh_runtime::tls::handshake;
 use mesh_runtime::tls::leaf::read_leaf;
 use mesh_runtime::tls::verify::handshake_reason;
@@ -76,7 +81,7 @@ struct Live {
 
 impl Slot {
     /// The best connection that was made with the leaf of today, unless another one should be made.
-    fn usable(&self, leaf: &Arc<Leaf>) -> Option<Mux> {
+    fn usable(&self, leaf: &Arc<Leaf>) -> Option<Usable> {
         let mut live = self.live.borrow_mut();
         live.retain(|current| {
             let good = current.mux.room() != Room::Over && Arc::ptr_eq(&current.leaf, leaf);
@@ -87,11 +92,68 @@ impl Slot {
             good
         });
         let best = live.iter().min_by_key(|current| current.mux.room())?;
-        if best.mux.room() != Room::Free && live.len() < CONNECTIONS_MAX {
+        let room = best.mux.room();
+        if room != Room::Free && live.len() < CONNECTIONS_MAX {
             return None;
         }
         self.idle_sweeps.set(0);
-        Some(best.mux.clone())
+        Some(match room {
+            Room::Full => Usable::Full(live.iter().map(|live| live.mux.clone()).collect()),
+            _ => Usable::One(best.mux.clone()),
+        })
+    }
+}
+
+/// Where a stream can be opened.
+#[derive(Debug)]
+pub(crate) enum Usable {
+    One(Mux),
+    /// All have as many streams as their peer bears: the first that has room again takes it.
+    Full(Vec<Mux>),
+}
+
+impl Usable {
+    /// Opens a stream; waits for room for as long as making a connection may take.
+    pub(crate) async fn open(&self, thread: &Thread, header: &[u8]) -> Result<MuxStream, Reason> {
+        let limit = thread.settings.connect;
+        let opened = match self {
+            Self::One(mux) => within(limit, mux.open(header)).await,
+            Self::Full(all) => {
+                let opening = all.iter().map(|mux| Box::pin(mux.open(header)));
+                let first = select_ok(opening).map_ok(|(stream, _)| stream);
+                within(limit, first).await
+            }
+        };
+        opened.unwrap_or_else(|| Err(self.why_stuck(thread)))
+    }
+
+    /// Why none took a stream in time.
+    fn why_stuck(&self, thread: &Thread) -> Reason {
+        let all = match self {
+            Self::One(mux) => std::slice::from_ref(mux),
+            Self::Full(all) => all,
+        };
+        if all.iter().all(|mux| !mux.is_ready()) {
+            thread.metrics.limits.reached(Limit::Handshake);
+            Reason::PeerHandshake
+        } else if all.iter().any(|mux| mux.room() == Room::Full) {
+            thread.metrics.limits.reached(Limit::Streams);
+            Reason::Overloaded
+        } else {
+            // What is written does not leave.
+            thread.metrics.limits.reached(Limit::Connect);
+            Reason::PeerLost
+        }
+    }
+}
+
+/// What `future` gives within `limit`. What is ready at once costs no timer.
+async fn within<T>(limit: Duration, future: impl Future<Output = T>) -> Option<T> {
+    let mut future = pin!(future);
+    let at_once = poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
+    match at_once {
+        Poll::Ready(ready) => Some(ready),
+        Poll::Pending => tokio::time::timeout(limit, future).await.ok(),
     }
 }
 
@@ -104,18 +166,18 @@ pub(crate) async fn connection(
     place: &Place,
     leaf: &Arc<Leaf>,
     endpoint: &Rc<EndpointKey>,
-) -> Result<Mux, Reason> {
+) -> Result<Usable, Reason> {
     if leaf.not_after_s <= unix_now_s() {
         return Err(Reason::NoIdentity);
     }
     let slot = &place.0;
-    if let Some(mux) = slot.usable(leaf) {
-        return Ok(mux);
+    if let Some(usable) = slot.usable(leaf) {
+        return Ok(usable);
     }
     let asked = Instant::now();
     let _making = slot.making.lock().await;
-    if let Some(mux) = slot.usable(leaf) {
-        return Ok(mux);
+    if let Some(usable) = slot.usable(leaf) {
+        return Ok(usable);
     }
     if let Some((at, reason)) = slot.failed.get()
         && at >= asked
@@ -128,7 +190,7 @@ pub(crate) async fn connection(
                 mux: mux.clone(),
                 leaf: Arc::clone(leaf),
             });
-            Ok(mux)
+            Ok(Usable::One(mux))
         }
         Err(reason) => {
             slot.failed.set(Some((Instant::now(), reason)));

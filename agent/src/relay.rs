@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use mesh_runtime::mux::{MuxStream, StreamError};
 use prometheus_client::metrics::gauge::Gauge;
-use socket2::SockRef;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::net::tcp::ReadHalf;
@@ -236,6 +236,13 @@ fn poll_write(cx: &mut Context<'_>, socket: &TcpStream, bytes: &[u8]) -> Poll<io
 /// dies: never an end that looks whole.
 pub(crate) fn guard(socket: &TcpStream) {
     linger(socket, Some(Duration::ZERO));
+}
+
+/// Sets what a program's connection has, or inherits from its listener: the kernel asks whether the other end lives,
+/// and urgent data (RFC 6093) stays at its place among the rest, where it is not lost.
+pub(crate) fn prepare(socket: SockRef<'_>, keepalive: &TcpKeepalive) -> io::Result<()> {
+    socket.set_out_of_band_inline(true)?;
+    socket.set_tcp_keepalive(keepalive)
 }
 
 /// All that was to be said is said: the other end sees a proper end.

@@ -229,7 +229,7 @@ impl FromMesh {
         notes.activity.note();
         if !self.unfinished.note(notes.sender, self.reader.held()) {
             notes.activity.ran_out(Limit::Heads);
-            return Poll::Ready(Err(Failed::Malformed(Reason::Overloaded)));
+            return Poll::Ready(Err(Failed::Malformed(Reason::HeadDropped)));
         }
         Poll::Ready(message)
     }

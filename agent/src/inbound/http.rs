@@ -386,7 +386,8 @@ impl Served<'_> {
             heads: &thread.heads,
             name: &self.admitted.server,
         };
-        read_head(reader, output, self.activity, sender, parse).await
+        let head = read_head(reader, output, self.activity, sender, parse).await;
+        head.map_err(Broken::behind_request)
     }
 }
 

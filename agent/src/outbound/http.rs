@@ -442,6 +442,7 @@ async fn respond(
             name: &call.endpoint.account,
         };
         let head = read_head(&mut stream, output, activity, sender, parse).await;
+        let head = head.map_err(Broken::behind_request);
         let response = match head {
             Ok(Some(response)) => response,
             Ok(None) => return Err(Failed::Unanswered(Reason::AppReset)),

@@ -106,6 +106,7 @@ reasons! {
     StreamReset = 51, "stream_reset", Upstream, 502, "the program at the other end ended its HTTP/2 stream with an error code of its own";
     PlaintextRefused = 53, "plaintext_refused", Policy, 403, "the service's transport is strict and the caller came in plaintext; call it by its mesh name, or except the caller by `meshwork.io/plaintext-from`";
     RevocationsUnknown = 54, "revocations_unknown", Local, 503, "the list of what was revoked can not be read from this host's disk, so nobody is believed until control is reached";
+    HeadDropped = 55, "head_dropped", Local, 502, "an agent had no room for the head of an answer, or for trailers (limit `heads`); the program had the request";
     // Control.
     TokenMalformed = 60, "token_malformed", Peer, 400, "the join token is truncated or mistyped; copy it whole";
     TokenUnknown = 61, "token_unknown", Peer, 401, "no such join token, or its secret is wrong";

@@ -62,6 +62,7 @@ pub struct Incoming(Rc<RefCell<Shared>>);
 struct Shared {
     machine: Machine,
     max_frame: u32,
+    max_streams: usize,
     /// What waits for the carrier; up to `written` it is gone already.
     output: Vec<u8>,
     written: usize,
@@ -87,6 +88,8 @@ struct Shared {
     opening: BTreeMap<u64, Waker>,
     /// Who is at opening a stream, woken or not.
     openers: usize,
+    /// Turns that were given to openers, and not taken yet.
+    turns: usize,
     driver: Option<Waker>,
     /// Set once; nothing happens afterwards.
     closed: Option<Reason>,
@@ -132,6 +135,7 @@ pub fn connection<C>(
     let shared = Rc::new(RefCell::new(Shared {
         machine: Machine::new(side, limits),
         max_frame: limits.max_frame,
+        max_streams: limits.max_streams as usize,
         output: Vec::new(),
         written: 0,
         round: 1,
@@ -147,6 +151,7 @@ pub fn connection<C>(
         accepting: None,
         opening: BTreeMap::new(),
         openers: 0,
+        turns: 0,
         driver: None,
         closed: None,
         ended_by: None,
@@ -197,7 +202,13 @@ impl Mux {
             shared.waiting.insert(place, waiter);
             return Poll::Pending;
         }
-        match shared.machine.open() {
+        let turn = opener.takes_turn(&mut shared);
+        let opened = match shared.unclaimed() {
+            // Whoever comes anew takes nobody's turn.
+            Ok(0) if !turn => Err(OpenError::TooMany),
+            _ => shared.machine.open(),
+        };
+        match opened {
             Ok(id) => {
                 // What the machine has to say comes before the stream.
                 shared.take_control();
@@ -208,7 +219,7 @@ impl Mux {
             }
             Err(OpenError::GoingAway) => Poll::Ready(Err(Reason::Draining)),
             Err(OpenError::NotReady | OpenError::TooMany) => {
-                shared.opening.insert(opener.ticket, cx.waker().clone());
+                opener.wait(&mut shared, cx.waker());
                 Poll::Pending
             }
         }
@@ -230,12 +241,20 @@ impl Mux {
         if shared.closed.is_some() || shared.closing || shared.retired {
             return Room::Over;
         }
-        match shared.machine.can_open() {
-            Ok(_) | Err(OpenError::NotReady) if shared.machine.is_starved() => Room::Starved,
-            Ok(_) | Err(OpenError::NotReady) => Room::Free,
-            Err(OpenError::TooMany) => Room::Full,
+        match shared.unclaimed() {
+            Ok(0) | Err(OpenError::TooMany) => Room::Full,
+            Ok(_) if shared.machine.is_starved() => Room::Starved,
+            Ok(_) => Room::Free,
+            // How many it bears is not known yet: as many as we do, mostly.
+            Err(OpenError::NotReady) if shared.openers >= shared.max_streams => Room::Full,
+            Err(OpenError::NotReady) => Room::Free,
             Err(OpenError::GoingAway) => Room::Over,
         }
+    }
+
+    /// Whether the peer said hello.
+    pub fn is_ready(&self) -> bool {
+        self.0.borrow().machine.can_open() != Err(OpenError::NotReady)
     }
 
     /// Streams that are open in at least one direction.
@@ -258,7 +277,7 @@ impl Mux {
         let mut shared = self.0.borrow_mut();
         shared.retired = true;
         shared.machine.go_away(reason);
-        shared.wake_openers();
+        shared.give_turns();
         shared.wake_driver();
     }
 
@@ -386,6 +405,7 @@ impl Shared {
         if let Some(slot) = self.slots.get_mut(&stream) {
             slot.place = None;
         }
+        self.give_turns();
         self.wake_driver();
     }
 
@@ -432,22 +452,6 @@ impl Shared {
         }
     }
 
-    /// Gives a turn to as many as there is room for, or to all when there will be none.
-    fn wake_openers(&mut self) {
-        let turns = match self.machine.can_open() {
-            _ if self.closed.is_some() => u32::MAX,
-            Ok(room) => room,
-            Err(OpenError::GoingAway) => u32::MAX,
-            Err(OpenError::NotReady | OpenError::TooMany) => 0,
-        };
-        for _ in 0..turns {
-            let Some((_, waker)) = self.opening.pop_first() else {
-                break;
-            };
-            waker.wake();
-        }
-    }
-
     /// The place of one who begins to wait now and has had so much.
     fn next_place(&mut self, had: u64) -> Place {
         self.tickets += 1;
@@ -482,7 +486,7 @@ impl Shared {
         }
         wake(&mut self.accepting);
         self.wake_writers();
-        self.wake_openers();
+        self.give_turns();
     }
 
     /// Takes one frame of the peer.
@@ -496,7 +500,7 @@ impl Shared {
         })?;
         match event {
             Event::None | Event::Pong { .. } => (),
-            Event::Ready => self.wake_openers(),
+            Event::Ready => self.give_turns(),
             Event::Opened { stream } => {
                 self.slots.insert(stream, Slot::default());
                 if let Frame::Open { header, .. } = frame {
@@ -524,7 +528,7 @@ impl Shared {
                     None => self.machine.consumed(stream, data.len()),
                 }
                 if end {
-                    self.wake_openers();
+                    self.give_turns();
                 }
             }
             Event::Reset {
@@ -536,7 +540,7 @@ impl Shared {
                     slot.code = code;
                     slot.end_by(reason);
                 }
-                self.wake_openers();
+                self.give_turns();
             }
             Event::Writable { stream } => {
                 if let Some(slot) = self.slots.get_mut(&stream) {
@@ -560,7 +564,7 @@ impl Shared {
                 }
             }
         }
-        self.wake_openers();
+        self.give_turns();
     }
 
     /// The owner of a stream let it go.
@@ -575,7 +579,7 @@ impl Shared {
             self.unread -= unread;
             self.note_held();
         }
-        self.wake_openers();
+        self.give_turns();
         self.wake_driver();
     }
 }

@@ -211,8 +211,10 @@ fn calls_that_wait_for_control_are_bounded_in_time_and_number() {
         check(held == 2.0, format!("{held} are held"))
     });
     assert_eq!(rig.once("client", "late", 9100), "ConnectionResetError");
-    assert_eq!(reached(client, "held"), 1.0);
-    assert_eq!(client.refused("too_many_held"), 1.0);
+    // Reset before it knew that it was connected, a client tries the other family, too.
+    let refused = reached(client, "held");
+    assert!((1.0..=2.0).contains(&refused), "{refused}");
+    assert_eq!(client.refused("too_many_held"), refused);
     assert_eq!(rig.get("/"), "server", "what is known is called");
     control.signal(Signal::SIGCONT);
     for call in held {

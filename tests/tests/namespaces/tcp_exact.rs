@@ -248,6 +248,32 @@ print("ok")
     }
 }
 
+/// Urgent bytes are bytes (RFC 6093): they arrive at their place, at the latest with what is sent next. That they were
+/// urgent is not carried.
+#[test]
+fn an_urgent_byte_is_not_lost() {
+    let exact = Exact::new("an_urgent_byte");
+    let script = r#"
+c = connect(9004)
+for _ in range(20):
+    c.sendall(b"before")
+    assert c.send(b"!", socket.MSG_OOB) == 1
+    c.sendall(b"after")
+    time.sleep(0.01)
+    c.sendall(b".")
+    got = b""
+    while len(got) < 13:
+        part = c.recv(100)
+        assert part, got
+        got += part
+    assert got == b"before!after.", got
+print("ok")
+"#;
+    for (more, protocol) in PROTOCOLS {
+        assert_eq!(exact.client("urgent", more, script), "ok\n", "{protocol}");
+    }
+}
+
 /// A server that resets before anybody said a word ended nothing properly.
 #[test]
 fn a_reset_before_any_word_is_no_end() {

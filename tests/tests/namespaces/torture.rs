@@ -183,6 +183,10 @@ fn readers_that_stand_still_hold_back_nobody_else_and_a_bounded_memory() {
     ));
     let mut task = task.spawn("slow-readers");
     assert_eq!(wait_said(&mut task, "answered "), "300");
+    // They hold half of a connection's credit, so that there is another one for those who call.
+    let metrics = rig.pair.client.metrics();
+    let dialled = metrics.sum("mesh_limit_used", &[("limit", "dialled")]);
+    assert!((2.0..=4.0).contains(&dialled), "{dialled} connections");
     let grown = rig.grown(before);
     assert!(
         grown.iter().all(|kib| *kib < BUFFERS_KIB),

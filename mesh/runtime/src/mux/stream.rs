@@ -260,6 +260,7 @@ impl MuxStream {
         if let Some(slot) = shared.slots.get_mut(&self.id) {
             slot.end_by(reason);
         }
+        shared.give_turns();
         shared.wake_driver();
     }
 

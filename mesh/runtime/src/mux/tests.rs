@@ -556,3 +556,48 @@ fn who_waits_for_room_has_it_in_turn_and_leaves_it_to_the_next() {
         drop(last);
     });
 }
+
+#[test]
+fn nobody_who_comes_anew_takes_a_turn_that_was_given() {
+    local(async {
+        let limits = Limits {
+            max_streams: 1,
+            ..Limits::DEFAULT
+        };
+        let (a, b) = duplex(10_000);
+        let (client, _, ours) = connection(a, Side::Client, limits);
+        let (_, incoming, theirs) = connection(b, Side::Server, limits);
+        spawn_local(ours);
+        assert_eq!(client.room(), Room::Free);
+        let first = spawn_local({
+            let client = client.clone();
+            async move { client.open(b"first").await.unwrap() }
+        });
+        while client.0.borrow().opening.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(client.room(), Room::Full, "one waits for the hello");
+        spawn_local(theirs);
+        spawn_local(echo(incoming));
+        let first = first.await.unwrap();
+        let waits = spawn_local({
+            let client = client.clone();
+            async move { client.open(b"waits").await.unwrap() }
+        });
+        while client.0.borrow().opening.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        drop(first);
+        assert_eq!(client.0.borrow().turns, 1);
+        assert_eq!(client.room(), Room::Full, "the turn is given");
+        let cx = Context::from_waker(Waker::noop());
+        let mut anew = Opener::begin(&client.0);
+        assert!(client.poll_open(&cx, b"anew", &mut anew).is_pending());
+        drop(waits.await.unwrap());
+        assert_eq!(client.0.borrow().turns, 1, "it is the newcomer's now");
+        assert!(client.poll_open(&cx, b"anew", &mut anew).is_ready());
+        drop(anew);
+        assert_eq!(client.0.borrow().turns, 0);
+        assert_eq!(client.room(), Room::Free);
+    });
+}
