@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read};
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -114,24 +115,25 @@ impl Loader {
                         })
                         .collect(),
                 );
-                let problem = unreadable(&error);
                 set.problems.insert(
                     0,
-                    FileProblem::new(&self.directory, &problem, !self.good.is_empty()),
+                    FileProblem::new(&self.directory, &error, !self.good.is_empty()),
                 );
                 set
             }
         }
     }
 
-    fn read_directory(&self) -> io::Result<Vec<Candidate>> {
+    fn read_directory(&self) -> Result<Vec<Candidate>, FileError> {
+        let failed = |error: io::Error| unreadable(&error);
         let entries = match fs::read_dir(&self.directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries?,
+            entries => entries.map_err(failed)?,
         };
+        written_by_few(&fs::metadata(&self.directory).map_err(failed)?)?;
         let mut files = Vec::new();
         for entry in entries {
-            let file = entry?.path();
+            let file = entry.map_err(failed)?.path();
             let hidden = file
                 .file_name()
                 .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
@@ -141,7 +143,7 @@ impl Loader {
         }
         files.sort();
         let host = HostAddresses {
-            own: own_addresses()?,
+            own: own_addresses().map_err(failed)?,
             vips: Some(self.vips),
         };
         let read = |file: PathBuf| {
@@ -151,8 +153,17 @@ impl Loader {
         Ok(files.into_iter().map(read).collect())
     }
 
-    /// Takes the files in the order of their names: the first one keeps an owner or account that two claim.
-    fn judge(&mut self, candidates: Vec<Candidate>) -> WorkloadSet {
+    /// Takes the files whose version in force stays first, then edits, then new files, each in the order of their names:
+    /// of two that claim an owner or account, the one that had it keeps it.
+    fn judge(&mut self, mut candidates: Vec<Candidate>) -> WorkloadSet {
+        candidates.sort_by_key(|candidate| {
+            match (self.good.get(&candidate.file), &candidate.now) {
+                (Some(_), Err(_)) => 0,
+                (Some(good), Ok(now)) if good == now => 0,
+                (Some(_), Ok(_)) => 1,
+                (None, _) => 2,
+            }
+        });
         let mut taken: Vec<(PathBuf, Arc<Workload>)> = Vec::new();
         let mut problems = Vec::new();
         for Candidate { file, now } in candidates {
@@ -175,6 +186,8 @@ impl Loader {
             problems.push(FileProblem::new(&file, &error, last_good.is_some()));
             taken.extend(last_good.map(|workload| (file, workload)));
         }
+        taken.sort_by(|(a, _), (b, _)| a.cmp(b));
+        problems.sort_by(|a: &FileProblem, b| a.file.cmp(&b.file));
         self.numbers
             .keep(taken.iter().map(|(_, workload)| &workload.account));
         let mut set = WorkloadSet {
@@ -245,25 +258,48 @@ fn own_addresses() -> io::Result<Vec<IpAddr>> {
 }
 
 fn read_file(host: &HostAddresses, file: &Path) -> Result<Workload, FileError> {
-    let text = read_text(file).map_err(|error| unreadable(&error))?;
+    let text = read_text(file)?;
     let stem = file.file_stem().unwrap_or_default().to_string_lossy();
     Workload::parse_on(host, &stem, &text)
 }
 
-fn read_text(file: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    let file = fs::File::open(file)?;
+fn read_text(file: &Path) -> Result<String, FileError> {
+    let failed = |error: io::Error| unreadable(&error);
+    let file = fs::File::open(file).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
     // A named pipe or a device would keep us waiting.
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
+    if !metadata.is_file() {
+        return Err(failed(io::Error::other("it is not a regular file")));
     }
-    file.take(FILE_MAX + 1).read_to_string(&mut text)?;
+    written_by_few(&metadata)?;
+    let mut text = String::new();
+    let mut bounded = file.take(FILE_MAX + 1);
+    bounded.read_to_string(&mut text).map_err(failed)?;
     if FILE_MAX < text.len() as u64 {
-        return Err(io::Error::other(format!(
-            "it has more than {FILE_MAX} bytes"
-        )));
+        let message = format!("it has more than {FILE_MAX} bytes");
+        return Err(failed(io::Error::other(message)));
     }
     Ok(text)
+}
+
+/// Refuses what others than root and the agent's user can write: who writes it gives identities to programs.
+fn written_by_few(metadata: &fs::Metadata) -> Result<(), FileError> {
+    const OTHERS_WRITE: u32 = 0o022;
+    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    let message = if owner != 0 && owner != nix::unistd::geteuid().as_raw() {
+        format!("it belongs to user {owner}, who could give any program any identity of this host")
+    } else if mode & OTHERS_WRITE != 0 {
+        format!(
+            "others than its owner can write it (mode {mode:04o}) and give any program any identity of this host"
+        )
+    } else {
+        return Ok(());
+    };
+    Err(FileError {
+        line: 0,
+        message,
+        remedy: "look who wrote it and what, then `chown root` and `chmod go-w` it",
+    })
 }
 
 fn unreadable(error: &io::Error) -> FileError {
@@ -370,6 +406,82 @@ mod tests {
         assert!(set.problems[0].last_good_in_use);
         directory.write("b.toml", &file("c.service"));
         assert_eq!(loader.load().problems, []);
+    }
+
+    #[test]
+    fn a_new_file_takes_nothing_from_one_in_force() {
+        let directory = Directory::new();
+        directory.write("b.toml", &file("b.service"));
+        let mut loader = directory.loader();
+        let before = loader.load();
+        // Its name comes first, its claim does not.
+        directory.write("a.toml", &file("b.service"));
+        for broken in [false, true] {
+            if broken {
+                directory.write("b.toml", "nonsense");
+            }
+            let set = loader.load();
+            assert_eq!(set.workloads, before.workloads);
+            assert_eq!(set.problems[0].file, directory.path.join("a.toml"));
+            assert_eq!(set.problems.len(), 1 + usize::from(broken));
+        }
+        directory.remove("b.toml");
+        assert_eq!(accounts(&loader.load()), ["shop/a"]);
+    }
+
+    #[test]
+    fn what_others_can_write_is_refused() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = Directory::new();
+        directory.write("a.toml", &file("a.service"));
+        directory.write("b.toml", &file("b.service"));
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        for bad in [0o664, 0o646, 0o666] {
+            mode(&directory.path.join("a.toml"), bad);
+            let set = directory.loader().load();
+            assert_eq!(accounts(&set), ["shop/b"]);
+            let problem = set.problems[0].to_string();
+            assert!(
+                problem.contains(&format!(
+                    "a.toml: others than its owner can write it (mode {bad:04o})"
+                )),
+                "{problem}"
+            );
+        }
+        mode(&directory.path.join("a.toml"), 0o600);
+        let mut loader = directory.loader();
+        assert_eq!(accounts(&loader.load()), ["shop/a", "shop/b"]);
+        // What was good before somebody opened the directory stays; what came since is not even read.
+        mode(&directory.path, 0o1777);
+        directory.write("c.toml", &file("c.service"));
+        let set = loader.load();
+        assert_eq!(accounts(&set), ["shop/a", "shop/b"]);
+        assert_eq!(set.problems[0].file, directory.path);
+        assert!(set.problems[0].last_good_in_use);
+        assert_eq!(accounts(&directory.loader().load()), [""; 0]);
+        mode(&directory.path, 0o755);
+        assert_eq!(accounts(&loader.load()), ["shop/a", "shop/b", "shop/c"]);
+    }
+
+    #[test]
+    fn what_belongs_to_another_user_is_refused() {
+        let own = nix::unistd::geteuid().as_raw();
+        let directory = Directory::new();
+        directory.write("a.toml", &file("a.service"));
+        let written = fs::metadata(directory.path.join("a.toml")).unwrap();
+        assert_eq!(written_by_few(&written), Ok(()));
+        // Only root can give a file away.
+        if own == 0 {
+            std::os::unix::fs::chown(directory.path.join("a.toml"), Some(65534), None).unwrap();
+            let set = directory.loader().load();
+            assert_eq!(accounts(&set), [""; 0]);
+            assert!(
+                set.problems[0].message.contains("belongs to user 65534"),
+                "{set:?}"
+            );
+        }
     }
 
     #[test]

@@ -282,7 +282,9 @@ pub(super) mod tests {
         assert!(watched.accounts().is_empty());
         for _ in 0..3 {
             fs::create_dir_all(&deep).unwrap();
+            closed(&deep);
             fs::write(deep.join("a.toml"), file("a.service")).unwrap();
+            closed(&deep.join("a.toml"));
             watched.until(&["shop/a"]).await;
             fs::remove_dir_all(directory.path.join("etc")).unwrap();
             watched.until(&[]).await;
@@ -290,7 +292,9 @@ pub(super) mod tests {
         // Moved into place as a whole.
         let beside = directory.path.join("beside/meshwork/services.d");
         fs::create_dir_all(&beside).unwrap();
+        closed(&beside);
         fs::write(beside.join("a.toml"), file("a.service")).unwrap();
+        closed(&beside.join("a.toml"));
         fs::rename(directory.path.join("beside"), directory.path.join("etc")).unwrap();
         watched.until(&["shop/a"]).await;
         watched.stop().await;
@@ -341,6 +345,12 @@ pub(super) mod tests {
             .collect()
     }
 
+    /// Whatever the umask: what others can write is refused.
+    fn closed(path: &Path) {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
     /// A workload file whose account is the file's name.
     pub(in crate::workloads) fn file(unit: &str) -> String {
         format!("namespace = \"shop\"\n[owner]\nunit = \"{unit}\"\n")
@@ -358,6 +368,7 @@ pub(super) mod tests {
             let name = format!("meshwork-workloads-{}-{number}", std::process::id());
             let path = std::env::temp_dir().join(name);
             fs::create_dir(&path).unwrap();
+            closed(&path);
             Self { path }
         }
 
@@ -367,6 +378,7 @@ pub(super) mod tests {
 
         pub(in crate::workloads) fn write(&self, name: &str, text: &str) {
             fs::write(self.path.join(name), text).unwrap();
+            closed(&self.path.join(name));
         }
 
         pub(in crate::workloads) fn rename(&self, from: &str, to: &str) {
