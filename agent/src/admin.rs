@@ -1,6 +1,6 @@
 //! The admin socket of a worker: health, readiness, metrics, state, configuration and the log level.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -152,6 +152,7 @@ impl Sources {
         let set = self.sets.borrow().clone();
         let host = &self.membership.host;
         let host_identity = Identity::Host(host.name.clone());
+        let spaces = namespaces(&set);
         let mut status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             host: host.name.to_string(),
@@ -175,7 +176,7 @@ impl Sources {
                 repaired: owners.door.repaired,
                 error: owners.door.error.clone(),
             },
-            host_leaf: leaf(&host_identity, standings.get(&host_identity)),
+            host_leaf: leaf(&host_identity, standings.get(&host_identity), &spaces),
             workloads: Vec::new(),
             file_problems: set.problems.iter().map(ToString::to_string).collect(),
             autonomy_s: None,
@@ -185,14 +186,14 @@ impl Sources {
         let mut ports = PORTS_MAX;
         for workload in &set.workloads {
             let account = &workload.account;
-            let mut shown = workload_status(workload, &session.problems, &verdicts);
+            let mut shown = workload_status(workload, &session.problems, &verdicts, &spaces);
             let identity = Identity::Workload(account.clone());
-            shown.leaf = leaf(&identity, standings.get(&identity));
+            shown.leaf = leaf(&identity, standings.get(&identity), &spaces);
             let revoked = view.revoked.as_ref();
             if revoked.is_some_and(|revoked| revoked.cover(&host.uid, &identity)) {
                 let reason = Reason::IdentityRevoked;
                 shown.leaf.left_s = None;
-                shown.leaf.refused = Some(refusal(reason, reason.text(), &identity));
+                shown.leaf.refused = Some(refusal(reason, reason.text(), &identity, &spaces));
             }
             shown.number = set.number(account).unwrap_or_default();
             let problem = owners.problems.get(account);
@@ -340,7 +341,14 @@ fn index(view: &View, session: &SessionStatus) -> Option<IndexStatus> {
     })
 }
 
-fn leaf(identity: &Identity, standing: Option<&LeafStanding>) -> LeafStatus {
+/// What a token must allow so that this host may be all that its files say: a token takes the place of the one before.
+fn namespaces(set: &WorkloadSet) -> String {
+    let all = set.workloads.iter().map(|w| &w.account.namespace);
+    let all: BTreeSet<String> = all.map(|ns| format!("--namespace {ns}")).collect();
+    Vec::from_iter(all).join(" ")
+}
+
+fn leaf(identity: &Identity, standing: Option<&LeafStanding>, spaces: &str) -> LeafStatus {
     let now_s = i64::try_from(now_ms() / 1000).unwrap_or(i64::MAX);
     LeafStatus {
         identity: identity.to_string(),
@@ -349,17 +357,16 @@ fn leaf(identity: &Identity, standing: Option<&LeafStanding>) -> LeafStatus {
             .map(|not_after| not_after.saturating_sub(now_s)),
         refused: standing
             .and_then(|s| s.refused.as_ref())
-            .map(|(reason, message)| refusal(*reason, message, identity)),
+            .map(|(reason, message)| refusal(*reason, message, identity, spaces)),
     }
 }
 
-fn refusal(reason: Reason, message: &str, whose: &Identity) -> RefusalStatus {
+fn refusal(reason: Reason, message: &str, whose: &Identity, spaces: &str) -> RefusalStatus {
     let remedy = match (reason, whose) {
         // What a host may hold is fixed by the token of its join.
-        (Reason::OutOfScope, Identity::Workload(account)) => format!(
-            "it must join again with a token of `meshctl token create --namespace {} --replace`: stop the agent, \
-             `mesh-agent leave`, `mesh-agent join <token>`",
-            account.namespace
+        (Reason::OutOfScope, Identity::Workload(_)) => format!(
+            "it must join again with a token for all that it is: `meshctl token create {spaces} --replace`; then stop the \
+             agent, `mesh-agent leave`, `mesh-agent join <token>`"
         ),
         _ => reason.text().to_owned(),
     };
@@ -374,12 +381,13 @@ fn workload_status(
     workload: &Workload,
     problems: &[Problem],
     verdicts: &Verdicts,
+    spaces: &str,
 ) -> WorkloadStatus {
     let identity = Identity::Workload(workload.account.clone());
     let refused = |service: Option<&mesh_core::names::Label>| {
         let mut own = problems.iter().filter(|p| p.account == workload.account);
         let problem = own.find(|p| p.service.as_ref() == service)?;
-        Some(refusal(problem.reason, &problem.message, &identity))
+        Some(refusal(problem.reason, &problem.message, &identity, spaces))
     };
     let services = workload.services.iter().map(|service| {
         let served = (workload.account.clone(), service.name.clone());

@@ -5,12 +5,12 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-use anyhow::bail;
 use mesh_core::names::ServiceName;
 use mesh_core::reason::Reason;
 use mesh_core::service::Index;
 use serde::{Deserialize, Serialize};
 
+use crate::Mistyped;
 use crate::probe::Probed;
 use crate::status;
 
@@ -358,9 +358,10 @@ pub(crate) fn ask(
     let plain = |c: char| c.is_ascii_alphanumeric() || ".:/_-[]".contains(c);
     for text in [Some(destination), caller].into_iter().flatten() {
         if text.len() > DESTINATION_MAX || !text.chars().all(plain) {
-            bail!(
+            let message = format!(
                 "`{text}` is no destination or identity; write it like web.shop.mesh.internal:80"
             );
+            return Err(Mistyped(message).into());
         }
     }
     let mut path = format!("/explain?to={destination}");

@@ -5,6 +5,7 @@
 //! the host as it was.
 
 use std::io::Read as _;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
@@ -22,6 +23,7 @@ use mesh_runtime::tls::verify::{Accept, Verifier, unix_now};
 use rustls::ClientConfig;
 use tonic::{Code, Status};
 
+use crate::Mistyped;
 use crate::capture;
 use crate::config::Config;
 use crate::control::{ALPN_H2, DialError, channel, dial, reason_of};
@@ -79,11 +81,11 @@ pub(crate) fn read_token(argument: &str) -> anyhow::Result<String> {
 /// Joins, or says that it was done before.
 pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<Joined> {
     let token = JoinToken::parse(&request.token)
-        .with_context(|| format!("refused ({})", Reason::TokenMalformed))?;
+        .context(Mistyped(format!("refused ({})", Reason::TokenMalformed)))?;
     let host_name = match &request.host_name {
         Some(name) => name
             .parse::<Label>()
-            .context("--host-name can not be used")?,
+            .context(Mistyped("--host-name can not be used".to_owned()))?,
         None => own_name()?,
     };
     let state = State::new(&config.state_dir);
@@ -137,6 +139,15 @@ pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<J
     let skewed = now_ms().abs_diff(response.control_time_ms) > SKEW_MAX_MS;
     let membership = commit(&state, &token, key, &response)
         .context("control's answer can not be used; nothing was joined")?;
+    // Files of workloads go there next. Where it can not be made the agent waits for it.
+    let mut directory = std::fs::DirBuilder::new();
+    let made = directory
+        .recursive(true)
+        .mode(0o755)
+        .create(&config.services_dir);
+    if let Err(error) = made {
+        log::warn!("cannot make {}: {error}", config.services_dir.display());
+    }
     Ok(Joined::New { membership, skewed })
 }
 

@@ -25,7 +25,9 @@ pub(crate) fn leave(config: &Config) -> anyhow::Result<Left> {
     let _alone = (config.runtime_dir.exists())
         .then(|| alone::alone(config))
         .transpose()
-        .context("stop the agent first, e.g. `systemctl stop mesh-agent`")?;
+        .context(
+            "stop the agent first: end `mesh-agent run`, or stop the unit that you run it by",
+        )?;
     let state = State::new(&config.state_dir);
     let left = match state.membership() {
         Ok(Some(membership)) => Left::Host(membership.host.name.to_string()),

@@ -146,6 +146,11 @@ enum Output {
     Json,
 }
 
+/// What was typed is wrong: exit code 2, as for what is no option at all.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Mistyped(pub(crate) String);
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match dispatch(cli) {
@@ -153,7 +158,10 @@ fn main() -> ExitCode {
         Err(error) => {
             // A closed stderr must not hide the exit code.
             let _ = writeln!(std::io::stderr(), "mesh-agent: {error:#}");
-            ExitCode::FAILURE
+            match error.downcast_ref::<Mistyped>() {
+                Some(_) => ExitCode::from(2),
+                None => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -13,6 +13,7 @@ use mesh_runtime::clock;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::Mistyped;
 use crate::limits::Limit;
 
 /// How long the daemon may take to answer: it may ask others meanwhile.
@@ -436,7 +437,11 @@ pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Res
         .split_once("\r\n\r\n")
         .with_context(|| format!("{name} does not speak HTTP"))?;
     let first = head.lines().next().unwrap_or_default();
-    ensure!(first.split(' ').nth(1) != Some("400"), "{}", body.trim());
+    // What was asked for is what somebody typed.
+    ensure!(
+        first.split(' ').nth(1) != Some("400"),
+        Mistyped(body.trim().to_owned())
+    );
     ensure!(
         first.split(' ').nth(1) == Some("200"),
         "the agent at {name} answered `{first}`: {}",

@@ -212,6 +212,16 @@ mod tests {
         for part in ["delete service shop/web", "owned by host vm-1", "conflict"] {
             assert!(text.contains(part), "{part}: {text}");
         }
+        // What control could not read was typed wrong.
+        for (reason, code) in [("conflict", 1), ("invalid", 2)] {
+            let body = format!(r#"{{"reason":"{reason}","message":"x"}}"#);
+            let failure = refusal(StatusCode::BAD_REQUEST, body.as_bytes(), &ask);
+            assert_eq!(
+                failure.exit_code(),
+                std::process::ExitCode::from(code),
+                "{reason}"
+            );
+        }
         let text = refusal(StatusCode::BAD_GATEWAY, b"oops", &ask).to_string();
         assert!(text.contains("oops") && text.contains("502"), "{text}");
     }

@@ -27,7 +27,11 @@ impl Failure {
     /// Control answered and refused; `reason` is its stable code.
     pub(crate) fn refused(operation: &str, object: &str, reason: &str, message: &str) -> Self {
         Self {
-            fault: Fault::Refused,
+            // Control read what was typed or written, and could not.
+            fault: match reason {
+                "invalid" => Fault::Usage,
+                _ => Fault::Refused,
+            },
             operation: operation.to_owned(),
             object: object.to_owned(),
             cause: format!("control refused: {message} (reason {reason})"),

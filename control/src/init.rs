@@ -1,5 +1,6 @@
 //! `mesh-control init`: a new mesh, made once.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use mesh_api::resource::{CallerSpec, Metadata, OUR_API, Object, PolicySpec, Resource, RuleSpec};
@@ -176,6 +177,7 @@ fn catalogue(settings: &Settings, secret: &str, now_s: u64) -> anyhow::Result<Ca
     let everyone = Command::Apply {
         resources: vec![Resource::Policy(everyone(&settings.trust_domain))],
         dry_run: false,
+        plaintext: BTreeSet::new(),
     };
     state.apply(&everyone, 1, now_s)?;
     Ok(state.catalogue)

@@ -176,6 +176,7 @@ mod tests {
         Command::Apply {
             resources: mesh_api::resource::parse_all(&text).unwrap(),
             dry_run: false,
+            plaintext: std::collections::BTreeSet::new(),
         }
     }
 

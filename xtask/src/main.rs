@@ -101,6 +101,7 @@ fn main() -> ExitCode {
 fn demo(options: &[&str]) -> anyhow::Result<()> {
     apt::need_root("the demonstration makes network namespaces")?;
     apt::install(apt::DEMO)?;
+    child::say("building everything: the first time that takes some minutes");
     child::build(Profile::Dev)?;
     child::owns_demo();
     let mut words = vec!["demo"];

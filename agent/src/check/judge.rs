@@ -52,8 +52,7 @@ pub(super) fn judge(facts: &Facts) -> Checks {
 
 fn agent(facts: &Facts) -> Check {
     const NAME: &str = "agent";
-    let start =
-        "start it: `systemctl start mesh-agent`, or `mesh-agent run`; its log says why it ended";
+    let start = "start `mesh-agent run`, or the unit that you run it by; its log says why it ended";
     match (&facts.membership, &facts.status) {
         (Err(error), _) => Check::failed(NAME, error, "`mesh-agent leave`, then join again"),
         (Ok(None), _) => Check::failed(
@@ -486,9 +485,18 @@ fn workloads(_: &Facts, status: &Status) -> Check {
 fn ports(_: &Facts, status: &Status) -> Check {
     const NAME: &str = "ports";
     let services = status.workloads.iter().flat_map(|w| &w.services);
-    let found: Vec<String> = services
+    let mut found: Vec<String> = services
         .flat_map(|s| s.problems.iter().map(move |p| format!("{}: {p}", s.name)))
         .collect();
+    // Of these nobody knows who should hold the port.
+    let ownerless = status
+        .workloads
+        .iter()
+        .filter_map(|w| Some((w, w.problem.as_ref()?)));
+    found.extend(ownerless.flat_map(|(workload, problem)| {
+        let own = workload.services.iter().filter(|s| s.plaintext.is_empty());
+        own.map(move |s| format!("{}: its owner is not found: {problem}", s.name))
+    }));
     if found.is_empty() {
         // The input door looks at what comes from other hosts.
         let own = status.workloads.iter().flat_map(|w| &w.services);

@@ -28,6 +28,7 @@ pub(crate) async fn run(client: &Client, command: &RevokeCommand) -> Result<(), 
             };
             let path = format!("/v1/workloads/{namespace}/{name}:revoke?host={host}");
             let answer = ask(client, &object, &path).await?;
+            output::warnings(&object, &answer);
             tell(&answer);
         }
         RevokeCommand::Token(revoke) => token(client, revoke).await?,

@@ -3,7 +3,7 @@
 use http::Method;
 use serde_json::Value;
 
-use super::plain;
+use super::{items, plain, text};
 use crate::args::Format;
 use crate::client::{Ask, Client};
 use crate::failure::Failure;
@@ -38,12 +38,28 @@ fn facts(table: &mut Table, prefix: &str, value: &Value) {
             // Tells restored stores apart, for agents.
             "epoch" => {}
             "hosts" => table.row(vec!["hosts".to_owned(), hosts(value)]),
+            "certificates" => {
+                for certificate in items(value) {
+                    let name = format!("certificate {}", text(certificate, "/name"));
+                    table.row(vec![name, life(certificate)]);
+                }
+            }
             "autonomyHours" => table.row(vec![
                 "runs without control".to_owned(),
                 format!("{} h", plain(value)),
             ]),
             _ => facts(table, format!("{prefix} {}", words(name)).trim(), value),
         }
+    }
+}
+
+/// When a certificate ends, and what alarm that gives.
+fn life(certificate: &Value) -> String {
+    let days = text(certificate, "/daysLeft");
+    let ends = format!("ends {}, {days} d left", text(certificate, "/ends"));
+    match text(certificate, "/alarm").as_str() {
+        "" => ends,
+        alarm => format!("{ends}: {alarm}"),
     }
 }
 
@@ -86,16 +102,26 @@ mod tests {
             "epoch": "123",
             "ca": {"rootPin": "ab"},
             "version": "0.1.0",
+            "certificates": [
+                {"name": "root", "ends": "2036-11-20T00:00:00Z", "daysLeft": 3650, "alarm": null},
+                {"name": "issuer", "ends": "2026-12-01T00:00:00Z", "daysLeft": 8, "alarm": "act"},
+            ],
         });
         facts(&mut table, "", &status);
-        let text = table.render();
-        let lines: Vec<String> = text
+        let page = table.render();
+        let lines: Vec<String> = page
             .lines()
             .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
             .collect();
-        for line in ["hosts 2 live, 0 stale", "ca root pin ab", "version 0.1.0"] {
-            assert!(lines.iter().any(|l| l == line), "{line}: {text}");
+        for line in [
+            "hosts 2 live, 0 stale",
+            "ca root pin ab",
+            "version 0.1.0",
+            "certificate root ends 2036-11-20T00:00:00Z, 3650 d left",
+            "certificate issuer ends 2026-12-01T00:00:00Z, 8 d left: act",
+        ] {
+            assert!(lines.iter().any(|l| l == line), "{line}: {page}");
         }
-        assert!(!text.contains("epoch"), "{text}");
+        assert!(!page.contains("epoch"), "{page}");
     }
 }

@@ -12,9 +12,10 @@ use mesh_core::service::Pattern;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::body;
+use super::{body, edges};
 use crate::audit::Actor;
 use crate::ca;
+use crate::catalogue::Catalogue;
 use crate::catalogue::command::{Command, NewToken, Outcome};
 use crate::catalogue::objects::{Digest, Scope};
 use crate::catalogue::warnings;
@@ -157,6 +158,7 @@ pub(super) async fn apply(
     let command = Command::Apply {
         resources,
         dry_run: query.dry_run,
+        plaintext: edges::plaintext_callers(&control.edges.all()),
     };
     let Outcome::Applied(applied) = control.writer.ask(actor, command).await? else {
         return Err(Refusal::internal());
@@ -240,8 +242,28 @@ pub(super) async fn act(
         }
         _ => return Err(Refusal::not_found(&format!("action {name} on {kind}"))),
     };
+    let warning = unknown_workload(&control.writer.now(), &command);
     control.writer.ask(actor, command).await?;
-    Ok(Json(json!({"revoked": true, "agents": agents(&control)})))
+    let mut answer = json!({"revoked": true, "agents": agents(&control)});
+    if let Some(warning) = warning {
+        answer["warnings"] = json!([warning]);
+    }
+    Ok(Json(answer))
+}
+
+/// A workload that its host does not have now may have been there before: it is revoked, and that is said.
+fn unknown_workload(now: &Catalogue, command: &Command) -> Option<String> {
+    let Command::RevokeWorkload { account, host } = command else {
+        return None;
+    };
+    let known = now.host_by_name(host)?.workloads.iter();
+    let mut known = known.map(|workload| &workload.account);
+    (!known.any(|known| known == account)).then(|| {
+        format!(
+            "host {host} has no workload {account} now; if the name is mistyped, the one that was meant is not revoked: see \
+             `meshctl get workloads`"
+        )
+    })
 }
 
 fn deletion(kind: &str, namespace: &str, name: &str) -> Result<Command, Refusal> {

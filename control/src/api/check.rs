@@ -1,6 +1,7 @@
 //! What an operator would look at in a mesh, named and judged: `meshctl check`.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use mesh_api::check::{Check, Checks};
 use mesh_core::edge::{EdgeCaller, EdgeVerdict};
@@ -12,6 +13,7 @@ use mesh_runtime::clock::rfc3339;
 use serde_json::{Value, json};
 
 use super::edges;
+use crate::catalogue::objects::Host;
 use crate::catalogue::{Catalogue, authz, warnings};
 use crate::clock;
 use crate::clocks::Offsets;
@@ -160,15 +162,20 @@ fn addresses(facts: &Facts<'_>) -> Check {
     const NAME: &str = "addresses";
     let all = facts.now.hosts.values();
     let unproven = all.filter(|h| h.live && h.doubted && !h.proven);
-    let unproven: Vec<String> = unproven
-        .map(|h| format!("{} at {} port {}", h.name, h.address, h.mesh_port))
-        .collect();
-    if unproven.is_empty() {
+    let (serving, calling): (Vec<_>, Vec<_>) = unproven.partition(|h| h.offers().next().is_some());
+    let line = |h: &Arc<Host>| format!("{} at {} port {}", h.name, h.address, h.mesh_port);
+    if serving.is_empty() && !calling.is_empty() {
+        let found = "control does not reach the agents of these hosts, which serve nothing";
+        let remedy = "nothing is to be done as long as they only call; open the port to control and to the other hosts before \
+             they serve";
+        return Check::warning(NAME, found, remedy).about(calling.into_iter().map(line));
+    }
+    if serving.is_empty() {
         return Check::ok(NAME, "the agents of all live hosts that serve were reached");
     }
     let remedy = "open the port to control and to the other hosts, or let the host join with its right `--address`";
     let found = "control does not reach the agents of these hosts: what they serve is not listed";
-    Check::failed(NAME, found, remedy).about(unproven)
+    Check::failed(NAME, found, remedy).about(serving.into_iter().map(line))
 }
 
 fn versions(facts: &Facts<'_>) -> Check {
@@ -370,22 +377,59 @@ mod tests {
 
     use super::*;
     use crate::ca::Life;
-    use crate::catalogue::objects::Settings;
+    use crate::catalogue::objects::{Digest, Offer, Scope, Settings, Workload};
 
     const NOW_S: i64 = 1_800_000_000;
     const DAY_S: i64 = 86_400;
 
-    fn verdicts(change: impl FnOnce(&mut Facts<'_>)) -> BTreeMap<String, Verdict> {
-        let settings = Settings {
+    fn settings() -> Settings {
+        Settings {
             trust_domain: "corp.example.com".parse().unwrap(),
             dns_suffix: "mesh.internal".to_owned(),
             vip4_range: "252.64.0.0/12".to_owned(),
             vip6_range: "fd6d:6573:6800::/64".to_owned(),
             addresses: vec![],
             bundle: 1,
-        };
+        }
+    }
+
+    fn host(uid: char, offers: Vec<Offer>) -> Host {
+        let account = mesh_core::names::Account::parse("shop/web").unwrap();
+        Host {
+            uid: String::from_iter([uid; 32]).parse().unwrap(),
+            name: "vm-1".parse().unwrap(),
+            network: mesh_core::names::Network::default_network(),
+            address: "10.0.0.1".parse().unwrap(),
+            mesh_port: 7441,
+            version: String::new(),
+            proven: false,
+            doubted: true,
+            key: Digest::of(b"key"),
+            token: String::new(),
+            scope: Scope {
+                identities: vec![],
+                services: vec![],
+                networks: vec![],
+            },
+            bundle: 1,
+            live: true,
+            since_s: 0,
+            workloads: vec![Workload { account, offers }],
+            created_s: 0,
+            revision: 1,
+        }
+    }
+
+    fn verdicts(change: impl FnOnce(&mut Facts<'_>)) -> BTreeMap<String, Verdict> {
+        verdicts_of(&Catalogue::new(7, settings()), change)
+    }
+
+    fn verdicts_of(
+        now: &Catalogue,
+        change: impl FnOnce(&mut Facts<'_>),
+    ) -> BTreeMap<String, Verdict> {
         let mut facts = Facts {
-            now: &Catalogue::new(7, settings),
+            now,
             authorities: [
                 authority(10 * 365, 9 * 365 * DAY_S),
                 authority(365, 364 * DAY_S),
@@ -408,6 +452,29 @@ mod tests {
             not_after_s,
         };
         Certificate::at("issuer", life, NOW_S)
+    }
+
+    #[test]
+    fn an_address_that_nobody_needs_is_no_failure() {
+        let offer = Offer {
+            service: mesh_core::names::ServiceName::parse("shop/web").unwrap(),
+            ports: vec![],
+            transport: Transport::Permissive,
+            healthy: true,
+            plaintext: vec![],
+        };
+        let (calls, serves) = (host('a', vec![]), host('b', vec![offer]));
+        let verdict = |hosts: &[&Host]| {
+            let mut now = Catalogue::new(7, settings());
+            for host in hosts {
+                now.hosts
+                    .insert(host.uid.clone(), Arc::new(Host::clone(host)));
+            }
+            verdicts_of(&now, |_| ())["addresses"]
+        };
+        assert_eq!(verdict(&[]), Verdict::Ok);
+        assert_eq!(verdict(&[&calls]), Verdict::Warning);
+        assert_eq!(verdict(&[&calls, &serves]), Verdict::Failed);
     }
 
     /// The thresholds are those of `mesh_core::expiry`, as in log, metrics and `meshctl status`.

@@ -1,8 +1,9 @@
 //! Who really calls what, as the called hosts tell it: `meshctl edges`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
-use mesh_core::edge::{EdgeCaller, EdgeKey, EdgeUse};
+use mesh_core::edge::{EdgeCaller, EdgeKey, EdgeUse, EdgeVerdict};
 use mesh_core::names::ServiceName;
 use mesh_core::service::Transport;
 use mesh_runtime::clock::rfc3339;
@@ -112,6 +113,19 @@ pub(super) fn joined(now: &Catalogue, by_host: &EdgesByHost) -> BTreeMap<EdgeKey
         }
     }
     all
+}
+
+/// Who came in plaintext and was not refused, for what a change would cut off.
+pub(super) fn plaintext_callers(by_host: &EdgesByHost) -> BTreeSet<(ServiceName, u16, IpAddr)> {
+    let edges = by_host.values().flat_map(|report| &report.edges);
+    let let_in = edges.map(|(key, _)| key);
+    let let_in = let_in.filter(|key| key.verdict != EdgeVerdict::Refused);
+    let_in
+        .filter_map(|key| match key.caller {
+            EdgeCaller::Plaintext(address) => Some((key.service.clone(), key.port, address)),
+            EdgeCaller::Identity(_) => None,
+        })
+        .collect()
 }
 
 /// The permissive ports at which every host that serves them saw no plaintext caller for long, and since when.

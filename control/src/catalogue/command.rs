@@ -1,6 +1,7 @@
 //! What can be asked of the catalogue, and the one way from one moment of it to the next. Nothing here does
 //! I/O: random ids, hashes and the time come with the command.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use mesh_core::vip::Allocator;
 
 use super::draft::{Draft, Op};
 use super::objects::{Digest, Host, PolicyKey, Revoked, Scope, Workload};
+use super::warnings::PlaintextCaller;
 use super::{Catalogue, host, policy, service, token, warnings};
 use crate::refusal::Refusal;
 
@@ -74,6 +76,8 @@ pub(crate) enum Command {
     Apply {
         resources: Vec<Resource>,
         dry_run: bool,
+        /// For warnings: who may be cut off.
+        plaintext: BTreeSet<PlaintextCaller>,
     },
     DeleteService {
         name: ServiceName,
@@ -272,15 +276,24 @@ fn reduce(draft: &mut Draft<'_>, command: &Command) -> Result<Outcome, Refusal> 
             Ok(Outcome::Restored { tokens })
         }
         Command::MergeRevocations(known) => host::merge(draft, known),
-        Command::Apply { resources, .. } => {
+        Command::Apply {
+            resources,
+            plaintext,
+            ..
+        } => {
+            let before = (!plaintext.is_empty()).then(|| draft.next.clone());
             let applied = resources.iter().map(|resource| match resource {
                 Resource::Service(object) => service::apply(draft, object),
                 Resource::Policy(object) => policy::apply(draft, object),
             });
             let mut applied = applied.collect::<Result<Vec<Applied>, _>>()?;
+            let cut = before.map_or_else(Vec::new, |before| {
+                warnings::cut_off(&before, &draft.next, plaintext)
+            });
             // Last: a policy may stand before its service.
             for (one, resource) in applied.iter_mut().zip(resources) {
                 one.warnings = warnings::of(&draft.next, resource);
+                one.warnings.extend(warnings::of_cut_off(resource, &cut));
             }
             Ok(Outcome::Applied(applied))
         }

@@ -1,5 +1,7 @@
 //! The catalogue's rules, each refusal by its reason.
 
+use std::collections::BTreeSet;
+
 use mesh_api::resource;
 use mesh_core::names::Account;
 use mesh_core::service::{Health, Pattern, Port, Protocol, Transport};
@@ -140,6 +142,7 @@ impl World {
         let command = Command::Apply {
             resources,
             dry_run: false,
+            plaintext: BTreeSet::new(),
         };
         match self.run(&command)? {
             Outcome::Applied(applied) => Ok(applied.iter().map(|a| a.action).collect()),

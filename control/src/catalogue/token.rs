@@ -36,7 +36,7 @@ pub(super) fn create(draft: &mut Draft<'_>, new: &NewToken) -> Result<Outcome, R
     }
     if new.expires_s <= draft.now_s || draft.now_s + LIFE_MAX_S < new.expires_s {
         return Err(Refusal::invalid(
-            "a token lives for one second to one year; set expiresIn accordingly",
+            "a token lives for one second to one year; say how long with `--expires`, e.g. `--expires 30d`",
         ));
     }
     prune(draft);

@@ -336,6 +336,7 @@ mod tests {
         let command = Command::Apply {
             resources: mesh_api::resource::parse_all(&text).unwrap(),
             dry_run: false,
+            plaintext: std::collections::BTreeSet::new(),
         };
         let revision = state.catalogue.revision + 1;
         state.apply(&command, revision, 1).unwrap();

@@ -43,6 +43,7 @@ fn service(n: usize) -> Command {
     Command::Apply {
         resources: mesh_api::resource::parse_all(&text).unwrap(),
         dry_run: false,
+        plaintext: std::collections::BTreeSet::new(),
     }
 }
 

@@ -15,6 +15,8 @@ pub const OUR_API: &str = "meshwork.io/v1alpha1";
 pub const TRANSPORT_ANNOTATION: &str = "meshwork.io/transport";
 /// The annotation of a `Service` that names, divided by commas, the address ranges whose plaintext `strict` lets in.
 pub const PLAINTEXT_FROM_ANNOTATION: &str = "meshwork.io/plaintext-from";
+/// What every annotation of ours begins with.
+const OUR_ANNOTATIONS: &str = "meshwork.io/";
 /// Most such ranges of one service.
 const PLAINTEXT_FROM_MAX: usize = 64;
 /// Most resources in one `apply`.
@@ -191,8 +193,15 @@ impl Resource {
             .parse::<TrustDomain>()
             .map_err(|e| bad(&object, &e))?;
         match &resource {
-            Self::Service(service) => drop(service.to_core()?),
-            Self::Policy(policy) => drop(policy.to_core(&own)?),
+            Self::Service(service) => {
+                let known = [TRANSPORT_ANNOTATION, PLAINTEXT_FROM_ANNOTATION];
+                known_annotations(&object, &service.metadata, &known)?;
+                drop(service.to_core()?);
+            }
+            Self::Policy(policy) => {
+                known_annotations(&object, &policy.metadata, &[])?;
+                drop(policy.to_core(&own)?);
+            }
         }
         Ok(resource)
     }
@@ -208,6 +217,25 @@ impl Resource {
             None => format!("{kind} {}", metadata.name),
         }
     }
+}
+
+/// Refuses annotations that are ours by name and mean nothing here: mostly mistyped.
+fn known_annotations(object: &str, of: &Metadata, known: &[&str]) -> Result<(), ResourceError> {
+    let mut ours = of
+        .annotations
+        .keys()
+        .filter(|key| key.starts_with(OUR_ANNOTATIONS));
+    let Some(unknown) = ours.find(|key| !known.contains(&key.as_str())) else {
+        return Ok(());
+    };
+    let known = match known.is_empty() {
+        true => "a resource of this kind has none of ours".to_owned(),
+        false => format!("known are {}", known.join(" and ")),
+    };
+    Err(bad(
+        object,
+        &format!("the annotation {unknown} is not known; {known}"),
+    ))
 }
 
 /// Reads a resource of a known kind; what does not fit is told with its path.
@@ -308,16 +336,26 @@ impl Object<ServiceSpec> {
     }
 }
 
+/// Reads an address range. One with bits behind its prefix is refused: somebody means one address and lets in many.
+fn check_range(text: &str) -> Result<Cidr, String> {
+    let shown: String = text.chars().take(80).collect();
+    let range = Cidr::parse(text)
+        .ok_or_else(|| format!("`{shown}` is not an address range such as 10.0.0.0/8"))?;
+    let (first, _) = range.bounds();
+    if first != range.address {
+        let (address, prefix) = (range.address, range.prefix);
+        let whole = if address.is_ipv4() { 32 } else { 128 };
+        return Err(format!(
+            "`{shown}` has bits behind its prefix: write {first}/{prefix} for the range, or {address}/{whole} for the one address"
+        ));
+    }
+    Ok(range)
+}
+
 /// Reads address ranges: sorted, each once, 64 at most.
 pub(crate) fn check_ranges<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Vec<Cidr>, String> {
-    let range = |text: &str| {
-        Cidr::parse(text).ok_or_else(|| {
-            let text: String = text.chars().take(80).collect();
-            format!("`{text}` is not an address range such as 10.0.0.0/8")
-        })
-    };
     let texts = texts.take(PLAINTEXT_FROM_MAX + 1);
-    let mut ranges = texts.map(range).collect::<Result<Vec<_>, _>>()?;
+    let mut ranges = texts.map(check_range).collect::<Result<Vec<_>, _>>()?;
     if ranges.len() > PLAINTEXT_FROM_MAX {
         return Err(format!("more than {PLAINTEXT_FROM_MAX} ranges"));
     }
@@ -437,9 +475,9 @@ impl CallerSpec {
                 trust_domain,
                 name: Glob::parse(text).map_err(name)?,
             }),
-            (None, None, None, Some(text)) if self.trust_domain.is_none() => Cidr::parse(text)
+            (None, None, None, Some(text)) if self.trust_domain.is_none() => check_range(text)
                 .map(Caller::Plaintext)
-                .ok_or_else(|| format!("cidr `{text}` is not an address range such as 10.0.0.0/8")),
+                .map_err(|message| format!("cidr {message}")),
             (None, None, None, None) if self.trust_domain.is_some() => {
                 Ok(Caller::TrustDomain(trust_domain))
             }
@@ -510,6 +548,31 @@ spec:
             ("kind: Policy", "kind: Polcy", "Polcy"),
             ("transport: strict", "transport: strickt", "strickt"),
             ("10.1.0.0/16,", "10.1.0.0/33,", "10.1.0.0/33"),
+            (
+                "10.1.0.0/16,",
+                "10.1.2.3/16,",
+                "write 10.1.0.0/16 for the range, or 10.1.2.3/32",
+            ),
+            (
+                "cidr: 10.0.0.0/8",
+                "cidr: 10.0.0.1/8",
+                "cidr `10.0.0.1/8` has bits",
+            ),
+            (
+                "cidr: 10.0.0.0/8",
+                "cidr: 'fd00::1/8'",
+                "write fd00::/8 for the range, or fd00::1/128",
+            ),
+            (
+                "meshwork.io/transport",
+                "meshwork.io/trnsport",
+                "known are meshwork.io/transport and meshwork.io/plaintext-from",
+            ),
+            (
+                "namespace: data}",
+                "namespace: data, annotations: {meshwork.io/transport: strict}}",
+                "none of ours",
+            ),
         ] {
             let error = parse_all(&POLICY.replace(change, with))
                 .unwrap_err()

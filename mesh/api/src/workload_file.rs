@@ -19,7 +19,9 @@ use std::ops::Range;
 use mesh_core::names::{Account, Label, NameError, ServiceName};
 use mesh_core::service::{Port, Protocol, Transport};
 use mesh_core::vip::VipRanges;
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 
 use crate::resource::check_ports;
 
@@ -141,11 +143,37 @@ struct ServiceForm {
     endpoints: Option<toml::Spanned<Vec<String>>>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct PortForm {
     port: u16,
     protocol: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for PortForm {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_map(PortVisitor)
+    }
+}
+
+/// Says how a port is written to who writes `ports = [80]`.
+struct PortVisitor;
+
+impl<'de> Visitor<'de> for PortVisitor {
+    type Value = PortForm;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a port, written as ports = [{ port = 80, protocol = \"http\" }]")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<PortForm, A::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Fields {
+            port: u16,
+            protocol: Option<String>,
+        }
+        let Fields { port, protocol } = Fields::deserialize(MapAccessDeserializer::new(map))?;
+        Ok(PortForm { port, protocol })
+    }
 }
 
 #[derive(Deserialize)]
@@ -521,6 +549,18 @@ check = { http = "/healthz" }
             let error = read(&FILE.replace(change, with)).unwrap_err();
             assert_eq!(error.line, line, "{with}: {error:?}");
             assert!(!error.remedy.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_bare_port_is_told_its_form() {
+        let list = "[{ port = 80, protocol = \"http\" }, { port = 5432 }]";
+        for bare in ["[80]", "80", "[\"80\"]"] {
+            let error = read(&FILE.replace(list, bare)).unwrap_err();
+            assert_eq!(error.line, 6, "{error:?}");
+            if bare.starts_with('[') {
+                assert!(error.message.contains("ports = [{ port = 80"), "{error:?}");
+            }
         }
     }
 

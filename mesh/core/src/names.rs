@@ -11,7 +11,7 @@ pub const TRUST_DOMAIN_MAX: usize = 125;
 
 /// Why a name is not one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is not a {kind}: {rule}")]
+#[error("`{text}` is no {kind}: {rule}")]
 pub struct NameError {
     pub kind: &'static str,
     pub text: String,
@@ -180,6 +180,12 @@ mod tests {
         assert!("corp..com".parse::<TrustDomain>().is_err());
         let long = format!("{}.{}", "a".repeat(63), "b".repeat(63));
         assert!(long.parse::<TrustDomain>().is_err(), "127 bytes");
+    }
+
+    #[test]
+    fn a_wrong_name_is_told_in_plain_words() {
+        let text = Account::parse("web").unwrap_err().to_string();
+        assert_eq!(text, "`web` is no account: write it as `namespace/name`");
     }
 
     #[test]

@@ -223,7 +223,7 @@ fn each_wrong_is_found_by_its_check_alone() {
         (&["files"], Verdict::Failed, |f| {
             of(f).file_problems.push("web.toml:1".to_owned());
         }),
-        (&["workloads"], Verdict::Failed, |f| {
+        (&["workloads", "ports"], Verdict::Failed, |f| {
             of(f).workloads[0].problem = Some("no such unit".to_owned());
         }),
         (&["workloads"], Verdict::Failed, |f| {

@@ -70,6 +70,7 @@ fn apply_is_all_or_nothing_and_a_dry_run_is_nothing() {
     let dry = Command::Apply {
         resources: resource::parse_all(&STRICT.replace("name: web", "name: dry")).unwrap(),
         dry_run: true,
+        plaintext: BTreeSet::new(),
     };
     w.run(&dry).unwrap();
     assert_eq!(w.state.catalogue.items(), before);
@@ -113,16 +114,7 @@ fn what_has_no_effect_is_said() {
                 spec: {service: web, rules: [{name: lan, from: [{cidr: 10.0.0.0/8}]}]}\n";
     let excepted = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop, annotations: \
                   {meshwork.io/plaintext-from: 10.0.0.0/8}}\nspec: {ports: [{port: 80}]}\n";
-    let mut warnings = |text: &str| {
-        let command = Command::Apply {
-            resources: resource::parse_all(text).unwrap(),
-            dry_run: false,
-        };
-        match w.run(&command).unwrap() {
-            Outcome::Applied(applied) => applied.into_iter().map(|one| one.warnings).collect(),
-            other => panic!("{other:?}"),
-        }
-    };
+    let mut warnings = |text: &str| warned(&mut w, text, &[]);
     let policy: Vec<Vec<String>> = warnings(yaml);
     assert_eq!(policy[0].len(), 1, "{policy:?}");
     assert!(
@@ -138,4 +130,99 @@ fn what_has_no_effect_is_said() {
     let key = (Some("shop".parse().unwrap()), "p".parse().unwrap());
     w.run(&Command::DeletePolicy { key }).unwrap();
     assert!(warnings::of_no_rule(&w.state.catalogue).is_some());
+}
+
+#[test]
+fn a_rule_that_matches_nobody_is_said() {
+    let mut w = World::new();
+    let a = w.host("a");
+    w.report(&a, &[("shop/web", 80)]);
+    let policy = |ports: &str, host: &str| {
+        format!(
+            "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {{name: p, namespace: shop}}\n\
+             spec: {{service: web, rules: [{{name: r, from: [{{host: '{host}'}}], ports: {ports}}}]}}\n"
+        )
+    };
+    assert_eq!(warned(&mut w, &policy("[80]", "a"), &[]), [[""; 0]]);
+    assert_eq!(warned(&mut w, &policy("[]", "*"), &[]), [[""; 0]]);
+    let wrong = &warned(&mut w, &policy("[80, 81]", "b*"), &[])[0];
+    assert_eq!(wrong.len(), 2, "{wrong:?}");
+    assert!(wrong[0].starts_with("rule r names port 81, "), "{wrong:?}");
+    assert!(wrong[1].contains("no such host"), "{wrong:?}");
+    // Where there is no service nothing is said of its ports.
+    let early = policy("[81]", "a").replace("service: web", "service: later");
+    let early = &warned(&mut w, &early, &[])[0];
+    assert!(
+        early.len() == 1 && early[0].contains("no service matches yet"),
+        "{early:?}"
+    );
+}
+
+#[test]
+fn plaintext_callers_that_a_change_cuts_off_are_said() {
+    let mut w = World::new();
+    let a = w.host("a");
+    w.report(&a, &[("shop/web", 80), ("shop/db", 5432)]);
+    let policy = |spec: &str| {
+        format!(
+            "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {{name: p, namespace: shop}}\nspec: {{{spec}}}\n"
+        )
+    };
+    let seen = [
+        ("shop/web", 80, "10.0.0.5"),
+        ("shop/web", 80, "10.0.0.6"),
+        ("shop/web", 80, "10.9.0.7"),
+        ("shop/db", 5432, "10.0.0.5"),
+    ];
+    let everyone = "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {name: everyone}\n\
+                    spec: {rules: [{name: all, from: [{cidr: 0.0.0.0/0}]}]}\n";
+    assert_eq!(warned(&mut w, everyone, &seen), [[""; 0]]);
+    let front = "service: web, rules: [{name: front, from: [{identity: shop/front}]}]";
+    // What only counts cuts nobody off.
+    let audit = format!("enforce: audit, {front}");
+    assert_eq!(warned(&mut w, &policy(&audit), &seen), [[""; 0]]);
+    let cut = &warned(&mut w, &policy(front), &seen)[0];
+    assert!(
+        cut.len() == 1 && cut[0].starts_with("3 plaintext caller(s) that were seen are no longer let in: 10.0.0.5 of shop/web port 80"),
+        "{cut:?}"
+    );
+    assert_eq!(
+        warned(&mut w, &policy(front), &seen),
+        [[""; 0]],
+        "they were cut off before"
+    );
+    w.run(&Command::DeletePolicy {
+        key: (Some("shop".parse().unwrap()), "p".parse().unwrap()),
+    })
+    .unwrap();
+    let kept = "service: web, rules: [{name: lan, from: [{cidr: 10.0.0.0/16}]}]";
+    let cut = &warned(&mut w, &policy(kept), &seen)[0];
+    assert!(
+        cut[0].contains("1 plaintext caller(s)") && cut[0].contains("10.9.0.7"),
+        "{cut:?}"
+    );
+    let strict = STRICT
+        .replace("name: web", "name: db")
+        .replace("port: 80", "port: 5432");
+    let cut = warned(&mut w, &strict, &seen);
+    assert!(
+        cut[0][0].contains("10.0.0.5 of shop/db port 5432"),
+        "{cut:?}"
+    );
+}
+
+/// Applies, and says of each resource what is warned of.
+fn warned(w: &mut World, yaml: &str, seen: &[(&str, u16, &str)]) -> Vec<Vec<String>> {
+    let seen = seen.iter();
+    let command = Command::Apply {
+        resources: resource::parse_all(yaml).unwrap(),
+        dry_run: false,
+        plaintext: seen
+            .map(|(service, port, address)| (name(service), *port, address.parse().unwrap()))
+            .collect(),
+    };
+    match w.run(&command).unwrap() {
+        Outcome::Applied(applied) => applied.into_iter().map(|one| one.warnings).collect(),
+        other => panic!("{other:?}"),
+    }
 }
