@@ -98,6 +98,13 @@ fn covers(level: &Level, service: &ServiceName) -> bool {
     }
 }
 
+/// From where plaintext callers of one port are let in, before a change and after it.
+struct Doors<'a> {
+    of: (&'a ServiceName, u16),
+    old: Vec<Cidr>,
+    new: Vec<Cidr>,
+}
+
 /// The plaintext callers that were let in `before` and are not any more.
 pub(super) fn cut_off<'a>(
     before: &Catalogue,
@@ -105,23 +112,25 @@ pub(super) fn cut_off<'a>(
     seen: &'a BTreeSet<PlaintextCaller>,
 ) -> Vec<&'a PlaintextCaller> {
     let (old, new) = (authz::policies(before), authz::policies(after));
-    let mut doors: Option<((&ServiceName, u16), [Vec<Cidr>; 2])> = None;
+    let mut at: Option<Doors<'_>> = None;
     let mut cut = Vec::new();
     // Sorted: all callers of one port come together.
     for caller in seen {
         let (service, port, address) = caller;
-        if doors.as_ref().is_none_or(|(of, _)| *of != (service, *port)) {
-            let both = [(before, &old), (after, &new)];
-            let both = both.map(|(now, policies)| let_in(now, policies, service, *port));
-            doors = Some(((service, *port), both));
-        }
-        let Some((_, [old, new])) = &doors else {
-            continue;
+        let of = (service, *port);
+        let doors = match at.take() {
+            Some(doors) if doors.of == of => doors,
+            _ => Doors {
+                of,
+                old: let_in(before, &old, service, *port),
+                new: let_in(after, &new, service, *port),
+            },
         };
         let within = |ranges: &[Cidr]| ranges.iter().any(|range| range.contains(*address));
-        if within(old) && !within(new) {
+        if within(&doors.old) && !within(&doors.new) {
             cut.push(caller);
         }
+        at = Some(doors);
     }
     cut
 }
