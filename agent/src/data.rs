@@ -493,7 +493,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
             }
             Command::Callers(whose, listener) => {
                 // What it accepts inherits this.
-                crate::relay::prepare(SockRef::from(&listener), &thread.settings.keepalive)?;
+                crate::relay::prepare(&SockRef::from(&listener), &thread.settings.keepalive)?;
                 let listener = TcpListener::from_std(listener)?;
                 let task = accept::callers(Rc::clone(&thread), whose.clone(), listener);
                 let task = spawn_local(task);

@@ -240,7 +240,7 @@ pub(crate) fn guard(socket: &TcpStream) {
 
 /// Sets what a program's connection has, or inherits from its listener: the kernel asks whether the other end lives,
 /// and urgent data (RFC 6093) stays at its place among the rest, where it is not lost.
-pub(crate) fn prepare(socket: SockRef<'_>, keepalive: &TcpKeepalive) -> io::Result<()> {
+pub(crate) fn prepare(socket: &SockRef<'_>, keepalive: &TcpKeepalive) -> io::Result<()> {
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(keepalive)
 }

@@ -166,7 +166,7 @@ async fn attempt(
         return Err(Failed::Here(io::Error::from_raw_os_error(libc::EMFILE)));
     }
     let set = socket.set_nodelay(true);
-    set.and_then(|()| relay::prepare(SockRef::from(&socket), keepalive))
+    set.and_then(|()| relay::prepare(&SockRef::from(&socket), keepalive))
         .map_err(Failed::Here)?;
     let connected = tokio::time::timeout(limit, socket.connect(server)).await;
     let socket = connected
