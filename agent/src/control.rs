@@ -11,6 +11,7 @@ mod mirror;
 mod rejoin;
 mod report;
 
+use std::convert::Infallible;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -176,9 +177,9 @@ impl Shell {
         Ok(shell)
     }
 
-    /// Runs until `stop`.
+    /// Runs until `stop`, and keeps the last state then.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
-        let (persisted_by, mut persisted) = watch::channel(Persisted::default());
+        let (persisted_by, persisted) = watch::channel(Persisted::default());
         let keep_stop = CancellationToken::new();
         let mut keeping = tokio::spawn(keep::run(
             self.links.state.clone(),
@@ -186,17 +187,33 @@ impl Shell {
             persisted_by,
             keep_stop.clone(),
         ));
+        tokio::select! {
+            // First: those whom we follow end with us, and that would look like a failure.
+            biased;
+            () = stop.cancelled() => (),
+            ended = &mut keeping => {
+                ended??;
+                anyhow::bail!("the task that keeps control's state ended");
+            }
+            outcome = self.follow(persisted) => return outcome.map(|never| match never {}),
+        }
+        if self.session.is_live() {
+            self.mirror.contact(now_ms());
+        }
+        keep_stop.cancel();
+        keeping.await?
+    }
+
+    async fn follow(
+        &mut self,
+        mut persisted: watch::Receiver<Persisted>,
+    ) -> anyhow::Result<Infallible> {
         let mut tidy = tokio::time::interval(TIDY_EVERY);
         loop {
             self.obey(&persisted);
             self.publish();
             let timeout = tokio::time::Instant::from_std(self.session.poll_timeout());
             tokio::select! {
-                () = stop.cancelled() => break,
-                ended = &mut keeping => {
-                    ended??;
-                    anyhow::bail!("the task that keeps control's state ended");
-                }
                 Some((attempt, event)) = self.events.recv() => self.handle(attempt, event),
                 Some(service) = self.links.wants.recv() => {
                     if self.mirror.want(&service, now_ms()) {
@@ -223,11 +240,6 @@ impl Shell {
                 () = tokio::time::sleep_until(timeout) => self.session.handle_timeout(Instant::now()),
             }
         }
-        if self.session.is_live() {
-            self.mirror.contact(now_ms());
-        }
-        keep_stop.cancel();
-        keeping.await?
     }
 
     fn handle(&mut self, attempt: Attempt, event: Event) {

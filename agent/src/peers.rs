@@ -269,7 +269,14 @@ async fn dial(
         Ok(Err(error)) if limits::is_shortage(&error) => {
             return Err(log_failure(thread.short_of(&error), &error));
         }
-        Ok(Err(error)) => return Err(log_failure(Reason::PeerUnreachable, &error)),
+        Ok(Err(error)) => {
+            let reason = match error.kind() {
+                // It took the connection, and sheds it: whoever does not listen refuses instead.
+                std::io::ErrorKind::ConnectionReset => Reason::PeerHandshake,
+                _ => Reason::PeerUnreachable,
+            };
+            return Err(log_failure(reason, &error));
+        }
         Err(_) => {
             thread.metrics.limits.reached(Limit::Connect);
             return Err(log_failure(Reason::PeerUnreachable, &"no answer in time"));
