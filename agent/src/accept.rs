@@ -7,8 +7,9 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
+use mesh_api::workload_file::CallAt;
 use mesh_core::names::Account;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::watch;
 use tokio::task::spawn_local;
 
@@ -31,6 +32,56 @@ pub(crate) async fn callers(thread: Rc<Thread>, whose: Option<Account>, listener
         let (thread, whose) = (Rc::clone(&thread), whose.clone());
         spawn_local(async move {
             outbound::serve(&thread, whose, socket, from).await;
+            drop(admission);
+        });
+    }
+}
+
+/// Serves a local port that leads to a service.
+pub(crate) async fn at_port(thread: Rc<Thread>, at: CallAt, listener: TcpListener) {
+    let mut door = Door::new(&thread, listener, Direction::Outbound);
+    while let Some((socket, from)) = door.next().await {
+        let Some(admission) = thread.admit(Direction::Outbound) else {
+            relay::abort(socket);
+            continue;
+        };
+        let (thread, at) = (Rc::clone(&thread), at.clone());
+        spawn_local(async move {
+            outbound::serve_port(&thread, &at, socket, from).await;
+            drop(admission);
+        });
+    }
+}
+
+/// Serves a unix socket that leads to a service. It knows no reset: who is turned away sees an end.
+pub(crate) async fn at_socket(thread: Rc<Thread>, at: CallAt, listener: UnixListener) {
+    let mut draining = thread.draining.subscribe();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = draining.wait_for(|draining| *draining) => return,
+        };
+        let socket = match accepted {
+            Ok((socket, _)) => socket,
+            Err(error) => {
+                if limits::out_of_descriptors(&error) && !thread.give_up_idle() {
+                    thread.shed(Limit::Descriptors, Direction::Outbound);
+                }
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        if limits::is_reserved(&socket) {
+            thread.give_up_idle();
+            thread.shed(Limit::Descriptors, Direction::Outbound);
+            continue;
+        }
+        let Some(admission) = thread.admit(Direction::Outbound) else {
+            continue;
+        };
+        let (thread, at) = (Rc::clone(&thread), at.clone());
+        spawn_local(async move {
+            outbound::serve_socket(&thread, &at, socket).await;
             drop(admission);
         });
     }

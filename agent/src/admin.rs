@@ -21,6 +21,7 @@ use crate::capture::sockdiag::{Listener, SockDiag};
 use crate::config::Config;
 use crate::control::SessionStatus;
 use crate::dns;
+use crate::explicit::Closed;
 use crate::health::Verdicts;
 use crate::holder::protocol::Arming;
 use crate::leaves::{LeafStanding, Standings, now_ms};
@@ -52,6 +53,8 @@ pub(crate) struct Sources {
     pub(crate) session: watch::Receiver<Arc<SessionStatus>>,
     pub(crate) standings: watch::Receiver<Arc<Standings>>,
     pub(crate) owners: watch::Receiver<Arc<OwnerStatus>>,
+    /// Local ports and sockets that could not be opened.
+    pub(crate) closed: watch::Receiver<Arc<Closed>>,
     pub(crate) dns: Option<Arc<dns::Counters>>,
     pub(crate) diag: Mutex<SockDiag>,
     /// Services whose endpoints are wanted.
@@ -168,6 +171,10 @@ impl Sources {
             capture: CaptureStatus {
                 applied: owners.applied,
                 error: owners.error.clone(),
+                enabled: self.config.capture.enabled,
+                closed: closed(&self.closed.borrow()),
+                reals: owners.reals,
+                reals_left_out: owners.reals_left_out,
             },
             door: DoorStatus {
                 ports: owners.door.ports,
@@ -429,6 +436,11 @@ fn counters(dns: &dns::Counters) -> BTreeMap<String, u64> {
     ];
     let read = all.map(|(name, counter)| (name.to_owned(), counter.load(Ordering::Relaxed)));
     BTreeMap::from(read)
+}
+
+fn closed(closed: &Closed) -> Vec<String> {
+    let closed = closed.iter();
+    closed.map(|(at, error)| format!("{at}: {error}")).collect()
 }
 
 fn set_level(query: &str) -> Answer {

@@ -113,17 +113,25 @@ pub(crate) struct Caller {
     pub(crate) id: SpiffeId,
     pub(crate) service: Arc<Service>,
     pub(crate) port: u16,
+    /// The address of the one host that is meant, where the caller dialled that and not the service's own.
+    only: Option<IpAddr>,
     /// Of its last call, and mostly of the next one too.
     balance: RefCell<Option<Rc<Balance>>>,
     place: RefCell<Option<(Rc<EndpointKey>, Place)>>,
 }
 
 impl Caller {
-    pub(crate) fn new(id: SpiffeId, service: Arc<Service>, port: u16) -> Self {
+    pub(crate) fn new(
+        id: SpiffeId,
+        service: Arc<Service>,
+        port: u16,
+        only: Option<IpAddr>,
+    ) -> Self {
         Self {
             id,
             service,
             port,
+            only,
             balance: RefCell::default(),
             place: RefCell::default(),
         }
@@ -334,7 +342,13 @@ fn pick(
     balance.follow(endpoints, &thread.view.borrow());
     let endpoint = {
         let mut balancer = balance.balancer.borrow_mut();
-        let endpoint = balancer.pick(at, &mut thread.rng.borrow_mut(), tried)?;
+        let endpoint = match caller.only {
+            None => balancer.pick(at, &mut thread.rng.borrow_mut(), tried)?,
+            Some(address) => {
+                let is_meant = |e: &Rc<EndpointKey>| e.address == address && !tried.contains(e);
+                Rc::clone(balancer.find(is_meant)?)
+            }
+        };
         balancer.started(&endpoint, at);
         endpoint
     };

@@ -1,7 +1,7 @@
 //! Taking over the traffic of local programs: who calls is decided by the kernel at the SYN, and nothing of it is ever
 //! answered by another program.
 //!
-//! `rules` is the packet filter, `door` its part for what comes from elsewhere in plaintext, `guard` what is left of that
+//! `rules` is the packet filter, `real` its part for real addresses, `door` its part for what comes from elsewhere in plaintext, `guard` what is left of that
 //! when the agent is gone, `routes` the link, routes and policy rules, `sockdiag` asks whose a socket is,
 //! `cgroup` follows the owners, `app_socket` is the way to a local app. Only the holder opens [`Capture`]; the worker uses
 //! the last three.
@@ -13,6 +13,8 @@ mod guard;
 pub(crate) mod inspect;
 mod netlink;
 mod nft;
+pub(crate) mod peer;
+pub(crate) mod real;
 mod routes;
 mod rules;
 pub(crate) mod sockdiag;
@@ -26,6 +28,7 @@ use thiserror::Error;
 
 use door::{Arm, DoorPort, Seen};
 use guard::Guard;
+use real::Real;
 
 /// The number of listeners that workloads may have; twelve bits of the mark.
 pub(crate) const NUMBER_MAX: u16 = 4095;
@@ -34,6 +37,9 @@ pub(crate) const NUMBER_MAX: u16 = 4095;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct CaptureSettings {
+    /// Whether calls are taken over at all. Without it the agent needs no privileges, serves no local program, and is called
+    /// by local ports and sockets only.
+    pub(crate) enabled: bool,
     /// Name of the nftables table (family `inet`).
     pub(crate) table: String,
     /// Upper half of our packet marks; the lower 16 bits are ours and must be zero here.
@@ -60,6 +66,7 @@ const SSH: u16 = 22;
 impl Default for CaptureSettings {
     fn default() -> Self {
         Self {
+            enabled: true,
             table: "meshwork".to_owned(),
             mark_base: 0x4d00_0000,
             rule_priority: 744,
@@ -137,6 +144,7 @@ impl CaptureSettings {
 /// | `0x8nnn` | output | SYN of workload `nnn` (0: common); to `lo`, then to its listener |
 /// | `0x9000` | output | later packet of a captured connection; to `lo` |
 /// | `0xa000` | output | answer of an app to an address that we showed it; to `lo` |
+/// | `0xc000` | output | later packet of a captured connection to a real address; to `lo` |
 /// | `0xb000` | the worker, on its sockets to apps | remember this flow; to `lo` |
 ///
 /// One bit, `0x8000`, is what the policy rule looks at.
@@ -159,6 +167,10 @@ impl Marks {
 
     const fn way_back(self) -> u32 {
         self.base | 0xa000
+    }
+
+    const fn carried(self) -> u32 {
+        self.base | 0xc000
     }
 
     /// The mark of the worker's sockets to apps.
@@ -346,41 +358,56 @@ fn delete_advice(error: &io::Error) -> &'static str {
 pub(crate) struct Capture {
     settings: CaptureSettings,
     ranges: VipRanges,
-    table: rules::Table,
+    /// `None`: nothing is taken over, and the kernel is left alone.
+    tables: Option<Tables>,
+}
+
+#[derive(Debug)]
+struct Tables {
+    own: rules::Table,
     guard: Guard,
 }
 
 impl Capture {
     /// Makes link, routes, policy rules and the tables; what stands already is kept. The guard refuses what is `strict`
-    /// of `confirmed` from now on.
+    /// of `confirmed` and `reals` from now on.
     pub(crate) fn open(
         settings: &CaptureSettings,
         ranges: &VipRanges,
         confirmed: &[DoorPort],
+        reals: &[Real],
     ) -> Result<Self, CaptureError> {
-        let guard = prepare_guard(settings, ranges, confirmed)?;
-        let table =
-            rules::Table::create(settings, ranges).map_err(|source| CaptureError::MakeTable {
-                table: settings.table.clone(),
-                source,
+        let make = || -> Result<Tables, CaptureError> {
+            let guard = prepare_guard(settings, ranges, confirmed, reals)?;
+            let own = rules::Table::create(settings, ranges).map_err(|source| {
+                CaptureError::MakeTable {
+                    table: settings.table.clone(),
+                    source,
+                }
             })?;
+            Ok(Tables { own, guard })
+        };
         Ok(Self {
             settings: settings.clone(),
             ranges: *ranges,
-            table,
-            guard,
+            tables: settings.enabled.then(make).transpose()?,
         })
     }
 
-    /// Makes the kernel know exactly these workloads and doors, all at once.
+    /// Makes the kernel know exactly these workloads, real addresses and doors, all at once.
     pub(crate) fn apply(
         &mut self,
         workloads: &[Workload],
+        reals: &[Real],
         doors: &[DoorPort],
         arm: Arm,
     ) -> Result<(), CaptureError> {
-        self.table
-            .apply(workloads, doors, arm)
+        let Some(tables) = &mut self.tables else {
+            return Ok(());
+        };
+        tables
+            .own
+            .apply(workloads, reals, doors, arm)
             .map_err(|source| CaptureError::FillTable {
                 table: self.settings.table.clone(),
                 workloads: workloads.len(),
@@ -390,31 +417,45 @@ impl Capture {
 
     /// The door that is applied was confirmed: it refuses for good, and what is `strict` outlives us.
     pub(crate) fn confirm(&mut self, doors: &[DoorPort]) -> Result<(), CaptureError> {
-        let armed = self.table.arm().and_then(|()| self.guard.write(doors));
+        let Some(Tables { own, guard }) = &mut self.tables else {
+            return Ok(());
+        };
+        let armed = own.arm().and_then(|()| guard.write(doors, None));
         armed.map_err(|source| self.door_error("make the input door refuse", source))
     }
 
-    /// Before another door is applied: the guard must not refuse what that lets in.
-    pub(crate) fn loosen_guard(
+    /// Before others are applied: the guard must not refuse what the door then lets in, and must refuse plaintext to
+    /// what is `strict` of these real addresses.
+    pub(crate) fn prepare_guard(
         &mut self,
         confirmed: &[DoorPort],
         next: &[DoorPort],
+        reals: &[Real],
     ) -> Result<(), CaptureError> {
         let between = guard::meanwhile(confirmed, next);
-        let written = self.guard.write(&between);
-        written.map_err(|source| self.door_error("loosen the guard", source))
+        let Some(tables) = &mut self.tables else {
+            return Ok(());
+        };
+        let written = tables.guard.write(&between, Some(reals));
+        written.map_err(|source| self.door_error("prepare the guard", source))
     }
 
     /// Plaintext callers of late.
     pub(crate) fn seen(&mut self) -> Result<Seen, CaptureError> {
-        let seen = self.table.seen();
+        let Some(tables) = &mut self.tables else {
+            return Ok(Seen::default());
+        };
+        let seen = tables.own.seen();
         seen.map_err(|source| self.door_error("read plaintext callers", source))
     }
 
     /// Puts back what other programs took away, and names it.
     pub(crate) fn repair(&mut self) -> Result<Vec<String>, CaptureError> {
+        let Some(tables) = &mut self.tables else {
+            return Ok(Vec::new());
+        };
         let mut missing = routes::repair(&self.settings, &self.ranges)?;
-        let guard = self.guard.repair();
+        let guard = tables.guard.repair();
         if guard.map_err(|source| self.door_error("put back the guard", source))? {
             missing.push(format!("the table `inet {}`", guard_table(&self.settings)));
         }
@@ -432,9 +473,12 @@ impl Capture {
     /// Ends the capture. The guard stays, and the link stays where `keep_link` says so: calls by name then fail instead of going elsewhere.
     pub(crate) fn close(self, keep_link: bool) -> Result<(), CaptureError> {
         let Self {
-            settings, table, ..
+            settings, tables, ..
         } = self;
-        drop(table);
+        let Some(tables) = tables else {
+            return Ok(());
+        };
+        drop(tables);
         routes::remove_rules(&settings)?;
         if !keep_link {
             routes::remove_link(&settings)?;
@@ -448,20 +492,22 @@ pub(crate) fn prepare(
     settings: &CaptureSettings,
     ranges: &VipRanges,
     confirmed: &[DoorPort],
+    reals: &[Real],
 ) -> Result<(), CaptureError> {
-    prepare_guard(settings, ranges, confirmed).map(drop)
+    prepare_guard(settings, ranges, confirmed, reals).map(drop)
 }
 
 fn prepare_guard(
     settings: &CaptureSettings,
     ranges: &VipRanges,
     confirmed: &[DoorPort],
+    reals: &[Real],
 ) -> Result<Guard, CaptureError> {
     settings.check()?;
     routes::ensure(settings, ranges)?;
     let make = || {
         let mut guard = Guard::open(settings)?;
-        guard.write(confirmed)?;
+        guard.write(confirmed, Some(reals))?;
         Ok(guard)
     };
     make().map_err(|source| CaptureError::MakeTable {
@@ -504,6 +550,7 @@ mod tests {
             marks.established(),
             marks.way_back(),
             marks.app(),
+            marks.carried(),
         ];
         for (index, mark) in all.iter().enumerate() {
             assert_eq!(mark & mask, value);

@@ -39,6 +39,8 @@ struct Facts {
     status: Result<Option<Status>, String>,
     /// Agents of other hosts that are in use.
     peers: Result<Vec<Probed>, String>,
+    /// Whether anything is to be taken over.
+    captures: bool,
     kernel: Result<Inspection, String>,
     /// Who listens on the mesh port.
     mesh_port: Result<Vec<Listener>, String>,
@@ -93,8 +95,10 @@ fn gather(config: &Config) -> Facts {
     Facts {
         now_s: i64::try_from(now_ms() / 1000).unwrap_or(i64::MAX),
         peers: peers.map(Option::unwrap_or_default),
+        captures: config.capture.enabled,
         kernel: match joined {
-            Some(membership) => look(config, membership),
+            Some(membership) if config.capture.enabled => look(config, membership),
+            Some(_) => Err("nothing is captured".to_owned()),
             None => Err("this host has not joined a mesh".to_owned()),
         },
         mesh_port: SockDiag::open()

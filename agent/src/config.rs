@@ -195,7 +195,7 @@ impl Config {
     /// Reads the file that was named, or the default one if it is there.
     pub(crate) fn load(named: Option<&Path>) -> anyhow::Result<Self> {
         let path = named.unwrap_or_else(|| Path::new(DEFAULT_PATH));
-        let config: Self = if named.is_none() && !path.exists() {
+        let mut config: Self = if named.is_none() && !path.exists() {
             Self::default()
         } else {
             mesh_runtime::config::load(path)?
@@ -203,6 +203,8 @@ impl Config {
         config
             .check()
             .with_context(|| format!("the configuration {} can not be used", path.display()))?;
+        // Names lead to virtual addresses, which lead nowhere then.
+        config.dns.enabled &= config.capture.enabled;
         Ok(config)
     }
 

@@ -10,6 +10,7 @@ mod keep;
 mod mirror;
 mod rejoin;
 mod report;
+mod status;
 
 use std::convert::Infallible;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
@@ -20,7 +21,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use mesh_api::proto::from_agent::Message as Ours;
 use mesh_api::proto::from_control::Message as Theirs;
-use mesh_api::sync::{IndexChange, MeshSettings, Problem, SyncError};
+use mesh_api::sync::{IndexChange, MeshSettings, SyncError};
 use mesh_api::{proto, sync};
 use mesh_core::edge::EdgeReport;
 use mesh_core::names::ServiceName;
@@ -38,6 +39,7 @@ pub(crate) use dial::{ALPN_H2, DialError, Ended, channel, dial, reason_of};
 use dial::{Connection, Event};
 use keep::Persisted;
 use mirror::Mirror;
+pub(crate) use status::SessionStatus;
 
 use crate::health::Verdicts;
 use crate::leaves::now_ms;
@@ -75,38 +77,6 @@ pub(crate) struct Links {
     pub(crate) judged: watch::Sender<u64>,
     pub(crate) status: watch::Sender<Arc<SessionStatus>>,
     pub(crate) mesh_port: u16,
-}
-
-/// How the session stands, for `status`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SessionStatus {
-    pub(crate) phase: Phase,
-    /// Of the live session, or the one last tried.
-    pub(crate) address: String,
-    /// When control was last known to be heard, Unix milliseconds; 0: never. What is in use is as old.
-    pub(crate) heard_ms: u64,
-    pub(crate) last_error: Option<Ended>,
-    pub(crate) control_version: String,
-    pub(crate) installed: Option<Installed>,
-    /// This host's clock less control's, milliseconds.
-    pub(crate) clock_offset_ms: Option<i64>,
-    /// What control does not list of what this host reports.
-    pub(crate) problems: Vec<Problem>,
-}
-
-impl Default for SessionStatus {
-    fn default() -> Self {
-        Self {
-            phase: Phase::Waiting,
-            address: String::new(),
-            heard_ms: 0,
-            last_error: None,
-            control_version: String::new(),
-            installed: None,
-            clock_offset_ms: None,
-            problems: Vec::new(),
-        }
-    }
 }
 
 /// The owner of the session.
@@ -434,13 +404,17 @@ impl Shell {
         let Some(change) = self.pending.take() else {
             return;
         };
-        if let Err(error) = self.mirror.install_index(change, installed, now_ms()) {
-            self.failed(Ended {
-                why: Lost::Protocol,
-                reason: None,
-                text: format!("control sent an index that can not be used: {error}"),
-            });
-            self.session.handle_installed_lost(Instant::now());
+        match self.mirror.install_index(change, installed, now_ms()) {
+            Ok(true) => self.session.handle_subscriptions_changed(),
+            Ok(false) => (),
+            Err(error) => {
+                self.failed(Ended {
+                    why: Lost::Protocol,
+                    reason: None,
+                    text: format!("control sent an index that can not be used: {error}"),
+                });
+                self.session.handle_installed_lost(Instant::now());
+            }
         }
     }
 

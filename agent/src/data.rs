@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh_api::workload_file::CallAt;
 use mesh_core::names::{Account, ServiceName};
 use mesh_core::reason::Reason;
 use mesh_core::rng::Rng;
@@ -19,7 +20,7 @@ use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
 use prometheus_client::metrics::gauge::Gauge;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, spawn_local};
@@ -28,6 +29,8 @@ use crate::accept;
 use crate::call::Balancers;
 use crate::capture::app_socket::AppDialer;
 use crate::capture::sockdiag::SockDiag;
+use crate::drain;
+use crate::explicit::LocalListener;
 use crate::http::Heads;
 use crate::inbound::app::{AppPool, KEPT_MAX};
 use crate::inbound::front::Fronts;
@@ -37,6 +40,7 @@ use crate::limits::{self, Limit, ShedLog};
 use crate::live::{self, Live};
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
+use crate::places::Party;
 use crate::quiet::Quiet;
 use crate::view::{View, ViewReader};
 
@@ -44,8 +48,6 @@ use crate::view::{View, ViewReader};
 const COMMANDS_MAX: usize = 1024;
 /// Descriptors of the process that are no connection's: listeners (two a workload), files, links to holder and control.
 const OWN_DESCRIPTORS: usize = 256;
-/// How long the word that a call is cut may take to leave. The holder waits for longer.
-const CUT_MAX: Duration = Duration::from_secs(1);
 /// Connections of each kind that are possible however few descriptors there may be.
 const CONNECTIONS_MIN: usize = 64;
 
@@ -107,6 +109,10 @@ enum Command {
     Mesh(StdListener),
     /// Captured connections of a workload; of `None` those whose owner the kernel did not say.
     Callers(Option<Account>, StdListener),
+    /// A local port or socket that leads to a service.
+    Local(CallAt, LocalListener),
+    /// Accept at these only.
+    KeepLocal(Arc<BTreeSet<CallAt>>),
     /// Accept for these workloads and the common listener only.
     Keep(Arc<BTreeSet<Account>>),
     Drain(Duration, oneshot::Sender<()>),
@@ -182,6 +188,34 @@ impl DataPlane {
         }
     }
 
+    /// Serves a local port or socket.
+    pub(crate) async fn add_local(
+        &self,
+        at: &CallAt,
+        listener: LocalListener,
+    ) -> anyhow::Result<()> {
+        for thread in &self.threads {
+            let listener = match &listener {
+                LocalListener::Port(port) => LocalListener::Port(port.try_clone()?),
+                LocalListener::Socket(socket) => LocalListener::Socket(socket.try_clone()?),
+            };
+            thread
+                .send(Command::Local(at.clone(), listener))
+                .await
+                .map_err(|_| anyhow::anyhow!("the data plane is gone"))?;
+        }
+        Ok(())
+    }
+
+    /// Gives up all other local ports and sockets.
+    pub(crate) async fn keep_local(&self, kept: BTreeSet<CallAt>) {
+        let kept = Arc::new(kept);
+        for thread in &self.threads {
+            // A thread that is gone accepts nothing.
+            let _ = thread.send(Command::KeepLocal(Arc::clone(&kept))).await;
+        }
+    }
+
     /// Stops accepting, lets open calls end until `deadline`, then cuts them.
     pub(crate) async fn drain(&self, deadline: Duration) {
         let mut waits = Vec::new();
@@ -222,7 +256,9 @@ pub(crate) struct Thread {
     pub(crate) mesh_tls: Arc<rustls::ServerConfig>,
     /// Calls that wait for their endpoints.
     pub(crate) held: Cell<usize>,
-    callers: Cell<usize>,
+    pub(crate) callers: Cell<usize>,
+    /// How many of them each party has.
+    pub(crate) places: RefCell<HashMap<Party, usize>>,
     peers_open: Cell<usize>,
     /// Connections of peers that came when the drain had begun: each is told to go elsewhere, none is waited for.
     late: Cell<usize>,
@@ -274,7 +310,7 @@ impl Thread {
     }
 
     /// Connections that a drain waits for.
-    fn open(&self) -> usize {
+    pub(crate) fn open(&self) -> usize {
         self.callers.get() + self.peers_open.get()
     }
 
@@ -460,6 +496,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         http2_apps: Connections::default(),
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
+        places: RefCell::default(),
         callers: Cell::new(0),
         peers_open: Cell::new(0),
         late: Cell::new(0),
@@ -476,8 +513,20 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
     let clock = Rc::clone(&thread);
     spawn_local(async move { clock.quiet.run().await });
     let mut accepting: Vec<(Account, AbortHandle)> = Vec::new();
+    let mut local: Vec<(CallAt, AbortHandle)> = Vec::new();
     while let Some(command) = inbox.recv().await {
         match command {
+            Command::Local(at, listener) => {
+                let task = listen_locally(&thread, &at, listener)?;
+                local.push((at, task));
+            }
+            Command::KeepLocal(kept) => local.retain(|(at, task)| {
+                let stays = kept.contains(at);
+                if !stays {
+                    task.abort();
+                }
+                stays
+            }),
             Command::Keep(accounts) => accepting.retain(|(account, task)| {
                 let kept = accounts.contains(account);
                 if !kept {
@@ -500,12 +549,36 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
                 accepting.extend(whose.map(|account| (account, task.abort_handle())));
             }
             Command::Drain(deadline, done) => {
-                drain(&thread, deadline).await;
+                drain::drain(&thread, deadline).await;
                 let _ = done.send(());
             }
         }
     }
     Ok(())
+}
+
+fn listen_locally(
+    thread: &Rc<Thread>,
+    at: &CallAt,
+    listener: LocalListener,
+) -> io::Result<AbortHandle> {
+    let (thread, at) = (Rc::clone(thread), at.clone());
+    let task = match listener {
+        LocalListener::Port(listener) => {
+            crate::relay::prepare(&SockRef::from(&listener), &thread.settings.keepalive)?;
+            spawn_local(accept::at_port(
+                thread,
+                at,
+                TcpListener::from_std(listener)?,
+            ))
+        }
+        LocalListener::Socket(listener) => spawn_local(accept::at_socket(
+            thread,
+            at,
+            UnixListener::from_std(listener)?,
+        )),
+    };
+    Ok(task.abort_handle())
 }
 
 /// Gives up what nobody used for a while.
@@ -518,38 +591,5 @@ async fn sweep(thread: Rc<Thread>) {
         thread.fronts.sweep(&thread.view().workloads);
         thread.http2_apps.sweep();
         thread.balancers.sweep(&thread.view(), &thread.wants);
-    }
-}
-
-/// Lets open calls end until `deadline`, then cuts them: who waits for one is told why.
-async fn drain(thread: &Rc<Thread>, deadline: Duration) {
-    thread.draining.send_replace(true);
-    if emptied(thread, deadline).await {
-        return;
-    }
-    let calls = thread.live.cut();
-    for _ in 0..calls {
-        thread.metrics.limits.reached(Limit::Drain);
-    }
-    log::warn!(
-        limit = Limit::Drain.name(), reason:% = Reason::AgentStopped, calls = calls, connections = thread.open();
-        "the drain deadline is over; what is still open is cut"
-    );
-    emptied(thread, CUT_MAX).await;
-}
-
-/// Whether all that was open when the drain began has ended within `time`.
-async fn emptied(thread: &Thread, time: Duration) -> bool {
-    let until = Instant::now() + time;
-    loop {
-        // Kept connections to peers and apps are nobody's calls.
-        thread.peers.close_idle();
-        if thread.open() == 0 {
-            return true;
-        }
-        if Instant::now() >= until {
-            return false;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

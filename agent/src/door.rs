@@ -1,7 +1,7 @@
 //! The worker's side of the input door: which plaintext callers are let in follows from index, policies and workloads;
 //! who came is read from the holder, counted, logged when it is new, kept, and told control.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::capture::door::{Caller, Verdict};
 use crate::holder::protocol::{Arming, DesiredDoor, Looked};
+use crate::holder::{DOORS_MAX, RANGES_MAX};
 use crate::metrics::{Direction, Metrics};
 use crate::state::{Kept, State};
 use crate::view::View;
@@ -25,6 +26,9 @@ const TELL_EVERY_MS: u64 = 10_000;
 const KEEP_EVERY_MS: u64 = 60_000;
 /// Different callers in metrics; later ones are counted together under `overflow`.
 const SOURCES_MAX: usize = 1_000;
+/// Ports, and ranges of all of them together, half of what the holder takes: as many may have to be kept.
+const DOORS_WANTED_MAX: usize = DOORS_MAX / 2;
+const RANGES_WANTED_MAX: usize = RANGES_MAX / 2;
 /// New callers that are logged one by one in a turn: a scan must not fill the log.
 const LOGGED_MAX: usize = 10;
 
@@ -39,6 +43,14 @@ pub(crate) struct DoorStatus {
     /// How often other programs took away what is ours of link, routes, rules and guard.
     pub(crate) repaired: u64,
     pub(crate) error: Option<String>,
+}
+
+/// The doors that there are to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct WantedDoors {
+    pub(crate) doors: Vec<DesiredDoor>,
+    /// Ports whose doors stay as they are.
+    pub(crate) kept: Vec<u16>,
 }
 
 /// Why a port refuses.
@@ -64,6 +76,8 @@ pub(crate) struct Door {
     /// Whether it was never read: what it has of callers that are known, the worker before this one has counted.
     resuming: bool,
     sources: HashSet<IpAddr>,
+    /// Why some ports' doors stay as they are.
+    too_many: Option<String>,
     pub(crate) status: DoorStatus,
 }
 
@@ -91,13 +105,14 @@ impl Door {
             counted: BTreeMap::new(),
             resuming: true,
             sources: HashSet::new(),
+            too_many: None,
             status: DoorStatus::default(),
         }
     }
 
     /// The door of each port that a program of this host serves. `None` while it is not known what control says: then
     /// what stands is kept, since silence must open nothing.
-    pub(crate) fn wanted(&mut self, view: &View, now_ms: u64) -> Option<Vec<DesiredDoor>> {
+    pub(crate) fn wanted(&mut self, view: &View, now_ms: u64) -> Option<WantedDoors> {
         let (index, policies) = (view.index.as_ref()?, view.policies.as_ref()?);
         let mut ports: BTreeMap<u16, (Facts, PlaintextDoor)> = BTreeMap::new();
         let workloads = view.workloads.workloads.iter();
@@ -105,14 +120,17 @@ impl Door {
             .flat_map(|w| &w.services)
             .filter(|s| !s.is_fronted());
         let mut watched = Vec::new();
+        // Of services that left the index: what was strict must stay so while a program serves it.
+        let mut unknown = BTreeMap::new();
         for local in local {
-            let Some(service) = index.get(&local.name) else {
-                continue;
-            };
             for port in local.ports.iter().map(|port| port.number) {
                 if self.keep_open.contains(&port) {
                     continue;
                 }
+                let Some(service) = index.get(&local.name) else {
+                    unknown.insert(port, local.name.clone());
+                    continue;
+                };
                 let target = Target {
                     service: local.name.clone(),
                     port,
@@ -144,7 +162,27 @@ impl Door {
             }
         }
         self.ledger.watch(watched, now_ms);
-        self.status.ports = ports.len();
+        self.status.ports = ports.len() + unknown.len();
+        let mut kept = unknown.keys().copied().collect::<BTreeSet<u16>>();
+        kept.extend(beyond_bounds(&ports));
+        let excess = kept.len() - unknown.len();
+        self.too_many = (0 < excess).then(|| {
+            format!(
+                "{excess} ports have no room for their address ranges, so what stands there stays: rules by `cidr` and \
+                 `plaintext-from` give more than {RANGES_WANTED_MAX} ranges of all ports together"
+            )
+        });
+        let mut facts: BTreeMap<u16, Facts> = BTreeMap::new();
+        for (port, service) in unknown {
+            let before = self.ports.get(&port).filter(|f| f.service == service);
+            let strict = before.and_then(|before| before.strict.clone());
+            facts.insert(port, Facts { service, strict });
+        }
+        ports.retain(|port, (known, _)| {
+            facts.entry(*port).or_insert_with(|| known.clone());
+            !kept.contains(port)
+        });
+        self.ports = facts;
         let texts = |ranges: &[Cidr]| ranges.iter().map(ToString::to_string).collect();
         let doors = ports.iter().map(|(port, (facts, door))| DesiredDoor {
             port: *port,
@@ -152,10 +190,10 @@ impl Door {
             audited: texts(&door.audited),
             strict: facts.strict.as_deref().map(texts),
         });
-        let doors = doors.collect();
-        let facts = ports.into_iter().map(|(port, (facts, _))| (port, facts));
-        self.ports = facts.collect();
-        Some(doors)
+        Some(WantedDoors {
+            doors: doors.collect(),
+            kept: kept.into_iter().collect(),
+        })
     }
 
     /// Takes what the kernel counted. What is new of it is added.
@@ -192,7 +230,7 @@ impl Door {
         }
         self.status.arming = looked.arming;
         self.status.repaired = looked.repaired;
-        self.status.error = looked.error;
+        self.status.error = looked.error.or_else(|| self.too_many.clone());
         self.metrics
             .door(looked.arming == Arming::Disarmed, looked.repaired);
         self.tell(now_ms);
@@ -296,6 +334,23 @@ impl Door {
     }
 }
 
+/// The ports that have no room, by their numbers: the last ones.
+fn beyond_bounds(ports: &BTreeMap<u16, (Facts, PlaintextDoor)>) -> Vec<u16> {
+    let (mut doors, mut ranges) = (0, 0);
+    let mut beyond = Vec::new();
+    for (port, (facts, door)) in ports {
+        let strict = facts.strict.as_ref().map_or(0, Vec::len);
+        let more = door.open.len() + door.audited.len() + strict;
+        if doors == DOORS_WANTED_MAX || ranges + more > RANGES_WANTED_MAX {
+            beyond.push(*port);
+        } else {
+            doors += 1;
+            ranges += more;
+        }
+    }
+    beyond
+}
+
 /// Why a caller is refused, or would be.
 fn reason(facts: &Facts, source: IpAddr) -> Reason {
     match &facts.strict {
@@ -308,7 +363,10 @@ fn reason(facts: &Facts, source: IpAddr) -> Reason {
 mod tests {
     use super::*;
     use crate::capture::door::Seen;
-    use crate::state::tests::Scratch;
+    use crate::state::tests::{Scratch, membership};
+    use crate::workloads::WorkloadSet;
+    use mesh_api::workload_file::Workload;
+    use mesh_core::service::{Capture, Index, Service, Vip};
     use mesh_runtime::mux::Budget;
 
     #[test]
@@ -388,5 +446,87 @@ mod tests {
             Reason::NotAllowed,
             "strict excepts it; policy does not"
         );
+    }
+
+    fn view(services: &[&str], file: &str) -> View {
+        let mut index = Index::default();
+        for (name, last) in services.iter().zip(2..) {
+            index.insert(Service {
+                name: ServiceName::parse(name).unwrap(),
+                vip: Vip {
+                    v4: [252, 64, 0, last].into(),
+                    v6: [0xfd6d, 0, 0, 0, 0, 0, 0, last.into()].into(),
+                },
+                ports: Vec::new(),
+                transport: Transport::Strict,
+                plaintext_from: vec![Cidr::parse("10.1.0.0/16").unwrap()],
+                capture: Capture::Vip,
+            });
+        }
+        let workload = Workload::parse("web", file).unwrap();
+        View {
+            host: Arc::new(membership().host),
+            index: Some(Arc::new(index)),
+            policies: Some(Arc::default()),
+            endpoints: Arc::default(),
+            workloads: Arc::new(WorkloadSet {
+                workloads: vec![Arc::new(workload)],
+                ..WorkloadSet::default()
+            }),
+            unfit: Arc::default(),
+            owners: Arc::default(),
+            reals: Arc::default(),
+            leaves: Arc::default(),
+            revoked: Some(Arc::default()),
+            live: true,
+        }
+    }
+
+    const FILE: &str = "namespace = \"shop\"\n[owner]\nuser = \"web\"\n[[service]]\nports = [{ port = 80 }]\n\
+                        [[service]]\nname = \"db\"\nports = [{ port = 5432 }]\n";
+
+    #[test]
+    fn the_door_of_a_service_that_left_the_index_stays_as_it_is() {
+        let scratch = Scratch::new();
+        let (report, _told) = watch::channel(Arc::default());
+        let metrics = Metrics::new(Budget::new(1));
+        let mut door = Door::new(scratch.0.clone(), &metrics, report, vec![]);
+        let wanted = door
+            .wanted(&view(&["shop/web", "shop/db"], FILE), 1)
+            .unwrap();
+        let ports: Vec<u16> = wanted.doors.iter().map(|door| door.port).collect();
+        assert_eq!((ports, wanted.kept), (vec![80, 5432], vec![]));
+        let wanted = door.wanted(&view(&["shop/web"], FILE), 2).unwrap();
+        let ports: Vec<u16> = wanted.doors.iter().map(|door| door.port).collect();
+        assert_eq!((ports, wanted.kept), (vec![80], vec![5432]));
+        let db = &door.ports[&5432];
+        assert!(db.strict.is_some(), "and why it refuses is still known");
+        // No more declared, no more served.
+        let file = FILE.replace("5432", "5433");
+        let wanted = door.wanted(&view(&["shop/web"], &file), 3).unwrap();
+        assert_eq!(wanted.kept, [5433]);
+    }
+
+    #[test]
+    fn ranges_beyond_the_bound_leave_what_stands_and_are_told() {
+        let facts = Facts {
+            service: ServiceName::parse("shop/web").unwrap(),
+            strict: None,
+        };
+        let range = Cidr::parse("10.0.0.0/24").unwrap();
+        let door = |ranges: usize| PlaintextDoor {
+            open: vec![range; ranges],
+            audited: Vec::new(),
+        };
+        let mut ports: BTreeMap<_, _> = (1..=8)
+            .map(|port| (port, (facts.clone(), door(RANGES_WANTED_MAX / 8))))
+            .collect();
+        assert_eq!(beyond_bounds(&ports), [0; 0]);
+        ports.insert(5, (facts.clone(), door(RANGES_WANTED_MAX / 8 + 1)));
+        assert_eq!(beyond_bounds(&ports), [8]);
+        let many: BTreeMap<_, _> = (1..)
+            .zip(vec![(facts, door(1)); DOORS_WANTED_MAX + 2])
+            .collect();
+        assert_eq!(beyond_bounds(&many).len(), 2);
     }
 }

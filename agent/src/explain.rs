@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Mistyped;
 use crate::probe::Probed;
+use crate::reals::Reals;
 use crate::status;
 
 /// Callers that the page shows without `--as`: it is one screen.
@@ -49,6 +50,8 @@ pub(crate) struct ServiceFacts {
     pub(crate) port: u16,
     pub(crate) protocol: String,
     pub(crate) transport: String,
+    /// The address of the one host that is called, where it is dialled itself.
+    pub(crate) real: Option<IpAddr>,
 }
 
 /// One who may call from this host.
@@ -162,22 +165,29 @@ pub(crate) fn find(
     destination: &Destination,
     index: Option<&Index>,
     is_vip: impl Fn(IpAddr) -> bool,
+    reals: &Reals,
     suffix: &str,
 ) -> Result<(ServiceFacts, ServiceName), Outcome> {
     let past = |text: &str| Outcome {
         reason: None,
         text: text.to_owned(),
     };
+    let real_of = |ip: IpAddr, port: Option<u16>| reals.get(&SocketAddr::new(ip, port?));
+    let mut real = None;
     let (service, port) = match destination {
         Destination::Elsewhere => {
             return Err(past(
                 "it is no name of the mesh: it is resolved and reached as without the mesh, in plaintext and without identity",
             ));
         }
-        Destination::Address { ip, .. } if !is_vip(*ip) => {
-            return Err(past(
-                "it is no virtual address of the mesh: the host's own routes decide, in plaintext and without identity",
-            ));
+        Destination::Address { ip, port } if !is_vip(*ip) => {
+            let Some(name) = real_of(*ip, *port) else {
+                return Err(past(
+                    "it is no virtual address of the mesh, nor a real one that is captured: the host's own routes decide, in plaintext and without identity",
+                ));
+            };
+            real = Some(*ip);
+            (index.and_then(|i| i.get(name)), *port)
         }
         Destination::Address { ip, port } => (index.and_then(|i| i.by_address(*ip)), *port),
         Destination::Service { name, port } => (index.and_then(|i| i.get(name)), *port),
@@ -204,6 +214,7 @@ pub(crate) fn find(
         port: port.number,
         protocol: port.protocol.to_string(),
         transport: service.transport.to_string(),
+        real,
     };
     Ok((facts, service.name.clone()))
 }
@@ -275,6 +286,12 @@ impl Explanation {
                 page,
                 "port         {}, {}; transport {}",
                 service.port, service.protocol, service.transport
+            )?;
+        }
+        if let Some(real) = self.service.as_ref().and_then(|service| service.real) {
+            writeln!(
+                page,
+                "captured     at the real address {real}: only that host is called"
             )?;
         }
         if let Some(seconds) = self.stale_s {

@@ -28,9 +28,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::capture::door::Arm;
+use crate::capture::door::{Arm, DoorPort};
 use crate::capture::{Capture, CaptureSettings, VipRanges, Workload};
 pub(crate) use confirmed::Confirmed;
+pub(crate) use desired::{DOORS_MAX, RANGES_MAX};
 use protocol::{Desired, Looked, Sockets, ToHolder, Wire, WorkloadListener};
 use worker_process::WorkerProcess;
 
@@ -80,7 +81,8 @@ pub(crate) fn run(config: &HolderConfig, served: impl FnOnce()) -> anyhow::Resul
     let signals = catch_signals().context("could not catch signals")?;
     privileges::raise_open_files().context("could not raise the limit of open files")?;
     let confirmed = Confirmed::load(config);
-    let mut capture = Capture::open(&config.capture, &config.ranges, confirmed.doors())?;
+    let (doors, reals) = (confirmed.doors(), confirmed.reals());
+    let mut capture = Capture::open(&config.capture, &config.ranges, doors, reals)?;
     // From here on the table is ours, so whatever fails, it is we who clean up.
     let outcome = hold(config, signals, &mut capture, confirmed, served);
     capture.close(config.keep_link)?;
@@ -94,8 +96,9 @@ fn hold(
     confirmed: Confirmed,
     served: impl FnOnce(),
 ) -> anyhow::Result<()> {
-    let sockets = sockets::bind(&config.mesh, &config.ranges)?;
-    let common = sockets::workload(COMMON, "")?;
+    let captures = config.capture.enabled;
+    let sockets = sockets::bind(&config.mesh, captures.then_some(&config.ranges))?;
+    let common = sockets::workload(COMMON, "", captures)?;
     privileges::confine_holder().context("could not give up capabilities")?;
     let mut holder = Holder {
         config,
@@ -110,11 +113,13 @@ fn hold(
         repair_at: Instant::now() + REPAIR_EVERY,
         repaired: 0,
         repair_error: None,
+        settle_error: None,
     };
     // Before the first worker is asked: the common listener takes the SYNs meanwhile.
     let common = holder.common_workload();
-    let (doors, arm) = (holder.confirmed.doors(), holder.confirmed.arm());
-    holder.capture.apply(&[common], doors, arm)?;
+    let (doors, reals) = (holder.confirmed.doors(), holder.confirmed.reals());
+    let arm = holder.confirmed.arm();
+    holder.capture.apply(&[common], reals, doors, arm)?;
     let outcome = holder.serve();
     served();
     outcome
@@ -176,6 +181,8 @@ struct Holder<'a> {
     /// Since the start.
     repaired: u64,
     repair_error: Option<String>,
+    /// Why a confirmed door does not refuse for good, or is not kept.
+    settle_error: Option<String>,
 }
 
 impl Holder<'_> {
@@ -345,7 +352,11 @@ impl Holder<'_> {
         let mut looked = Looked {
             arming: self.confirmed.arming(),
             repaired: self.repaired,
-            error: self.repair_error.clone(),
+            error: self
+                .repair_error
+                .as_ref()
+                .or(self.settle_error.as_ref())
+                .cloned(),
             ..Looked::default()
         };
         match self.capture.seen() {
@@ -356,10 +367,23 @@ impl Holder<'_> {
     }
 
     fn reached(&mut self, generation: u64) {
-        let outcome = self.confirmed.reached(generation, self.capture);
-        if let Err(error) = outcome {
-            log::error!("{error:#}; it is tried again with the next change");
+        self.confirmed.reached(generation);
+        self.settle();
+    }
+
+    /// Makes what was confirmed hold for good, and keeps it. What fails is tried again with the next look at the rules.
+    fn settle(&mut self) {
+        let error = self.confirmed.settle(self.capture).err();
+        let error = error.map(|error| format!("{error:#}"));
+        if let Some(error) = &error
+            && self.settle_error.as_ref() != Some(error)
+        {
+            log::error!(
+                "{error}; it is tried again every {} s",
+                REPAIR_EVERY.as_secs()
+            );
         }
+        self.settle_error = error;
     }
 
     /// Puts back what other programs took away: a reload of a firewall, a network manager that starts anew.
@@ -368,6 +392,7 @@ impl Holder<'_> {
             return;
         }
         self.repair_at = now + REPAIR_EVERY;
+        self.settle();
         let error = match self.capture.repair() {
             Ok(missing) => {
                 if !missing.is_empty() {
@@ -426,8 +451,25 @@ impl Holder<'_> {
     fn apply(&mut self, desired: &Desired) -> anyhow::Result<Vec<u16>> {
         desired::check(desired, &self.config.ranges)?;
         let doors = match &desired.doors {
-            Some(doors) => desired::doors(doors, &self.config.keep_open())?,
+            Some(doors) => {
+                let mut doors = desired::doors(doors, &self.config.keep_open())?;
+                let is_kept = |door: &&DoorPort| desired.kept_doors.contains(&door.port);
+                let kept = self.confirmed.wanted().iter().filter(is_kept).cloned();
+                let kept: Vec<_> = kept
+                    .filter(|old| doors.iter().all(|new| new.port != old.port))
+                    .collect();
+                doors.extend(kept);
+                desired::bound(&doors)?;
+                doors
+            }
             None => self.confirmed.wanted().to_vec(),
+        };
+        let reals = match &desired.reals {
+            Some(reals) => {
+                let (keep_open, ranges) = (self.config.keep_open(), &self.config.ranges);
+                desired::reals(reals, &keep_open, ranges)?
+            }
+            None => self.confirmed.reals().to_vec(),
         };
         let mut made = BTreeMap::new();
         for wanted in &desired.workloads {
@@ -436,7 +478,8 @@ impl Holder<'_> {
                 .get(&wanted.number)
                 .is_some_and(|l| l.label == wanted.label);
             if !stands {
-                let listener = sockets::workload(wanted.number, &wanted.label)?;
+                let listener =
+                    sockets::workload(wanted.number, &wanted.label, self.config.capture.enabled)?;
                 made.insert(wanted.number, listener);
             }
         }
@@ -453,12 +496,20 @@ impl Holder<'_> {
                 port6,
             });
         }
-        self.confirmed.next(desired.generation, doors);
-        let (confirmed, doors) = (self.confirmed.doors(), self.confirmed.wanted());
-        self.capture.loosen_guard(confirmed, doors)?;
-        self.capture
-            .apply(&workloads, doors, self.confirmed.arm())?;
-        self.confirmed.applied();
+        let arm = self.confirmed.arm_of(&doors);
+        let confirmed = self.confirmed.doors();
+        self.capture.prepare_guard(confirmed, &doors, &reals)?;
+        if let Err(error) = self.capture.apply(&workloads, &reals, &doors, arm) {
+            // The door stands as it was, and so should the guard; if that fails too, it is the next wish's to mend.
+            let reals = self.confirmed.reals();
+            if let Err(error) = self.capture.prepare_guard(confirmed, confirmed, reals) {
+                log::error!("{:#}", anyhow::Error::new(error));
+            }
+            return Err(error.into());
+        }
+        self.confirmed
+            .applied(desired.generation, doors, reals, arm);
+        self.settle();
         let new = made.keys().copied().collect();
         self.listeners.extend(made);
         // Closing our copy of what is no more wanted leaves the worker's, until it closes that too.

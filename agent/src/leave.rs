@@ -34,7 +34,9 @@ pub(crate) fn leave(config: &Config) -> anyhow::Result<Left> {
         Ok(None) => Left::Nothing,
         Err(_) => Left::Unnamed,
     };
-    capture::remove_all(&config.capture)?;
+    if config.capture.enabled {
+        capture::remove_all(&config.capture)?;
+    }
     if let Some(path) = config.resolv_conf() {
         resolv_conf::unwire(path)?;
     }

@@ -618,6 +618,7 @@ mod tests {
             workloads: Arc::default(),
             unfit: Arc::default(),
             owners: Arc::default(),
+            reals: Arc::default(),
             leaves: Arc::new(Leaves::default()),
             revoked: Some(Arc::default()),
             live: false,

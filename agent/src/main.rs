@@ -21,6 +21,8 @@ mod admin;
 mod control;
 mod dns;
 mod door;
+mod drain;
+mod explicit;
 mod health;
 mod leaves;
 mod owners;
@@ -38,8 +40,10 @@ mod live;
 mod metrics;
 mod outbound;
 mod peers;
+mod places;
 mod probe;
 mod quiet;
+mod reals;
 mod relay;
 mod vanished;
 mod view;
@@ -167,6 +171,7 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let config = Config::load(cli.config.as_deref())?;
     if matches!(
         cli.command,
         Command::Run
@@ -176,11 +181,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             | Command::Check { .. }
     ) {
         ensure!(
-            nix::unistd::geteuid().is_root(),
-            "mesh-agent needs root for this; run it with sudo"
+            nix::unistd::geteuid().is_root() || !config.capture.enabled,
+            "mesh-agent needs root for this; run it with sudo, or without capture (capture.enabled = false)"
         );
     }
-    let config = Config::load(cli.config.as_deref())?;
     match cli.command {
         Command::Run => {
             log_to(&config.log.level, config.log.to)?;
@@ -245,9 +249,12 @@ fn run(config: &Config, config_path: Option<PathBuf>) -> anyhow::Result<ExitCode
 
 /// At boot, before the agent and the network: a host that is in no mesh has nothing to guard.
 fn guard(config: &Config) -> anyhow::Result<ExitCode> {
-    if let Some(holder) = holder_config(config, None)? {
+    if config.capture.enabled
+        && let Some(holder) = holder_config(config, None)?
+    {
         let confirmed = Confirmed::load(&holder);
-        capture::prepare(&holder.capture, &holder.ranges, confirmed.doors())?;
+        let (doors, reals) = (confirmed.doors(), confirmed.reals());
+        capture::prepare(&holder.capture, &holder.ranges, doors, reals)?;
     }
     Ok(ExitCode::SUCCESS)
 }

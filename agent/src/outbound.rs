@@ -1,19 +1,23 @@
 //! The way of an outgoing connection: whose is it, whither, then its protocol's way. Read down.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use mesh_api::workload_file::CallAt;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::Account;
 use mesh_core::reason::Reason;
 use mesh_core::service::{Port, Protocol, Service};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::call::Caller;
+use crate::capture::peer;
 use crate::capture::sockdiag::Owner;
 use crate::data::Thread;
 use crate::metrics::Direction;
+use crate::places::Party;
 use crate::relay::{self, Activity};
 use crate::view::View;
 
@@ -38,21 +42,121 @@ pub(crate) async fn serve(
     };
     let view = thread.view();
     let source = whose_identity(thread, &view, whose, canonical(from), to);
-    let called = source.and_then(|identity| whither(&view, to).map(|called| (identity, called)));
-    let (identity, service, port) = match called {
-        Ok((identity, (service, port))) => (identity, service, port),
+    let called = source.and_then(|caller| whither(&view, to).map(|called| (caller, called)));
+    let (caller, called) = match called {
+        Ok(called) => called,
         Err(reason) => return refuse(thread, client, reason, from, to),
     };
+    carry(thread, view, caller, called, client).await;
+}
+
+/// Serves one connection to a local port to its end.
+pub(crate) async fn serve_port(
+    thread: &Rc<Thread>,
+    at: &CallAt,
+    client: TcpStream,
+    from: SocketAddr,
+) {
+    let view = thread.view();
+    let caller = match client.local_addr() {
+        Ok(to) => whose_identity(thread, &view, None, canonical(from), canonical(to)),
+        Err(error) => {
+            log::debug!("a local connection is gone: {error}");
+            return;
+        }
+    };
+    serve_local(thread, view, at, caller, client).await;
+}
+
+/// The same of a unix socket.
+pub(crate) async fn serve_socket(thread: &Rc<Thread>, at: &CallAt, client: UnixStream) {
+    let view = thread.view();
+    let caller = match peer::connected(&client, view.owners.tree.as_ref()) {
+        Ok(Some(process)) => whose_by(&view, process.uid, process.cgroup),
+        Ok(None) => Err(Reason::CallerUnknown),
+        Err(error) => {
+            log::warn!("the kernel can not be asked who is at a socket: {error}");
+            Err(Reason::CallerUnknown)
+        }
+    };
+    // Both kinds of streams are read, written and shut alike; what only TCP can is refused by the kernel, and not needed.
+    let client = client.into_std().map(OwnedFd::from);
+    let client = client.and_then(|fd| TcpStream::from_std(fd.into()));
+    match client {
+        Ok(client) => serve_local(thread, view, at, caller, client).await,
+        Err(error) => log::warn!("a local connection can not be served: {error}"),
+    }
+}
+
+/// Serves a call to a local port or socket, which belongs to one workload.
+async fn serve_local(
+    thread: &Rc<Thread>,
+    view: Arc<View>,
+    at: &CallAt,
+    caller: Result<Whose, Reason>,
+    client: TcpStream,
+) {
+    let called = caller.and_then(|caller| {
+        let mut workloads = view.workloads.workloads.iter();
+        let found = workloads.find_map(|workload| {
+            let call = workload.calls.iter().find(|call| call.at == *at)?;
+            Some((&workload.account, call))
+        });
+        // Its file is gone, and the listener goes.
+        let (account, call) = found.ok_or(Reason::NoSuchService)?;
+        if caller.identity != Identity::Workload(account.clone()) {
+            return Err(Reason::NotTheOwner);
+        }
+        let index = view.index.as_ref();
+        let service = index.and_then(|index| index.get(&call.service));
+        let service = service.ok_or(Reason::NoSuchService)?;
+        let port = service.port(call.port).ok_or(Reason::NoSuchPort)?;
+        let called = Called {
+            service: Arc::clone(service),
+            port: port.clone(),
+            only: None,
+        };
+        Ok((caller, called))
+    });
+    match called {
+        Ok((caller, called)) => carry(thread, view, caller, called, client).await,
+        Err(reason) => {
+            thread.metrics.refused(Direction::Outbound, reason);
+            if thread.refusals.borrow_mut().passes() {
+                log::info!(at:% = at, reason:% = reason; "refused a call: {}", reason.text());
+            }
+            relay::abort(client);
+        }
+    }
+}
+
+/// Carries the call of a known caller by its protocol's way.
+async fn carry(
+    thread: &Rc<Thread>,
+    view: Arc<View>,
+    caller: Whose,
+    called: Called,
+    client: TcpStream,
+) {
     let id = SpiffeId {
         trust_domain: view.host.trust_domain.clone(),
-        identity,
+        identity: caller.identity,
     };
     if let Err(reason) = view.leaf(&id.identity) {
-        return refuse(thread, client, reason, from, to);
+        thread.metrics.refused(Direction::Outbound, reason);
+        if thread.refusals.borrow_mut().passes() {
+            log::info!(src:% = id, dst:% = called.service.name, reason:% = reason; "refused a call: {}", reason.text());
+        }
+        return relay::abort(client);
     }
+    // A picture must not live as long as a connection.
     drop(view);
+    let Some(_place) = thread.place(caller.party) else {
+        return relay::abort(client);
+    };
     relay::guard(&client);
-    let caller = Caller::new(id, service, port.number);
+    let port = called.port;
+    let caller = Caller::new(id, called.service, port.number, called.only);
     let activity = Activity::new(thread);
     match port.protocol {
         Protocol::Tcp => Box::pin(tcp::serve(thread, &caller, client, &activity)).await,
@@ -73,19 +177,12 @@ fn whose_identity(
     whose: Option<Account>,
     from: SocketAddr,
     to: SocketAddr,
-) -> Result<Identity, Reason> {
+) -> Result<Whose, Reason> {
     if let Some(account) = whose {
-        return Ok(Identity::Workload(account));
+        return Ok(Whose::workload(account));
     }
     match thread.diag.borrow_mut().owner_of(from, to) {
-        Ok(Owner::Known(owner)) => match view.owners.find(owner.uid, Some(owner.cgroup)) {
-            Ok(Some(account)) => Ok(Identity::Workload(account.clone())),
-            Ok(None) => Ok(Identity::Host(view.host.name.clone())),
-            Err(error) => {
-                log::warn!("whose a connection is can not be told: {error}");
-                Err(Reason::CallerUnknown)
-            }
-        },
+        Ok(Owner::Known(owner)) => whose_by(view, owner.uid, Some(owner.cgroup)),
         Ok(Owner::Unknown) => Err(Reason::CallerUnknown),
         Err(error) => {
             log::warn!("the kernel can not be asked whose a connection is: {error}");
@@ -94,18 +191,69 @@ fn whose_identity(
     }
 }
 
-/// What is called: the service that has the destination as its virtual address, and its declared port.
-fn whither(view: &View, to: SocketAddr) -> Result<(Arc<Service>, Port), Reason> {
-    if !view.host.vips.contains(to.ip()) {
-        return Err(Reason::NotCaptured);
+/// A caller.
+struct Whose {
+    identity: Identity,
+    party: Party,
+}
+
+impl Whose {
+    fn workload(account: Account) -> Self {
+        Self {
+            identity: Identity::Workload(account.clone()),
+            party: Party::Workload(account),
+        }
     }
-    let service = view
-        .index
-        .as_ref()
-        .and_then(|index| index.by_address(to.ip()));
+}
+
+fn whose_by(view: &View, uid: u32, cgroup: Option<u64>) -> Result<Whose, Reason> {
+    match view.owners.find(uid, cgroup) {
+        Ok(Some(account)) => Ok(Whose::workload(account.clone())),
+        Ok(None) => Ok(Whose {
+            identity: Identity::Host(view.host.name.clone()),
+            party: Party::User(uid),
+        }),
+        Err(error) => {
+            log::warn!("whose a connection is can not be told: {error}");
+            Err(Reason::CallerUnknown)
+        }
+    }
+}
+
+/// What is called.
+struct Called {
+    service: Arc<Service>,
+    port: Port,
+    /// The one host that was meant.
+    only: Option<IpAddr>,
+}
+
+/// What is called: the service that has the destination as its virtual address, or one of whose hosts has it as its own
+/// where the service asks for that; and its declared port.
+fn whither(view: &View, to: SocketAddr) -> Result<Called, Reason> {
+    let index = view.index.as_ref();
+    let (service, only) = if view.host.vips.contains(to.ip()) {
+        (index.and_then(|index| index.by_address(to.ip())), None)
+    } else {
+        let name = view.reals.get(&to).ok_or_else(|| unknown_real(to))?;
+        (index.and_then(|index| index.get(name)), Some(to.ip()))
+    };
     let service = service.ok_or(Reason::NoSuchService)?;
     let port = service.port(to.port()).ok_or(Reason::NoSuchPort)?;
-    Ok((Arc::clone(service), port.clone()))
+    Ok(Called {
+        service: Arc::clone(service),
+        port: port.clone(),
+        only,
+    })
+}
+
+/// The kernel leads real addresses here that were kept from before; whose they are may be forgotten. Nothing leads our own
+/// listener's here.
+fn unknown_real(to: SocketAddr) -> Reason {
+    match to.ip().is_loopback() {
+        true => Reason::NotCaptured,
+        false => Reason::EndpointsUnknown,
+    }
 }
 
 fn refuse(thread: &Thread, client: TcpStream, reason: Reason, from: SocketAddr, to: SocketAddr) {

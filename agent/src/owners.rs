@@ -2,6 +2,7 @@
 //! it. Follows the workload files and the cgroups of their owners: a unit that restarts is another directory.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,14 +20,14 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::capture::CgroupRef;
 use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch, Directory, OwnerPath, uid_of};
+use crate::capture::real::Real;
 use crate::data::DataPlane;
-use crate::door::{Door, DoorStatus};
+use crate::door::{Door, DoorStatus, WantedDoors};
 use crate::holder::client::{HolderLink, HolderSender};
-use crate::holder::protocol::{
-    Desired, DesiredDoor, DesiredWorkload, FromHolder, WorkloadListener,
-};
+use crate::holder::protocol::{Desired, DesiredWorkload, FromHolder, WorkloadListener};
 use crate::leaves::now_ms;
-use crate::view::ViewWriter;
+use crate::reals::{self, Spared};
+use crate::view::{Endpoints, View, ViewWriter};
 use crate::whose::{Owned, OwnerTable};
 use crate::workloads::WorkloadSet;
 
@@ -49,6 +50,17 @@ pub(crate) struct OwnerStatus {
     /// Workloads whose owner is not there now; it may come at any time.
     pub(crate) absent: BTreeMap<Account, String>,
     pub(crate) door: DoorStatus,
+    /// Real addresses at which calls are taken over, and how many more there are than can be.
+    pub(crate) reals: usize,
+    pub(crate) reals_left_out: usize,
+}
+
+/// What the kernel is told, all but its envelope.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Wish {
+    workloads: Vec<DesiredWorkload>,
+    doors: Option<WantedDoors>,
+    reals: Option<Vec<Real>>,
 }
 
 /// What the owner of the owners works with.
@@ -61,8 +73,8 @@ pub(crate) struct Links {
     pub(crate) plane: Arc<DataPlane>,
     pub(crate) status: watch::Sender<Arc<OwnerStatus>>,
     pub(crate) door: Door,
-    /// Where control answers: `host:port`.
-    pub(crate) control: Vec<String>,
+    /// Where control answers, and what else is never taken over.
+    pub(crate) spared: Spared,
 }
 
 #[derive(Debug)]
@@ -74,10 +86,12 @@ pub(crate) struct Owners {
     set: Arc<WorkloadSet>,
     /// Of the last wish.
     generation: u64,
-    sent: (Vec<DesiredWorkload>, Option<Vec<DesiredDoor>>),
+    sent: Wish,
     /// What the door was made of last.
     index: Option<Arc<Index>>,
     policies: Option<Arc<PolicySet>>,
+    /// What the real addresses were made of last.
+    endpoints: Arc<Endpoints>,
     /// Whether a look at the door was not answered yet.
     looking: bool,
     /// The generation with which control is being reached.
@@ -102,9 +116,10 @@ impl Owners {
             cgroups,
             set: Arc::default(),
             generation: 0,
-            sent: (Vec::new(), None),
+            sent: Wish::default(),
             index: None,
             policies: None,
+            endpoints: Arc::default(),
             looking: false,
             reaching: None,
             status: OwnerStatus::default(),
@@ -139,6 +154,7 @@ impl Owners {
                     let seen = view.borrow_and_update().clone();
                     if !same(self.index.as_ref(), seen.index.as_ref())
                         || !same(self.policies.as_ref(), seen.policies.as_ref())
+                        || self.reals_moved(&seen)
                     {
                         self.tell(false).await?;
                     }
@@ -195,24 +211,66 @@ impl Owners {
         let view = self.links.view.now();
         self.index.clone_from(&view.index);
         self.policies.clone_from(&view.policies);
-        let doors = self.links.door.wanted(&view, now_ms());
-        let desired = (desired, doors);
-        if self.generation != 0 && !again && desired == self.sent {
+        self.endpoints.clone_from(&view.endpoints);
+        let reals = reals::wanted(&view, &self.links.spared);
+        if let Some(wanted) = &reals {
+            self.status.reals = wanted.reals.len();
+            self.status.reals_left_out = wanted.left_out;
+            if *view.reals != wanted.reals {
+                let reals = Arc::new(wanted.reals.clone());
+                self.links.view.change(|view| view.reals = reals);
+            }
+        }
+        let wish = Wish {
+            workloads: desired,
+            doors: self.links.door.wanted(&view, now_ms()),
+            reals: reals.map(|wanted| wanted.told),
+        };
+        if self.generation != 0 && !again && wish == self.sent {
             return Ok(());
         }
         self.generation += 1;
         self.status.applied = false;
-        self.sent.clone_from(&desired);
-        let (workloads, doors) = desired;
+        self.sent.clone_from(&wish);
+        let (doors, kept_doors) = match wish.doors {
+            Some(wanted) => (Some(wanted.doors), wanted.kept),
+            None => (None, Vec::new()),
+        };
         let desired = Desired {
             generation: self.generation,
-            workloads,
+            workloads: wish.workloads,
             doors,
+            kept_doors,
+            reals: wish.reals,
             vip4: self.vips.v4().to_string(),
             vip6: self.vips.v6().to_string(),
         };
-        let sent = self.links.sender.send(desired).await;
-        sent.context("the holder takes no messages")
+        match self.links.sender.send(desired).await {
+            // Not sent at all: what was before goes on.
+            Err(error) if error.kind() == ErrorKind::InvalidData => {
+                let error = error.to_string();
+                self.failed(error);
+                Ok(())
+            }
+            sent => sent.context("the holder takes no messages"),
+        }
+    }
+
+    fn failed(&mut self, error: String) {
+        if self.status.error.as_ref() != Some(&error) {
+            log::error!(error = error.as_str(); "the workloads could not be told to the kernel; what was before stays, and it is tried again");
+        }
+        self.status.error = Some(error);
+    }
+
+    /// Whether other real addresses are to be taken over, now that endpoints changed.
+    fn reals_moved(&mut self, view: &View) -> bool {
+        if Arc::ptr_eq(&self.endpoints, &view.endpoints) {
+            return false;
+        }
+        self.endpoints.clone_from(&view.endpoints);
+        let told = reals::wanted(view, &self.links.spared).map(|wanted| wanted.told);
+        told != self.sent.reals
     }
 
     #[expect(
@@ -309,14 +367,11 @@ impl Owners {
                 let known = view.owners.workloads.iter();
                 let accounts = known.map(|owned| owned.account.clone()).collect();
                 self.links.plane.keep(accounts).await;
-                log::info!(workloads = self.sent.0.len(); "the kernel knows the workloads");
+                log::info!(workloads = self.sent.workloads.len(); "the kernel knows the workloads");
                 self.reaching = trial.then(|| self.reach());
             }
             FromHolder::Failed { generation, error } if generation == self.generation => {
-                if self.status.error.as_ref() != Some(&error) {
-                    log::error!(error = error.as_str(); "the workloads could not be told to the kernel; what was before stays, and it is tried again");
-                }
-                self.status.error = Some(error);
+                self.failed(error);
             }
             FromHolder::Applied { .. } | FromHolder::Failed { .. } => (),
             FromHolder::Looked(looked) => {
@@ -330,7 +385,7 @@ impl Owners {
 
     /// Begins to reach control by new connections. Only when that was possible the door refuses for good.
     fn reach(&self) -> AbortOnDropHandle<u64> {
-        let (addresses, generation) = (self.links.control.clone(), self.generation);
+        let (addresses, generation) = (self.links.spared.control.clone(), self.generation);
         AbortOnDropHandle::new(tokio::spawn(async move {
             loop {
                 for address in &addresses {

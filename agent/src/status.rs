@@ -96,6 +96,13 @@ pub(crate) struct CaptureStatus {
     /// Whether the kernel knows exactly what the files say.
     pub(crate) applied: bool,
     pub(crate) error: Option<String>,
+    /// Whether anything is taken over at all.
+    pub(crate) enabled: bool,
+    /// Local ports and sockets that could not be opened, and why.
+    pub(crate) closed: Vec<String>,
+    /// Real addresses at which calls are taken over, and how many more there are than can be.
+    pub(crate) reals: usize,
+    pub(crate) reals_left_out: usize,
 }
 
 /// How the input door stands, which looks at plaintext callers.
@@ -194,6 +201,12 @@ impl Status {
                 page,
                 "capture      FAILED, what was before stays in force: {error}"
             )?,
+            None if !self.capture.enabled => {
+                writeln!(
+                    page,
+                    "capture      off: only local ports and sockets lead into the mesh"
+                )?;
+            }
             None if self.capture.applied => writeln!(page, "capture      in force")?,
             None => writeln!(page, "capture      being set up")?,
         }

@@ -16,8 +16,12 @@ use rustls::sign::CertifiedKey;
 use tokio::sync::watch;
 
 use crate::health::Unfit;
+use crate::reals::Reals;
 use crate::whose::OwnerTable;
 use crate::workloads::WorkloadSet;
+
+/// Of each service that was asked for.
+pub(crate) type Endpoints = BTreeMap<ServiceName, Arc<Vec<Endpoint>>>;
 
 /// The picture. Cheap to clone: all of it is shared.
 #[derive(Clone, Debug)]
@@ -28,12 +32,14 @@ pub(crate) struct View {
     /// `None` until they were received or read from disk: then nobody is let in.
     pub(crate) policies: Option<Arc<PolicySet>>,
     /// Only services that were asked for.
-    pub(crate) endpoints: Arc<BTreeMap<ServiceName, Arc<Vec<Endpoint>>>>,
+    pub(crate) endpoints: Arc<Endpoints>,
     pub(crate) workloads: Arc<WorkloadSet>,
     /// Servers without an agent that fail their service's check.
     pub(crate) unfit: Arc<Unfit>,
     /// Whose a socket is, by what the kernel says of it.
     pub(crate) owners: Arc<OwnerTable>,
+    /// Where calls to real addresses are taken over.
+    pub(crate) reals: Arc<Reals>,
     pub(crate) leaves: Arc<Leaves>,
     /// What must no more be believed, of this host too. `None`: it is not known, and nobody is believed.
     pub(crate) revoked: Option<Arc<Revocations>>,

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use mesh_api::proto;
+use mesh_api::workload_file::HostAddresses;
 use mesh_runtime::mux::Budget;
 use mesh_runtime::tls::trust::TrustStore;
 use mesh_runtime::{admin as admin_socket, signals};
@@ -27,12 +28,14 @@ use crate::control::{self, SessionStatus};
 use crate::data::{DataPlane, DataShared};
 use crate::dns::{self, Dns, resolv_conf};
 use crate::door::Door;
+use crate::explicit::Explicit;
 use crate::health::{self, Listening, Verdicts};
 use crate::holder::client::{HolderLink, HolderSender};
 use crate::holder::protocol::{FromHolder, Sockets};
 use crate::leaves::{self, Standings};
 use crate::metrics::{CertificateLives, FrontedServices, Metrics};
 use crate::owners::{self, OwnerStatus, Owners};
+use crate::reals::Spared;
 use crate::state::{Kept, Membership, State};
 use crate::view::{Leaves, View, ViewReader, ViewWriter};
 use crate::workloads::{Watch, WorkloadSet};
@@ -166,7 +169,12 @@ impl Parts {
             "the roots that the join gave this host are missing; `mesh-agent leave`, then join again",
         )?;
         let trust = TrustStore::from_bundle(&bundle)?.shared();
-        let (files, sets) = Watch::new(config.services_dir.clone(), membership.host.vips)
+        let place = HostAddresses {
+            vips: Some(membership.host.vips),
+            calls_only: !config.capture.enabled,
+            ..HostAddresses::default()
+        };
+        let (files, sets) = Watch::new(config.services_dir.clone(), place)
             .with_context(|| format!("cannot follow {}", config.services_dir.display()))?;
         let view = ViewWriter::new(View {
             host: Arc::new(membership.host.clone()),
@@ -176,6 +184,7 @@ impl Parts {
             workloads: Arc::clone(&sets.borrow()),
             unfit: Arc::default(),
             owners: Arc::default(),
+            reals: Arc::default(),
             leaves: Arc::new(Leaves::default()),
             revoked: Some(Arc::default()),
             live: false,
@@ -267,7 +276,11 @@ impl Parts {
                 plane: Arc::clone(&plane),
                 status: owners_by,
                 door: Door::new(self.state, &metrics, edges_by, config.keep_open()),
-                control: self.membership.control.clone(),
+                spared: Spared {
+                    everything: !config.capture.enabled,
+                    keep_open: config.keep_open(),
+                    control: self.membership.control.clone(),
+                },
             },
             self.membership.host.vips,
         )?;
@@ -277,6 +290,9 @@ impl Parts {
         };
         let counters = start_dns(&config, names, self.view.reader(), &mut tasks)?;
         let stop = tasks.stop.clone();
+        let (closed_by, closed) = watch::channel(Arc::default());
+        let explicit = Explicit::new(self.sets.clone(), Arc::clone(&plane), closed_by);
+        tasks.spawn("local ports and sockets", explicit.run(stop.clone()));
         tasks.spawn("control", shell.run(stop.clone()));
         tasks.spawn("leaves", keeper.run(stop.clone()));
         tasks.spawn("owners", owners.run(stop.clone()));
@@ -293,6 +309,7 @@ impl Parts {
                 session,
                 standings,
                 owners: owner_status,
+                closed,
                 dns: counters,
                 diag: Mutex::new(sockdiag()?),
                 wants: wants_by,

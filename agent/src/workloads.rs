@@ -16,9 +16,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mesh_api::workload_file::{FILE_MAX, FileError, HostAddresses, Workload};
+use mesh_api::workload_file::{CallAt, FILE_MAX, FileError, HostAddresses, Workload};
 use mesh_core::names::Account;
-use mesh_core::vip::VipRanges;
 use nix::ifaddrs::getifaddrs;
 
 pub(crate) use numbers::Number;
@@ -75,7 +74,8 @@ impl std::fmt::Display for FileProblem {
 #[derive(Debug)]
 pub(crate) struct Loader {
     directory: PathBuf,
-    vips: VipRanges,
+    /// Its addresses are looked up for each reading.
+    place: HostAddresses,
     good: BTreeMap<PathBuf, Arc<Workload>>,
     numbers: Numbers,
 }
@@ -87,10 +87,10 @@ struct Candidate {
 }
 
 impl Loader {
-    pub(crate) fn new(directory: PathBuf, vips: VipRanges) -> Self {
+    pub(crate) fn new(directory: PathBuf, place: HostAddresses) -> Self {
         Self {
             directory,
-            vips,
+            place,
             good: BTreeMap::new(),
             numbers: Numbers::default(),
         }
@@ -144,7 +144,7 @@ impl Loader {
         files.sort();
         let host = HostAddresses {
             own: own_addresses().map_err(failed)?,
-            vips: Some(self.vips),
+            ..self.place.clone()
         };
         let read = |file: PathBuf| {
             let now = read_file(&host, &file).map(Arc::new);
@@ -225,6 +225,14 @@ fn conflict(taken: &[(PathBuf, Arc<Workload>)], workload: &Workload) -> Option<F
     };
     for (file, other) in taken {
         let file = file.display();
+        let theirs = |at: &CallAt| other.calls.iter().any(|call| call.at == *at);
+        if let Some(call) = workload.calls.iter().find(|call| theirs(&call.at)) {
+            let message = format!("{} belongs to {file} already", call.at);
+            return Some(whole_file(
+                message,
+                "give each workload ports and sockets of its own",
+            ));
+        }
         if other.account == workload.account {
             let message = format!("account {} is that of {file} already", other.account);
             let remedy = "give one of the two files another account";

@@ -27,6 +27,8 @@ mod drain;
 mod edges;
 #[path = "namespaces/explain.rs"]
 mod explain;
+#[path = "namespaces/explicit.rs"]
+mod explicit;
 #[path = "namespaces/failures.rs"]
 mod failures;
 #[path = "namespaces/firewalls.rs"]
@@ -65,6 +67,8 @@ mod local_attackers;
 mod packet_capture;
 #[path = "namespaces/pair.rs"]
 mod pair;
+#[path = "namespaces/real_addresses.rs"]
+mod real_addresses;
 #[path = "namespaces/real_servers.rs"]
 mod real_servers;
 #[path = "namespaces/removal.rs"]

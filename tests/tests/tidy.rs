@@ -87,6 +87,7 @@ const DATA_PATH: &[&str] = &[
     "agent/src/accept",
     "agent/src/call",
     "agent/src/data",
+    "agent/src/drain",
     "agent/src/http",
     "agent/src/inbound",
     "agent/src/limits",

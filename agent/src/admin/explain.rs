@@ -46,7 +46,8 @@ impl Sources {
             ..Explanation::default()
         };
         let is_vip = |ip| view.host.vips.contains(ip);
-        let found = find(&destination, view.index.as_deref(), is_vip, &suffix);
+        let index = view.index.as_deref();
+        let found = find(&destination, index, is_vip, &view.reals, &suffix);
         let (facts, service) = match found {
             Ok(found) => found,
             Err(outcome) => {
@@ -54,7 +55,7 @@ impl Sources {
                 return Ok(explanation);
             }
         };
-        let port = facts.port;
+        let (port, real) = (facts.port, facts.real);
         explanation.service = Some(facts);
         let callers = callers(&view, caller)?;
         explanation.more_callers = callers.len().saturating_sub(CALLERS_MAX);
@@ -64,6 +65,7 @@ impl Sources {
         let endpoints = endpoints.unwrap_or_default();
         let (here, elsewhere): (Vec<&Endpoint>, Vec<&Endpoint>) = endpoints
             .iter()
+            .filter(|e| real.is_none_or(|address| e.address == address))
             .partition(|e| e.network == view.host.network);
         explanation.elsewhere = elsewhere.len();
         explanation.more_endpoints = here.len().saturating_sub(ENDPOINTS_MAX);

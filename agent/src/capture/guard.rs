@@ -1,6 +1,6 @@
 //! The guard: a table that nobody owns, which goes on refusing what must be mTLS when the agent and its own table are
-//! gone. It stands behind the door and knows only what was confirmed: while the agent runs, the door has refused
-//! already what comes by here.
+//! gone. It stands behind the table of the agent and knows only what was confirmed: while the agent runs, the door has
+//! refused already what comes in by here, and calls to real addresses are marked when they come by on their way out.
 
 use std::io;
 
@@ -9,13 +9,16 @@ use mesh_core::policy::Cidr;
 use super::door::{DoorPort, caller, from_elsewhere, ranges};
 use super::netlink::{Connection, errno_of};
 use super::nft::{
-    Hook, R0, Scribe, SetShape, Steps, Type, batch_bounds, generation_of, get_generation,
+    Compare, Hook, Meta, R0, Scribe, SetShape, Steps, Type, batch_bounds, generation_of,
+    get_generation,
 };
-use super::rules::{IPV4, IPV6, family};
-use super::{CaptureSettings, guard_table};
+use super::real::{self, Real};
+use super::rules::{IPV4, IPV6, family, flow_key, tcp};
+use super::{CaptureSettings, Marks, guard_table};
 
 const STRICT_PORTS: &str = "strict_ports";
 const GUARD: &str = "guard";
+const GUARD_OUT: &str = "guard_out";
 const SETS: [(u8, Type, &str); 2] = [(IPV4, Type::Ipv4, "from4"), (IPV6, Type::Ipv6, "from6")];
 /// Room for one datagram with all of it.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
@@ -25,9 +28,12 @@ const BATCH_BYTES: usize = 4 * 1024 * 1024;
 pub(super) struct Guard {
     connection: Connection,
     table: String,
+    marks: Marks,
     priority: i32,
+    out_priority: i32,
     doors: Vec<DoorPort>,
-    /// The kernel's count of changes of any table when it was last seen to be whole.
+    reals: Vec<Real>,
+    /// What the kernel's count of changes of any table was with our last one.
     generation: Option<u32>,
 }
 
@@ -38,25 +44,36 @@ impl Guard {
         Ok(Self {
             connection,
             table: guard_table(settings),
+            marks: settings.marks(),
             priority: settings.input_priority + 1,
+            out_priority: settings.output_priority + 1,
             doors: Vec::new(),
+            reals: Vec::new(),
             generation: None,
         })
     }
 
-    /// Makes it refuse exactly what is `strict` of these.
-    pub(super) fn write(&mut self, doors: &[DoorPort]) -> io::Result<()> {
-        self.doors = doors
-            .iter()
-            .filter(|d| d.strict.is_some())
-            .cloned()
-            .collect();
+    /// Makes it refuse exactly what is `strict` of these; `None`: the same real addresses as before.
+    pub(super) fn write(&mut self, doors: &[DoorPort], reals: Option<&[Real]>) -> io::Result<()> {
+        let doors = doors.iter().filter(|d| d.strict.is_some());
+        let doors: Vec<DoorPort> = doors.cloned().collect();
+        let reals = match reals {
+            None => self.reals.clone(),
+            Some(reals) => reals.iter().filter(|r| r.strict).cloned().collect(),
+        };
+        // What it knows of connections under way goes with what it is replaced by.
+        if self.generation.is_some() && (&doors, &reals) == (&self.doors, &self.reals) {
+            return Ok(());
+        }
+        (self.doors, self.reals) = (doors, reals);
+        self.generation = None;
         self.rewrite()
     }
 
     /// Puts it back if another program changed the kernel's tables since. True if it was gone.
     pub(super) fn repair(&mut self) -> io::Result<bool> {
-        if self.generation.is_some() && self.now()? == self.generation {
+        let now = self.now()?;
+        if self.generation.is_some() && now == self.generation {
             return Ok(false);
         }
         let scribe = Scribe { table: &self.table };
@@ -78,14 +95,27 @@ impl Guard {
     }
 
     fn rewrite(&mut self) -> io::Result<()> {
+        let before = self.now()?;
         let scribe = Scribe { table: &self.table };
         // What stands is replaced in the same moment.
         let mut messages = vec![
             scribe.unowned_table(),
             scribe.delete_table(),
             scribe.unowned_table(),
-            scribe.new_set(SetShape::plain(STRICT_PORTS, 1, &[Type::Port], None)),
         ];
+        messages.extend(self.inwards(scribe));
+        messages.extend(self.outwards(scribe));
+        let (begin, end) = batch_bounds();
+        self.connection.batch(&begin, &messages, &end)?;
+        // Ours was the next change. Had it been asked for afterwards, it might be that of a program which took it away.
+        self.generation = before.map(next_generation);
+        Ok(())
+    }
+
+    /// Plaintext callers of local programs.
+    fn inwards(&self, scribe: Scribe<'_>) -> Vec<super::netlink::Message> {
+        let mut messages =
+            vec![scribe.new_set(SetShape::plain(STRICT_PORTS, 1, &[Type::Port], None))];
         let ports = self.doors.iter().map(|d| d.port.to_be_bytes().to_vec());
         messages.extend(scribe.members(STRICT_PORTS, &ports.collect::<Vec<_>>()));
         let mut rules = from_elsewhere(STRICT_PORTS);
@@ -104,10 +134,53 @@ impl Guard {
         rules.push(Steps::default().reject_with_reset());
         messages.push(scribe.new_hook(GUARD, "filter", Hook::Input, self.priority));
         messages.extend(rules.iter().map(|steps| scribe.new_rule(GUARD, steps)));
-        let (begin, end) = batch_bounds();
-        self.connection.batch(&begin, &messages, &end)?;
-        self.generation = self.now()?;
-        Ok(())
+        messages
+    }
+
+    /// Calls of local programs to real addresses. Those that were led to the agent, and no more are, are refused
+    /// whatever their service's transport is: what was begun as mTLS does not go on in plaintext.
+    fn outwards(&self, scribe: Scribe<'_>) -> Vec<super::netlink::Message> {
+        let mut messages = Vec::new();
+        let mut rules = vec![tcp(Steps::default(), Compare::NotEqual).back()];
+        let carried = || {
+            Steps::default().meta(Meta::Mark, R0).compare(
+                R0,
+                Compare::Equal,
+                &self.marks.carried().to_ne_bytes(),
+            )
+        };
+        for (id, names) in (10..).step_by(2).zip(&real::FAMILIES) {
+            messages.extend(names.sets(scribe, id));
+            messages.extend(scribe.members(names.real, &real::keys(names, self.reals.iter())));
+            let key = flow_key(family(carried(), names.family), names.family, false);
+            rules.push(key.update(names.carried, R0).back());
+        }
+        let (value, mask) = self.marks.to_loopback();
+        rules.push(
+            Steps::default()
+                .meta(Meta::Mark, R0)
+                .mask(R0, &mask.to_ne_bytes())
+                .compare(R0, Compare::Equal, &value.to_ne_bytes())
+                .back(),
+        );
+        for names in &real::FAMILIES {
+            rules.extend([
+                names.beginning().reject_with_reset(),
+                names.forgetting(),
+                names.following().reject_with_reset(),
+            ]);
+        }
+        messages.push(scribe.new_hook(GUARD_OUT, "filter", Hook::Output, self.out_priority));
+        messages.extend(rules.iter().map(|steps| scribe.new_rule(GUARD_OUT, steps)));
+        messages
+    }
+}
+
+/// The kernel leaves out 0.
+const fn next_generation(generation: u32) -> u32 {
+    match generation.wrapping_add(1) {
+        0 => 1,
+        next => next,
     }
 }
 
@@ -161,5 +234,11 @@ mod tests {
         ];
         let between = meanwhile(&before, &after);
         assert_eq!(between, [door(1, Some(&["10.0.0.0/8", "192.168.0.0/16"]))]);
+    }
+
+    #[test]
+    fn the_change_after_the_last_is_not_counted_as_none() {
+        assert_eq!(next_generation(7), 8);
+        assert_eq!(next_generation(u32::MAX), 1);
     }
 }

@@ -55,6 +55,7 @@ pub(super) enum Meta {
     Mark = 3,
     OutputName = 7,
     InputType = 8,
+    OutputType = 9,
     SocketUid = 10,
     Family = 15,
     Protocol = 16,
@@ -79,6 +80,7 @@ pub(super) enum Hook {
     Prerouting = 0,
     Input = 1,
     Output = 3,
+    Postrouting = 4,
 }
 
 /// Types that sets declare. The kernel ignores them; `nft list` prints by them.
@@ -211,7 +213,26 @@ impl Steps {
         self.step("dynset", &data)
     }
 
-    /// The same, and counts packets by key. The rule ends where the set has no room.
+    /// The same, for another time than the set's own.
+    pub(super) fn update_for(self, set: &str, key: Register, lifetime_ms: u64) -> Self {
+        let data = Attributes::default()
+            .string(1, set)
+            .be32(3, 1)
+            .be32(4, key.0)
+            .be64(6, lifetime_ms);
+        self.step("dynset", &data)
+    }
+
+    /// Takes the key out of a dynamic set, if it is there.
+    pub(super) fn forget(self, set: &str, key: Register) -> Self {
+        let data = Attributes::default()
+            .string(1, set)
+            .be32(3, 2)
+            .be32(4, key.0);
+        self.step("dynset", &data)
+    }
+
+    /// The same as [`Self::update`], and counts packets by key. The rule ends where the set has no room.
     pub(super) fn count(self, set: &str, key: Register) -> Self {
         let counter = Attributes::default()
             .string(1, "counter")
@@ -222,6 +243,25 @@ impl Steps {
             .be32(4, key.0)
             .nest(7, &counter);
         self.step("dynset", &data)
+    }
+
+    /// Goes on with packets of a key that come oftener than `rate` a second, after `burst` of them. The rule ends for all
+    /// others, and for keys that the set has no room for.
+    pub(super) fn beyond_share(self, set: &str, key: Register, rate: u64, burst: u32) -> Self {
+        let limit = Attributes::default()
+            .string(1, "limit")
+            .nest(2, &limit_beyond(rate, burst));
+        let data = Attributes::default()
+            .string(1, set)
+            .be32(3, 1)
+            .be32(4, key.0)
+            .nest(7, &limit);
+        self.step("dynset", &data)
+    }
+
+    /// The same of all packets that come by here.
+    pub(super) fn beyond(self, rate: u64, burst: u32) -> Self {
+        self.step("limit", &limit_beyond(rate, burst))
     }
 
     /// Gives the packet to the transparent socket that listens at (address, port); the rule ends where none does.
@@ -248,6 +288,10 @@ impl Steps {
         self.verdict(1, None)
     }
 
+    pub(super) fn drop(self) -> Self {
+        self.verdict(0, None)
+    }
+
     pub(super) fn go_to(self, chain: &str) -> Self {
         self.verdict(-4, Some(chain))
     }
@@ -270,6 +314,16 @@ impl Steps {
 
 fn value_of(bytes: &[u8]) -> Attributes {
     Attributes::default().bytes(1, bytes)
+}
+
+/// Packets a second, inverted.
+fn limit_beyond(rate: u64, burst: u32) -> Attributes {
+    Attributes::default()
+        .be64(1, rate)
+        .be64(2, 1)
+        .be32(3, burst)
+        .be32(4, 0)
+        .be32(5, 1)
 }
 
 /// A set or map to be declared.

@@ -5,9 +5,10 @@
 //! 1. *The way back.* An app answers the address that we showed it. If the packet belongs to a flow of ours, it gets
 //!    the way-back mark and is routed to `lo`. First, because an app's socket may have inherited our mark.
 //! 2. *Our own* connections to apps (the app mark) write their flow into a dynamic set; each packet starts its time anew.
-//! 3. *Virtual addresses* go to `vip`: the link's own addresses are left alone, what is not TCP is rejected, a SYN gets
+//! 3. *Virtual addresses* go to `vip`: the link's own addresses are left alone but for a flood of questions (`askers`), what is not TCP is rejected, a SYN gets
 //!    the mark of its workload (`whose`: deepest cgroup first, then the user, else the common number), and every later
 //!    packet a constant.
+//! 4. *Real addresses* of services that ask for it: see `real.rs`.
 //!
 //! What was marked comes in again by `lo`. In `prerouting` a SYN is handed to the listener of its number, or reset if
 //! there is none: it must never reach another program that listens on the same port. Later packets find their
@@ -27,29 +28,48 @@ use super::netlink::{Connection, Message};
 use super::nft::{
     Base, Compare, Hook, Meta, R0, Register, Scribe, SetShape, Steps, Type, batch_bounds,
 };
+use super::real::{self, Real};
 use super::{CaptureSettings, Marks, VipRanges, Workload};
 
 /// A flow is forgotten this long after our last packet; the keepalive of `app_socket` comes twice in it at least.
-const FLOW_LIFETIME_MS: u64 = 120_000;
+pub(super) const FLOW_LIFETIME_MS: u64 = 120_000;
 /// Twice as many connections to apps as one agent may hold; 262,144 IPv6 flows take about 40 MB of the kernel.
-const FLOWS_MAX: u32 = 262_144;
-/// One datagram must hold a whole batch: 16,384 elements of at most 64 bytes, and the rules.
+pub(super) const FLOWS_MAX: u32 = 262_144;
+/// Behind all filters of the host: only what would really leave is looked at.
+const LEAVING_PRIORITY: i32 = 300;
+/// One datagram must hold a whole batch: 16,384 elements of maps and 4,096 real addresses of at most 64 bytes, 16,384
+/// ranges of at most 96, and the rules.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
 
 const OUTPUT: &str = "output";
 const PREROUTING: &str = "prerouting";
 const VIP: &str = "vip";
-const WHOSE: &str = "whose";
+const LEAVING: &str = "leaving";
+pub(super) const WHOSE: &str = "whose";
 const OWN: &str = "own";
 const UID_MARK: &str = "uid_mark";
 const PORT_OF_4: &str = "port_of4";
 const PORT_OF_6: &str = "port_of6";
 const FLOWS_4: &str = "flows4";
 const FLOWS_6: &str = "flows6";
+/// Users who asked for names of late, and the chain that sees to it.
+const ASKERS: &str = "askers";
+
+/// Questions for names that one user may send a second, and at once: many times what a busy program asks, and what the
+/// agent answers in a few hundredths of a second. With them nobody can fill the socket that all others ask by, which holds
+/// five times as many (`holder::sockets`).
+const NAMES_RATE: u64 = 5_000;
+const NAMES_BURST: u32 = 1_000;
+/// Users told apart at once; all others share what one may ask.
+const ASKERS_MAX: u32 = 1_024;
+/// A user that asks nothing for so long has its full share again.
+const ASKER_LIFETIME_MS: u64 = 10_000;
+const DNS_PORT: u16 = 53;
 
 pub(super) const IPV4: u8 = 2;
 pub(super) const IPV6: u8 = 10;
 pub(super) const TCP: u8 = 6;
+const UDP: u8 = 17;
 /// `ARPHRD_LOOPBACK`.
 pub(super) const LOOPBACK: u16 = 772;
 const TCP_FLAGS_OFFSET: u32 = 13;
@@ -85,6 +105,7 @@ impl Table {
     pub(super) fn apply(
         &mut self,
         workloads: &[Workload],
+        reals: &[Real],
         doors: &[DoorPort],
         arm: Arm,
     ) -> io::Result<()> {
@@ -97,6 +118,7 @@ impl Table {
         let known = self.levels.clone();
         let mut messages = contents(&self.name, self.marks, &known, &levels, workloads);
         let scribe = Scribe { table: &self.name };
+        messages.extend(real::contents(scribe, reals));
         messages.extend(door::contents(scribe, doors, arm));
         self.commit(&messages)?;
         self.levels
@@ -159,6 +181,11 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
         map(PORT_OF_6, 3, &[Type::Mark], Type::Port),
         flows(FLOWS_4, 4, Type::Ipv4),
         flows(FLOWS_6, 5, Type::Ipv6),
+        scribe.new_set(SetShape {
+            dynamic: Some((ASKER_LIFETIME_MS, ASKERS_MAX)),
+            ..SetShape::plain(ASKERS, 6, &[Type::Uid], None)
+        }),
+        scribe.new_chain(ASKERS),
         scribe.new_chain(WHOSE),
         scribe.new_chain(VIP),
         scribe.new_chain(OWN),
@@ -171,15 +198,19 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
             Hook::Prerouting,
             settings.prerouting_priority,
         ),
+        scribe.new_hook(LEAVING, "filter", Hook::Postrouting, LEAVING_PRIORITY),
     ];
+    messages.extend(real::frame(scribe, marks));
     let mut add = |chain, rules: Vec<Steps>| {
         messages.extend(rules.iter().map(|steps| scribe.new_rule(chain, steps)));
     };
     add(OUTPUT, output_rules(marks, ranges));
     add(OWN, own_rules());
     add(VIP, vip_rules(settings, ranges));
+    add(ASKERS, askers_rules());
     add(PREROUTING, prerouting_rules(marks));
     add(WHOSE, whose_rules(marks, &[]));
+    add(LEAVING, real::leaving_rules(marks));
     messages.extend(door::frame(scribe, settings.input_priority));
     messages
 }
@@ -255,12 +286,12 @@ pub(super) fn syn(steps: Steps, how: Compare) -> Steps {
         .compare(R0, how, &[SYN])
 }
 
-fn marked(steps: Steps, mark: u32) -> Steps {
+pub(super) fn marked(steps: Steps, mark: u32) -> Steps {
     steps.value(R0, &mark.to_ne_bytes()).set_mark(R0).accept()
 }
 
 /// Loads (address, port, address, port) of a packet from `R0` on: as it was sent, or as its answer's flow was.
-fn flow_key(steps: Steps, family: u8, reversed: bool) -> Steps {
+pub(super) fn flow_key(steps: Steps, family: u8, reversed: bool) -> Steps {
     let (source, destination, length, words) = if family == IPV4 {
         (12, 16, 4, 1)
     } else {
@@ -330,13 +361,15 @@ fn output_rules(marks: Marks, ranges: &VipRanges) -> Vec<Steps> {
         .meta(Meta::Mark, R0)
         .compare(R0, Compare::Equal, &marks.app().to_ne_bytes())
         .go_to(OWN);
-    vec![
+    let mut rules = vec![
         way_back(IPV4, FLOWS_4),
         way_back(IPV6, FLOWS_6),
         own,
         destination_in(Steps::default(), ranges.v4).go_to(VIP),
         destination_in(Steps::default(), ranges.v6).go_to(VIP),
-    ]
+    ];
+    rules.extend(real::output_rules());
+    rules
 }
 
 fn own_rules() -> Vec<Steps> {
@@ -355,7 +388,15 @@ fn vip_rules(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Steps> {
             address,
             prefix: bits,
         };
-        destination_in(Steps::default(), single).back()
+        destination_in(Steps::default(), single)
+    };
+    let names = |range: Cidr| {
+        own(range)
+            .meta(Meta::Protocol, R0)
+            .compare(R0, Compare::Equal, &[UDP])
+            .payload(Base::Transport, 2, 2, R0)
+            .compare(R0, Compare::Equal, &DNS_PORT.to_be_bytes())
+            .go_to(ASKERS)
     };
     // A socket bound to a device leaves by it even with our mark: nothing for the mesh may go out in the clear.
     let mut link = settings.link.clone().into_bytes();
@@ -366,12 +407,26 @@ fn vip_rules(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Steps> {
             .compare(R0, Compare::NotEqual, &link)
     };
     vec![
-        own(ranges.v4),
-        own(ranges.v6),
+        names(ranges.v4),
+        names(ranges.v6),
+        own(ranges.v4).back(),
+        own(ranges.v6).back(),
         tcp(Steps::default(), Compare::NotEqual).reject_as_unreachable(),
         elsewhere().reject_with_reset(),
         syn(Steps::default(), Compare::Equal).go_to(WHOSE),
         marked(Steps::default(), settings.marks().established()),
+    ]
+}
+
+/// Questions for names: each user has a share, so that who floods loses its own questions only.
+fn askers_rules() -> Vec<Steps> {
+    let asker = || Steps::default().meta(Meta::SocketUid, R0);
+    vec![
+        asker()
+            .beyond_share(ASKERS, R0, NAMES_RATE, NAMES_BURST)
+            .drop(),
+        asker().only_if_in(ASKERS, R0).back(),
+        Steps::default().beyond(NAMES_RATE, NAMES_BURST).drop(),
     ]
 }
 

@@ -5,6 +5,7 @@ use mesh_core::expiry::alarm;
 use mesh_core::reason::Reason;
 
 use super::{Certificate, Facts};
+use crate::capture::real::REALS_MAX;
 use crate::status::{Status, span};
 
 /// A difference of clocks that is worth a look, and one at which certificates are judged wrongly, milliseconds.
@@ -17,6 +18,9 @@ const TRACKED_WARN: u64 = 70;
 const TRACKED_FAIL: u64 = 95;
 /// Of a bound of the data path, in hundredths.
 const USED_WARN: u64 = 90;
+
+/// Why nothing is to be found in the kernel.
+const NOT_CAPTURED: &str = "nothing is captured: capture.enabled is false";
 
 type Judge = fn(&Facts, &Status) -> Check;
 
@@ -72,6 +76,9 @@ fn agent(facts: &Facts) -> Check {
 /// Of the kernel, what would let nothing through, or through to the wrong place.
 fn routes(facts: &Facts) -> Check {
     const NAME: &str = "routes";
+    if !facts.captures {
+        return Check::skipped(NAME, NOT_CAPTURED);
+    }
     let found = match &facts.kernel {
         Ok(found) => found,
         Err(error) => return Check::skipped(NAME, error),
@@ -104,6 +111,7 @@ fn routes(facts: &Facts) -> Check {
 fn clashes(facts: &Facts) -> Check {
     const NAME: &str = "clashes";
     let mut found = match &facts.kernel {
+        _ if !facts.captures => Vec::new(),
         Ok(found) => found.clashes.clone(),
         Err(error) => return Check::skipped(NAME, error),
     };
@@ -308,13 +316,31 @@ fn names(facts: &Facts, _: &Status) -> Check {
 
 fn capture(_: &Facts, status: &Status) -> Check {
     const NAME: &str = "capture";
+    if !status.capture.closed.is_empty() {
+        let remedy = "mend the cause, the agent tries again; services.d says whose they are";
+        return Check::failed(NAME, "local ports or sockets could not be opened", remedy)
+            .about(status.capture.closed.clone());
+    }
+    if !status.capture.enabled {
+        let remedy = "only calls by local ports and sockets are the mesh's; run the agent with privileges to capture";
+        return Check::warning(NAME, NOT_CAPTURED, remedy);
+    }
     match &status.capture.error {
         Some(error) => Check::failed(
             NAME,
             format!("the kernel does not know the workloads: {error}"),
             "what was before stays in force; mend the cause, the agent tries again",
         ),
-        None if status.capture.applied => Check::ok(NAME, "the kernel knows all workloads"),
+        None if status.capture.applied => match status.capture.reals_left_out {
+            0 => Check::ok(NAME, "the kernel knows all workloads"),
+            more => Check::warning(
+                NAME,
+                format!(
+                    "{more} real addresses are not taken over: there are more than {REALS_MAX}"
+                ),
+                "let fewer services ask for `meshwork.io/capture: vip+real`; calls by name are not concerned",
+            ),
+        },
         None => Check::warning(NAME, "it is being set up", "wait, e.g. with --wait 30s"),
     }
 }
@@ -389,6 +415,9 @@ fn mesh_port(facts: &Facts, status: &Status) -> Check {
 
 fn firewall(facts: &Facts, status: &Status) -> Check {
     const NAME: &str = "firewall";
+    if !facts.captures {
+        return Check::skipped(NAME, NOT_CAPTURED);
+    }
     let drops = match &facts.kernel {
         Ok(found) => &found.input_drops,
         Err(error) => return Check::skipped(NAME, error),

@@ -11,7 +11,7 @@ use mesh_api::{proto, sync};
 use mesh_core::names::{ServiceName, TrustDomain};
 use mesh_core::reason::Reason;
 use mesh_core::revocation::{Known, Named, Revocations};
-use mesh_core::service::Index;
+use mesh_core::service::{Capture, Index};
 use mesh_core::session::Installed;
 use mesh_core::vip::VipRanges;
 use mesh_runtime::tls::trust::{SharedTrust, TrustStore};
@@ -79,6 +79,8 @@ impl Mirror {
                 log::warn!(what = what, error:% = error; "what was kept is of no use and is left out");
             }
         }
+        // The session says all of them when it begins.
+        mirror.want_real(contact_ms);
         mirror
     }
 
@@ -235,17 +237,40 @@ impl Mirror {
         IndexChange::read(update, &self.vips)
     }
 
+    /// A new index. True if control must be asked for endpoints.
     pub(super) fn install_index(
         &mut self,
         change: IndexChange,
         installed: Installed,
         now_ms: u64,
-    ) -> Result<(), SyncError> {
+    ) -> Result<bool, SyncError> {
         let before = self.view.now().index.clone();
         let index = change.apply(before.as_deref())?;
         self.use_index(installed, index, now_ms);
         self.forget_unlisted();
-        Ok(())
+        Ok(self.want_real(now_ms))
+    }
+
+    /// Where calls to the real addresses of a service are taken over, its endpoints must be known before the first call.
+    /// True if control must be asked for some.
+    fn want_real(&mut self, now_ms: u64) -> bool {
+        let Some(index) = self.view.now().index.clone() else {
+            return false;
+        };
+        let mut asked = false;
+        for service in index
+            .services()
+            .filter(|s| s.capture == Capture::VipAndReal)
+        {
+            asked |= self.want(&service.name, now_ms);
+        }
+        asked
+    }
+
+    fn is_real(&self, service: &ServiceName) -> bool {
+        let index = self.view.now().index.clone();
+        let service = index.as_ref().and_then(|index| index.get(service));
+        service.is_some_and(|s| s.capture == Capture::VipAndReal)
     }
 
     fn use_index(&self, installed: Installed, index: Index, received_ms: u64) {
@@ -361,7 +386,9 @@ impl Mirror {
             return false;
         }
         if self.subscriptions.len() >= SUBSCRIPTIONS_MAX {
-            let oldest = self.subscriptions.iter().min_by_key(|(_, used)| **used);
+            let subscriptions = self.subscriptions.iter();
+            let unbound = subscriptions.filter(|(name, _)| !self.is_real(name));
+            let oldest = unbound.min_by_key(|(_, used)| **used);
             if let Some(oldest) = oldest.map(|(name, _)| name.clone()) {
                 self.forget(&[oldest]);
             }
@@ -375,7 +402,7 @@ impl Mirror {
         let unused = |used: u64| now_ms.saturating_sub(used) > UNUSED_MS;
         let subscriptions = self.subscriptions.iter();
         let gone: Vec<ServiceName> = subscriptions
-            .filter(|(_, used)| unused(**used))
+            .filter(|(name, used)| unused(**used) && !self.is_real(name))
             .map(|(name, _)| name.clone())
             .collect();
         self.forget(&gone);
@@ -458,6 +485,7 @@ mod tests {
             workloads: Arc::default(),
             unfit: Arc::default(),
             owners: Arc::default(),
+            reals: Arc::default(),
             leaves: Arc::default(),
             revoked: Some(Arc::default()),
             live: false,
@@ -487,6 +515,7 @@ mod tests {
                 }],
                 transport: "permissive".to_owned(),
                 plaintext_from: vec![],
+                capture: "vip".to_owned(),
             });
         proto::IndexUpdate {
             revision: 5,

@@ -498,6 +498,7 @@ mod tests {
             ports: vec![],
             transport: Transport::default(),
             plaintext_from: vec![],
+            capture: mesh_core::service::Capture::Vip,
         });
         zone().decide(packet, Some(&index), &Counters::default())
     }

@@ -101,6 +101,7 @@ impl Running {
             ports: vec![],
             transport: Transport::default(),
             plaintext_from: vec![],
+            capture: mesh_core::service::Capture::Vip,
         });
         let index = Arc::new(index);
         let config = Config {

@@ -69,6 +69,7 @@ impl HolderLink {
 impl HolderSender {
     /// Says what the kernel should know, one generation at a time: the next may follow when this one was answered. The
     /// answer, `Applied` or `Failed`, comes by [`HolderLink::recv`]. Not cancel safe: a message that was cut ends the link.
+    /// `InvalidData`: it is too large, and nothing of it was sent.
     pub(crate) async fn send(&mut self, desired: Desired) -> io::Result<()> {
         self.say(&ToHolder::Desired(desired)).await
     }
@@ -126,6 +127,8 @@ mod tests {
             generation: 1,
             workloads: vec![],
             doors: None,
+            kept_doors: vec![],
+            reals: None,
             // Larger than the socket's buffer, so that the sender has to wait.
             vip4: "x".repeat(900_000),
             vip6: String::new(),

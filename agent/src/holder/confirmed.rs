@@ -1,4 +1,5 @@
-//! The input door that is wanted, and the last one with which control was reached.
+//! The input door that is wanted, the last one with which control was reached, and the real addresses that are taken
+//! over.
 //!
 //! A new door refuses for [`TRIAL`]; if control is reached meanwhile by a connection opened after the change, it refuses
 //! for good and is kept on disk, else it disarms. What was confirmed once needs no second trial, so that a host that
@@ -9,12 +10,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use mesh_runtime::files;
+use serde::{Deserialize, Serialize};
 
 use super::HolderConfig;
 use super::desired;
 use super::protocol::{Arming, DesiredDoor, FRAME_MAX};
 use crate::capture::Capture;
 use crate::capture::door::{Arm, DoorPort};
+use crate::capture::real::Real;
 
 /// How long a new door refuses before control is reached. A dial of control takes 6 s at most, and is tried again after 5.
 const TRIAL: Duration = Duration::from_secs(20);
@@ -24,27 +27,43 @@ pub(crate) struct Confirmed {
     file: PathBuf,
     doors: Vec<DoorPort>,
     wanted: Vec<DoorPort>,
+    /// As they are applied: they need no trial, since neither control nor what a host needs to be reached is among them.
+    reals: Vec<Real>,
     /// Of the message that `wanted` came with.
     generation: u64,
     /// When `wanted` disarms; `None`: it is confirmed.
     trial_until: Option<Instant>,
-    applied: bool,
+    /// Control was reached with what is wanted, and that does not refuse for good yet.
+    reached: bool,
+    /// What is kept on disk is older than this.
+    unwritten: bool,
+}
+
+/// What the file has.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    doors: Vec<DesiredDoor>,
+    reals: Vec<Real>,
 }
 
 impl Confirmed {
     /// What is kept. A file that can not be read is as none: then only the agent says what is refused.
     pub(crate) fn load(config: &HolderConfig) -> Self {
-        let doors = read(&config.door_file, &config.keep_open()).unwrap_or_else(|error| {
-            log::warn!("{error:#}; plaintext callers are refused when the agent knows again which");
-            Vec::new()
+        let kept = read(&config.door_file, config).unwrap_or_else(|error| {
+            log::warn!("{error:#}; plaintext is refused when the agent knows again which");
+            Default::default()
         });
+        let (doors, reals) = kept;
         Self {
             file: config.door_file.clone(),
             wanted: doors.clone(),
             doors,
+            reals,
             generation: 0,
             trial_until: None,
-            applied: false,
+            reached: false,
+            unwritten: false,
         }
     }
 
@@ -53,24 +72,44 @@ impl Confirmed {
         &self.doors
     }
 
+    pub(crate) fn reals(&self) -> &[Real] {
+        &self.reals
+    }
+
     pub(super) fn wanted(&self) -> &[DoorPort] {
         &self.wanted
     }
 
-    /// Another door is wanted. The same again keeps its trial: what is repeated must not refuse for ever.
-    pub(super) fn next(&mut self, generation: u64, wanted: Vec<DoorPort>) {
-        self.generation = generation;
-        self.applied = false;
+    /// For how long another door may refuse, once it is applied. The same again keeps its trial: what is repeated must
+    /// not refuse for ever.
+    pub(super) fn arm_of(&self, wanted: &[DoorPort]) -> Arm {
         if wanted == self.doors {
-            self.trial_until = None;
+            Arm::ForGood
         } else if wanted != self.wanted || self.trial_until.is_none() {
-            self.trial_until = Some(Instant::now() + TRIAL);
+            Arm::For(TRIAL)
+        } else {
+            self.arm()
         }
-        self.wanted = wanted;
     }
 
-    pub(super) fn applied(&mut self) {
-        self.applied = true;
+    /// The kernel has them now, armed like that.
+    pub(super) fn applied(
+        &mut self,
+        generation: u64,
+        wanted: Vec<DoorPort>,
+        reals: Vec<Real>,
+        arm: Arm,
+    ) {
+        self.generation = generation;
+        self.reached = false;
+        self.trial_until = match arm {
+            Arm::ForGood => None,
+            Arm::For(time) => Some(Instant::now() + time),
+            Arm::Not => self.trial_until,
+        };
+        self.wanted = wanted;
+        self.unwritten |= self.reals != reals;
+        self.reals = reals;
     }
 
     /// For how long what is wanted may refuse.
@@ -93,31 +132,47 @@ impl Confirmed {
     }
 
     /// Control was reached with what was applied.
-    pub(super) fn reached(&mut self, generation: u64, capture: &mut Capture) -> anyhow::Result<()> {
-        if generation != self.generation || !self.applied {
-            return Ok(());
-        }
-        capture.confirm(&self.wanted)?;
-        self.trial_until = None;
-        if self.doors != self.wanted {
+    pub(super) fn reached(&mut self, generation: u64) {
+        self.reached |= generation == self.generation;
+    }
+
+    /// Makes what control was reached with refuse for good, and keeps it. Does nothing where that is done.
+    pub(super) fn settle(&mut self, capture: &mut Capture) -> anyhow::Result<()> {
+        if self.reached {
+            capture.confirm(&self.wanted)?;
+            self.reached = false;
+            self.trial_until = None;
+            self.unwritten |= self.doors != self.wanted;
             self.doors.clone_from(&self.wanted);
-            let text = serde_json::to_vec(&written(&self.doors))?;
+        }
+        if self.unwritten {
+            let written = Written {
+                doors: written(&self.doors),
+                reals: self.reals.clone(),
+            };
+            let text = serde_json::to_vec(&written)?;
             files::write_private(&self.file, &text)
-                .context("cannot keep the input door for the next start")?;
+                .context("cannot keep for the next start what plaintext must be refused")?;
+            self.unwritten = false;
         }
         Ok(())
     }
 }
 
-fn read(file: &Path, keep_open: &[u16]) -> anyhow::Result<Vec<DoorPort>> {
-    let name = || format!("cannot read the input door that {} keeps", file.display());
+fn read(file: &Path, config: &HolderConfig) -> anyhow::Result<(Vec<DoorPort>, Vec<Real>)> {
+    let name = || format!("cannot read what {} keeps", file.display());
     let text = match files::read_bounded(file, FRAME_MAX as u64) {
         Ok(text) => text,
-        Err(error) if error.cause.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.cause.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(Default::default());
+        }
         Err(error) => return Err(error).with_context(name),
     };
-    let doors: Vec<DesiredDoor> = serde_json::from_slice(&text).with_context(name)?;
-    desired::doors(&doors, keep_open).with_context(name)
+    let kept: Written = serde_json::from_slice(&text).with_context(name)?;
+    let keep_open = config.keep_open();
+    let doors = desired::doors(&kept.doors, &keep_open).with_context(name)?;
+    let reals = desired::reals(&kept.reals, &keep_open, &config.ranges).with_context(name)?;
+    Ok((doors, reals))
 }
 
 fn written(doors: &[DoorPort]) -> Vec<DesiredDoor> {
@@ -130,4 +185,95 @@ fn written(doors: &[DoorPort]) -> Vec<DesiredDoor> {
         strict: door.strict.as_deref().map(texts),
     });
     doors.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::{CaptureSettings, VipRanges};
+
+    fn config(directory: &Path) -> HolderConfig {
+        HolderConfig {
+            capture: CaptureSettings {
+                enabled: false,
+                ..CaptureSettings::default()
+            },
+            ranges: VipRanges::new("252.64.0.0/16", "fd6d::/64").unwrap(),
+            mesh: Vec::new(),
+            worker_arguments: Vec::new(),
+            drain: Duration::ZERO,
+            door_file: directory.join("door.json"),
+            keep_link: true,
+        }
+    }
+
+    fn door(port: u16) -> Vec<DoorPort> {
+        vec![DoorPort {
+            port,
+            strict: Some(Vec::new()),
+            ..DoorPort::default()
+        }]
+    }
+
+    fn reals() -> Vec<Real> {
+        vec![Real {
+            address: [10, 0, 0, 2].into(),
+            port: 80,
+            strict: true,
+        }]
+    }
+
+    /// Applies a door as the holder does.
+    fn apply(confirmed: &mut Confirmed, generation: u64, doors: Vec<DoorPort>) -> Arm {
+        let arm = confirmed.arm_of(&doors);
+        confirmed.applied(generation, doors, reals(), arm);
+        arm
+    }
+
+    #[test]
+    fn a_trial_begins_when_the_door_is_applied_and_ends_when_control_is_reached_with_it() {
+        let directory = std::env::temp_dir().join(format!("door-{}-a", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let config = config(&directory);
+        let mut capture = Capture::open(&config.capture, &config.ranges, &[], &[]).unwrap();
+        let mut confirmed = Confirmed::load(&config);
+        assert_eq!(confirmed.arming(), Arming::Armed);
+        // Wanted and not applied: nothing is on trial yet.
+        assert_eq!(confirmed.arm_of(&door(80)), Arm::For(TRIAL));
+        assert_eq!(confirmed.arming(), Arming::Armed);
+        assert_eq!(apply(&mut confirmed, 1, door(80)), Arm::For(TRIAL));
+        assert_eq!(confirmed.arming(), Arming::Trying);
+        // The same again keeps its trial.
+        assert!(matches!(apply(&mut confirmed, 2, door(80)), Arm::For(left) if left < TRIAL));
+        confirmed.reached(1);
+        confirmed.settle(&mut capture).unwrap();
+        assert_eq!(confirmed.arming(), Arming::Trying, "of an older message");
+        confirmed.reached(2);
+        confirmed.settle(&mut capture).unwrap();
+        assert_eq!(confirmed.arming(), Arming::Armed);
+        let again = Confirmed::load(&config);
+        assert_eq!(
+            (again.doors(), again.reals()),
+            (&door(80)[..], &reals()[..])
+        );
+        assert_eq!(again.arm_of(&door(80)), Arm::ForGood);
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn what_could_not_be_kept_is_kept_later() {
+        let directory = std::env::temp_dir().join(format!("door-{}-b", std::process::id()));
+        let config = config(&directory);
+        let mut capture = Capture::open(&config.capture, &config.ranges, &[], &[]).unwrap();
+        let mut confirmed = Confirmed::load(&config);
+        apply(&mut confirmed, 1, door(80));
+        confirmed.reached(1);
+        assert!(confirmed.settle(&mut capture).is_err(), "no directory");
+        assert_eq!(confirmed.arming(), Arming::Armed);
+        assert!(confirmed.settle(&mut capture).is_err(), "tried again");
+        std::fs::create_dir_all(&directory).unwrap();
+        confirmed.settle(&mut capture).unwrap();
+        assert_eq!(Confirmed::load(&config).doors(), door(80));
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
 }

@@ -8,6 +8,7 @@ use mesh_core::policy::Cidr;
 
 use super::protocol::{Desired, DesiredDoor, DesiredWorkload};
 use crate::capture::door::DoorPort;
+use crate::capture::real::{REALS_MAX, Real};
 use crate::capture::{NUMBER_MAX, VipRanges};
 
 /// A unit has one directory, or one a slice; a glob of units later some more.
@@ -18,8 +19,8 @@ const UIDS_MAX: usize = 64;
 const ELEMENTS_MAX: usize = 16_384;
 const LABEL_MAX: usize = 255;
 /// Ports with a door, and address ranges of all of them: one batch must hold them.
-const DOORS_MAX: usize = 4_096;
-const RANGES_MAX: usize = 16_384;
+pub(crate) const DOORS_MAX: usize = 4_096;
+pub(crate) const RANGES_MAX: usize = 16_384;
 /// The inode of the cgroup tree's root: every process of the host.
 const ROOT_CGROUP: u64 = 1;
 
@@ -52,6 +53,8 @@ pub(super) enum DesiredError {
     Door { port: u16, rule: &'static str },
     #[error("more than 4096 ports, or more than 16384 address ranges, have an input door")]
     TooManyDoors,
+    #[error("more than 4096 real addresses are wanted, or one of them twice")]
+    TooManyReals,
     #[error(
         "the mesh's virtual addresses are {wanted} now and the agent runs with {running}; restart the agent"
     )]
@@ -122,6 +125,32 @@ pub(super) fn doors(
         }
     }
     Ok(doors)
+}
+
+/// Whether one batch holds them.
+pub(super) fn bound(doors: &[DoorPort]) -> Result<(), DesiredError> {
+    let count = |door: &DoorPort| {
+        door.open.len() + door.audited.len() + door.strict.as_ref().map_or(0, Vec::len)
+    };
+    if doors.len() > DOORS_MAX || doors.iter().map(count).sum::<usize>() > RANGES_MAX {
+        return Err(DesiredError::TooManyDoors);
+    }
+    Ok(())
+}
+
+/// Checks real addresses. What must never be taken over is left out, whatever is wanted.
+pub(super) fn reals(
+    wanted: &[Real],
+    keep_open: &[u16],
+    ranges: &VipRanges,
+) -> Result<Vec<Real>, DesiredError> {
+    let mut seen = BTreeSet::new();
+    let new = |real: &Real| seen.insert((real.address, real.port));
+    if wanted.len() > REALS_MAX || !wanted.iter().all(new) {
+        return Err(DesiredError::TooManyReals);
+    }
+    let wanted = wanted.iter().filter(|r| r.may_be(keep_open, ranges));
+    Ok(wanted.cloned().collect())
 }
 
 #[derive(Default)]
@@ -211,6 +240,8 @@ mod tests {
             generation: 1,
             workloads,
             doors: None,
+            kept_doors: vec![],
+            reals: None,
             vip4: "252.64.0.0/16".to_owned(),
             vip6: "fd6d::/64".to_owned(),
         };
@@ -248,6 +279,22 @@ mod tests {
     }
 
     #[test]
+    fn real_addresses_are_bounded_and_some_are_never_taken() {
+        let real = |last: u8, port| Real {
+            address: [10, 0, 0, last].into(),
+            port,
+            strict: true,
+        };
+        let ranges = running();
+        let read = reals(&[real(1, 80), real(1, 22), real(2, 53)], &[22], &ranges);
+        assert_eq!(read, Ok(vec![real(1, 80)]));
+        let twice = [real(1, 80), real(1, 80)];
+        assert!(reals(&twice, &[], &ranges).is_err());
+        let many: Vec<_> = (1..=4_097).map(|port| real(1, port)).collect();
+        assert_eq!(reals(&many, &[], &ranges), Err(DesiredError::TooManyReals));
+    }
+
+    #[test]
     fn each_field_is_bounded() {
         let refused = |change: fn(&mut DesiredWorkload)| {
             let mut second = workload(2);
@@ -277,6 +324,8 @@ mod tests {
             generation: 1,
             workloads: vec![],
             doors: None,
+            kept_doors: vec![],
+            reals: None,
             vip4: "0.0.0.0/0".to_owned(),
             vip6: "fd6d::/64".to_owned(),
         };

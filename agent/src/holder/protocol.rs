@@ -16,9 +16,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::capture::CgroupRef;
 use crate::capture::door::Seen;
+use crate::capture::real::Real;
 
-/// 4,095 workloads with their cgroups take about 600 KB.
-pub(crate) const FRAME_MAX: usize = 1024 * 1024;
+/// 4,095 workloads with their cgroups take about 600 KB, 16,384 address ranges of doors 800 KB, 4,096 real addresses
+/// 330 KB. The file that keeps the last two has the same bound.
+pub(crate) const FRAME_MAX: usize = 2 * 1024 * 1024;
 /// The kernel takes 253; fewer keep a frame's buffers small.
 pub(crate) const DESCRIPTORS_MAX: usize = 64;
 /// A worker that takes nothing for so long hangs.
@@ -34,6 +36,10 @@ pub(crate) struct Desired {
     pub(crate) workloads: Vec<DesiredWorkload>,
     /// The ports at which plaintext callers are looked for, each once. `None`: it is not known; what stands stays.
     pub(crate) doors: Option<Vec<DesiredDoor>>,
+    /// Ports of no door among `doors`, of which it is not known now what their services say: theirs stays.
+    pub(crate) kept_doors: Vec<u16>,
+    /// Where calls to real addresses are taken over, each once. `None`: it is not known; what stands stays.
+    pub(crate) reals: Option<Vec<Real>>,
     /// The ranges that the worker reckons with; they must be those the holder runs with.
     pub(crate) vip4: String,
     pub(crate) vip6: String,
@@ -234,7 +240,7 @@ pub(super) fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     serde_json::to_writer(&mut bytes, message)?;
     let length = bytes.len() - LENGTH_BYTES;
     if length > FRAME_MAX {
-        return Err(malformed("the message is larger than 1 MiB"));
+        return Err(malformed("the message is larger than 2 MiB"));
     }
     let prefix = u32::try_from(length).map_err(io::Error::other)?;
     bytes[..LENGTH_BYTES].copy_from_slice(&prefix.to_be_bytes());
@@ -331,7 +337,7 @@ impl FrameReader {
             if self.length_read == LENGTH_BYTES {
                 let length = u32::from_be_bytes(self.length) as usize;
                 if length > FRAME_MAX {
-                    return Err(malformed("the message is larger than 1 MiB"));
+                    return Err(malformed("the message is larger than 2 MiB"));
                 }
                 self.body = vec![0; length];
                 self.body_read = 0;
@@ -519,6 +525,8 @@ mod tests {
                 root: false,
             }],
             doors: None,
+            kept_doors: vec![],
+            reals: None,
             vip4: "252.64.0.0/16".to_owned(),
             vip6: "fd6d::/64".to_owned(),
         });
@@ -538,7 +546,7 @@ mod tests {
     #[test]
     fn what_is_too_large_or_does_not_agree_is_refused() {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
-        ours.write_all(&(1024 * 1024 + 1_u32).to_be_bytes())
+        ours.write_all(&(2 * 1024 * 1024 + 1_u32).to_be_bytes())
             .unwrap();
         let error = FrameReader::default().read(theirs.as_fd()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);

@@ -3,6 +3,8 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::RcvBufForce;
 use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 
@@ -12,6 +14,9 @@ use crate::capture::VipRanges;
 /// Connections that may wait while a worker is replaced; the host's `somaxconn` bounds it too.
 const BACKLOG: i32 = 4096;
 const DNS_PORT: u16 = 53;
+/// Room for questions that wait while the worker is busy or replaced. The kernel doubles it, and counts about 768 bytes for
+/// each: five times what the packet filter lets one user send at once and in a second.
+const NAMES_BYTES: usize = 12 * 1024 * 1024;
 
 /// A socket that could not be bound: this host's fault.
 #[derive(Debug, Error)]
@@ -57,8 +62,8 @@ fn limit(error: &io::Error) -> &'static str {
     }
 }
 
-/// Binds what every worker needs: the mesh port and the DNS addresses of the link.
-pub(super) fn bind(mesh: &[SocketAddr], ranges: &VipRanges) -> Result<Sockets, BindError> {
+/// Binds what every worker needs: the mesh port and, where there is the link with these ranges, its DNS addresses.
+pub(super) fn bind(mesh: &[SocketAddr], ranges: Option<&VipRanges>) -> Result<Sockets, BindError> {
     let mut sockets = Sockets {
         mesh: Vec::new(),
         dns_udp: Vec::new(),
@@ -72,6 +77,9 @@ pub(super) fn bind(mesh: &[SocketAddr], ranges: &VipRanges) -> Result<Sockets, B
     if sockets.mesh.is_empty() {
         return Err(BindError::NoMeshPort);
     }
+    let Some(ranges) = ranges else {
+        return Ok(sockets);
+    };
     for ip in ranges.own_addresses() {
         let address = SocketAddr::new(ip, DNS_PORT);
         let failed = |source| BindError::Dns { address, source };
@@ -88,9 +96,16 @@ pub(super) fn bind(mesh: &[SocketAddr], ranges: &VipRanges) -> Result<Sockets, B
     Ok(sockets)
 }
 
-/// The transparent listeners of one workload, on loopback, at ports that the kernel picks.
-pub(super) fn workload(number: u16, label: &str) -> Result<WorkloadListener, BindError> {
+/// The transparent listeners of one workload, on loopback, at ports that the kernel picks; none where nothing `captures`.
+pub(super) fn workload(
+    number: u16,
+    label: &str,
+    captures: bool,
+) -> Result<WorkloadListener, BindError> {
     let open = |ip: IpAddr| {
+        if !captures {
+            return Ok(None);
+        }
         present(listen(SocketAddr::new(ip, 0), true))
             .map_err(|source| BindError::Workload { number, source })
     };
@@ -132,6 +147,8 @@ fn listen(address: SocketAddr, transparent: bool) -> io::Result<TcpListener> {
 
 fn datagrams(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = socket(address, Type::DGRAM, Protocol::UDP)?;
+    // Past the host's limit, which is made for one program's own questions.
+    setsockopt(&socket, RcvBufForce, &NAMES_BYTES)?;
     socket.bind(&address.into())?;
     Ok(socket.into())
 }

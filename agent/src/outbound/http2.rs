@@ -56,10 +56,6 @@ pub(super) async fn serve(
 ) {
     // A message says itself where it ends: an end of the connection never makes it look whole.
     relay::settle(&client);
-    if let Err(error) = client.set_nodelay(true) {
-        log::debug!("a captured connection is gone: {error}");
-        return;
-    }
     let watch = Watch::new(Begins::Preface);
     let handshake = http2::server(thread.settings.head_max).handshake::<_, Bytes>(Watched::new(
         client,

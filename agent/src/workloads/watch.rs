@@ -12,7 +12,7 @@ use std::sync::Arc;
 use futures_util::StreamExt;
 use futures_util::stream::ReadyChunks;
 use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, WatchMask};
-use mesh_core::vip::VipRanges;
+use mesh_api::workload_file::HostAddresses;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -50,11 +50,11 @@ impl Watch {
     /// Reads the directory once and begins to watch it. Needs a tokio runtime.
     pub(crate) fn new(
         directory: PathBuf,
-        vips: VipRanges,
+        place: HostAddresses,
     ) -> io::Result<(Self, watch::Receiver<Arc<WorkloadSet>>)> {
         let (publish, receiver) = watch::channel(Arc::default());
         let mut watch = Self {
-            loader: Loader::new(directory, vips),
+            loader: Loader::new(directory, place),
             events: Inotify::init()?
                 .into_event_stream(vec![0; EVENTS_BUFFER])?
                 .ready_chunks(BATCH_MAX),
@@ -308,7 +308,7 @@ pub(super) mod tests {
 
     impl Running {
         fn start(directory: PathBuf) -> Self {
-            let (watch, receiver) = Watch::new(directory, VipRanges::default()).unwrap();
+            let (watch, receiver) = Watch::new(directory, HostAddresses::default()).unwrap();
             let stop = CancellationToken::new();
             Self {
                 receiver,
@@ -373,7 +373,11 @@ pub(super) mod tests {
         }
 
         pub(in crate::workloads) fn loader(&self) -> Loader {
-            Loader::new(self.path.clone(), VipRanges::default())
+            let place = HostAddresses {
+                vips: Some(mesh_core::vip::VipRanges::default()),
+                ..HostAddresses::default()
+            };
+            Loader::new(self.path.clone(), place)
         }
 
         pub(in crate::workloads) fn write(&self, name: &str, text: &str) {

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use mesh_api::resource::{OUR_API, PLAINTEXT_FROM_ANNOTATION, TRANSPORT_ANNOTATION};
+use mesh_api::resource::{
+    CAPTURE_ANNOTATION, OUR_API, PLAINTEXT_FROM_ANNOTATION, TRANSPORT_ANNOTATION,
+};
 use mesh_core::edge::EdgeCaller;
 use mesh_core::expiry::Alarm;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::{Account, Label, Network, ServiceName};
-use mesh_core::service::{Health, Pattern, Transport};
+use mesh_core::service::{Capture, Health, Pattern, Transport};
 use serde_json::{Map, Value, json};
 
 use crate::catalogue::Catalogue;
@@ -212,6 +214,9 @@ fn service(now: &Catalogue, service: &Service) -> Value {
             .map(ToString::to_string)
             .collect();
         annotations.insert(PLAINTEXT_FROM_ANNOTATION.to_owned(), ranges.join(","));
+    }
+    if service.capture != Capture::default() {
+        annotations.insert(CAPTURE_ANNOTATION.to_owned(), service.capture.to_string());
     }
     if !annotations.is_empty() {
         metadata["annotations"] = json!(annotations);

@@ -11,7 +11,7 @@ use mesh_api::resource::{Object, PolicySpec};
 use mesh_core::names::{Account, HostUid, Label, Network, ServiceName};
 use mesh_core::policy::Cidr;
 use mesh_core::revocation::Subject;
-use mesh_core::service::{Pattern, Port, Protocol, Transport, Vip};
+use mesh_core::service::{Capture, Pattern, Port, Protocol, Transport, Vip};
 use mesh_core::vip::{RangeError, VipRanges};
 use serde::{Deserialize, Serialize};
 
@@ -302,6 +302,8 @@ pub(crate) struct Service {
     /// Whose plaintext `strict` lets in.
     #[serde(default, with = "text::ranges", skip_serializing_if = "Vec::is_empty")]
     pub plaintext_from: Vec<Cidr>,
+    #[serde(default, with = "text::capture")]
+    pub capture: Capture,
     #[serde(with = "text")]
     pub source: Source,
     #[serde(default)]

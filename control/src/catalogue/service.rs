@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use mesh_api::resource::{Object, PLAINTEXT_FROM_ANNOTATION, ServiceSpec, TRANSPORT_ANNOTATION};
+use mesh_api::resource::{
+    CAPTURE_ANNOTATION, Object, PLAINTEXT_FROM_ANNOTATION, ServiceSpec, TRANSPORT_ANNOTATION,
+};
 use mesh_core::names::ServiceName;
 use mesh_core::reason::Reason;
-use mesh_core::service::Transport;
+use mesh_core::service::{Capture, Transport};
 
 use super::SERVICES_MAX;
 use super::command::{Action, Applied, Outcome};
@@ -55,6 +57,7 @@ fn make(
         port_names: BTreeMap::new(),
         transport: Transport::default(),
         plaintext_from: Vec::new(),
+        capture: Capture::default(),
         source: Source::Operator,
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
@@ -66,8 +69,8 @@ fn make(
     Ok(())
 }
 
-/// The operator says what a service is. Of one that a host owns only the transport, and whom `strict` excepts, are
-/// the operator's.
+/// The operator says what a service is. Of one that a host owns only the transport, whom `strict` excepts, and what is
+/// captured are the operator's.
 pub(super) fn apply(
     draft: &mut Draft<'_>,
     object: &Object<ServiceSpec>,
@@ -79,10 +82,12 @@ pub(super) fn apply(
     let mut annotations = object.metadata.annotations.clone();
     let says_transport = annotations.remove(TRANSPORT_ANNOTATION).is_some();
     let says_from = annotations.remove(PLAINTEXT_FROM_ANNOTATION).is_some();
+    let says_capture = annotations.remove(CAPTURE_ANNOTATION).is_some();
     let fill = |service: &mut Service| {
         service.ports.clone_from(&declared.ports);
         service.transport = declared.transport;
         service.plaintext_from.clone_from(&declared.plaintext_from);
+        service.capture = declared.capture;
         service.source = Source::Operator;
         service.labels.clone_from(&object.metadata.labels);
         service.annotations = annotations;
@@ -107,9 +112,12 @@ pub(super) fn apply(
             if says_transport || says_from {
                 next.plaintext_from.clone_from(&declared.plaintext_from);
             }
+            if says_capture {
+                next.capture = declared.capture;
+            }
             let owner = draft.next.host_label(owner);
             Some(format!(
-                "owned by {owner}; only its transport and whose plaintext is let in are set here"
+                "owned by {owner}; only its transport, whose plaintext is let in, and what is captured are set here"
             ))
         }
         Source::Host(owner) => {

@@ -77,6 +77,10 @@ by_function!(transport, mesh_core::service::Transport, |text: &str| {
     mesh_core::service::Transport::parse(text).ok_or_else(|| format!("`{text}` is no transport"))
 });
 
+by_function!(capture, mesh_core::service::Capture, |text: &str| {
+    mesh_core::service::Capture::parse(text).ok_or_else(|| format!("`{text}` is no capture"))
+});
+
 /// A list of address ranges.
 pub(crate) mod ranges {
     use mesh_core::policy::Cidr;

@@ -288,6 +288,7 @@ fn index_service(service: &Service) -> proto::IndexService {
             .iter()
             .map(ToString::to_string)
             .collect(),
+        capture: service.capture.to_string(),
     }
 }
 

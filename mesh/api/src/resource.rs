@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use mesh_core::names::{Label, NameError, ServiceName, TrustDomain};
 use mesh_core::policy::{Caller, Cidr, Enforce, Level, Policy, Rule};
-use mesh_core::service::{Glob, Pattern, Port, Protocol, Transport};
+use mesh_core::service::{Capture, Glob, Pattern, Port, Protocol, Transport};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +17,11 @@ pub const TRANSPORT_ANNOTATION: &str = "meshwork.io/transport";
 pub const PLAINTEXT_FROM_ANNOTATION: &str = "meshwork.io/plaintext-from";
 /// What every annotation of ours begins with.
 const OUR_ANNOTATIONS: &str = "meshwork.io/";
+/// Whether calls to the real addresses of the hosts that serve it are taken over too.
+pub const CAPTURE_ANNOTATION: &str = "meshwork.io/capture";
+/// Most address ranges of one policy: each takes a place in the packet filter for each port of each host that it decides
+/// about.
+const POLICY_RANGES_MAX: usize = 1_024;
 /// Most such ranges of one service.
 const PLAINTEXT_FROM_MAX: usize = 64;
 /// Most resources in one `apply`.
@@ -194,7 +199,11 @@ impl Resource {
             .map_err(|e| bad(&object, &e))?;
         match &resource {
             Self::Service(service) => {
-                let known = [TRANSPORT_ANNOTATION, PLAINTEXT_FROM_ANNOTATION];
+                let known = [
+                    TRANSPORT_ANNOTATION,
+                    PLAINTEXT_FROM_ANNOTATION,
+                    CAPTURE_ANNOTATION,
+                ];
                 known_annotations(&object, &service.metadata, &known)?;
                 drop(service.to_core()?);
             }
@@ -230,7 +239,7 @@ fn known_annotations(object: &str, of: &Metadata, known: &[&str]) -> Result<(), 
     };
     let known = match known.is_empty() {
         true => "a resource of this kind has none of ours".to_owned(),
-        false => format!("known are {}", known.join(" and ")),
+        false => format!("known are {}", known.join(", ")),
     };
     Err(bad(
         object,
@@ -271,6 +280,7 @@ pub struct DeclaredService {
     pub transport: Transport,
     /// Whose plaintext `strict` lets in.
     pub plaintext_from: Vec<Cidr>,
+    pub capture: Capture,
 }
 
 impl Object<ServiceSpec> {
@@ -320,6 +330,15 @@ impl Object<ServiceSpec> {
                 )
             })?,
         };
+        let capture = match self.metadata.annotations.get(CAPTURE_ANNOTATION) {
+            None => Capture::default(),
+            Some(text) => Capture::parse(text).ok_or_else(|| {
+                bad(
+                    &object,
+                    &format!("{CAPTURE_ANNOTATION} `{text}` is not vip or vip+real"),
+                )
+            })?,
+        };
         let ranges = self.metadata.annotations.get(PLAINTEXT_FROM_ANNOTATION);
         let ranges = ranges
             .iter()
@@ -332,6 +351,7 @@ impl Object<ServiceSpec> {
             ports,
             transport,
             plaintext_from,
+            capture,
         })
     }
 }
@@ -411,9 +431,16 @@ impl Object<PolicySpec> {
             return Err(bad(&object, &"more than 256 rules; split the policy"));
         }
         let rules = self.spec.rules.iter().map(|rule| rule.to_core(own));
-        let rules = rules
+        let rules: Vec<Rule> = rules
             .collect::<Result<_, String>>()
             .map_err(|message| bad(&object, &message))?;
+        let callers = rules.iter().flat_map(|rule| &rule.callers);
+        let ranges = callers.filter(|caller| matches!(caller, Caller::Plaintext(_)));
+        let ranges = ranges.count();
+        if POLICY_RANGES_MAX < ranges {
+            let message = format!("{ranges} entries of `cidr`; {POLICY_RANGES_MAX} may be");
+            return Err(bad(&object, &message));
+        }
         Ok(Policy {
             name,
             level,
@@ -506,7 +533,7 @@ spec:
 ---
 apiVersion: v1
 kind: Service
-metadata: {name: web, namespace: shop, annotations: {meshwork.io/transport: strict, meshwork.io/plaintext-from: '10.1.0.0/16, fd00::/8'}}
+metadata: {name: web, namespace: shop, annotations: {meshwork.io/transport: strict, meshwork.io/plaintext-from: '10.1.0.0/16, fd00::/8', meshwork.io/capture: vip+real}}
 spec:
   ports: [{port: 80, appProtocol: http}, {port: 5432}]
 ---
@@ -529,7 +556,27 @@ spec:
         let service = service.to_core().unwrap();
         assert_eq!(service.transport, Transport::Strict);
         assert_eq!(service.plaintext_from.len(), 2);
+        assert_eq!(service.capture, Capture::VipAndReal);
         assert_eq!(service.ports[1].protocol, Protocol::Auto);
+    }
+
+    #[test]
+    fn address_ranges_of_a_policy_are_bounded() {
+        let policy = |count: usize| {
+            let from = |n: usize| format!("{{cidr: 10.0.{}.{}/32}}", n / 256, n % 256);
+            let entries: Vec<String> = (0..count).map(from).collect();
+            let rules = entries.chunks(256).enumerate();
+            let rules =
+                rules.map(|(n, from)| format!("{{name: r{n}, from: [{}]}}", from.join(",")));
+            let rules: Vec<String> = rules.collect();
+            format!(
+                "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {{name: p}}\nspec: {{rules: [{}]}}\n",
+                rules.join(",")
+            )
+        };
+        assert!(parse_all(&policy(1_024)).is_ok());
+        let error = parse_all(&policy(1_025)).unwrap_err().to_string();
+        assert!(error.contains("1025 entries of `cidr`"), "{error}");
     }
 
     #[test]
@@ -566,13 +613,14 @@ spec:
             (
                 "meshwork.io/transport",
                 "meshwork.io/trnsport",
-                "known are meshwork.io/transport and meshwork.io/plaintext-from",
+                "known are meshwork.io/transport, meshwork.io/plaintext-from, meshwork.io/capture",
             ),
             (
                 "namespace: data}",
                 "namespace: data, annotations: {meshwork.io/transport: strict}}",
                 "none of ours",
             ),
+            ("vip+real", "real", "capture `real`"),
         ] {
             let error = parse_all(&POLICY.replace(change, with))
                 .unwrap_err()

@@ -12,7 +12,9 @@ use mesh_core::names::{Account, HostUid, Label, ServiceName, TrustDomain};
 use mesh_core::policy::{Cidr, PolicySet};
 use mesh_core::reason::Reason;
 use mesh_core::revocation::{Revocation, Subject};
-use mesh_core::service::{Endpoint, Health, Index, Port, Protocol, Service, Transport, Vip};
+use mesh_core::service::{
+    Capture, Endpoint, Health, Index, Port, Protocol, Service, Transport, Vip,
+};
 use mesh_core::vip::VipRanges;
 
 use crate::proto;
@@ -162,6 +164,7 @@ pub fn index_snapshot(index: &Index, revision: u64) -> proto::IndexUpdate {
         ports: service.ports.iter().map(reported_port).collect(),
         transport: service.transport.to_string(),
         plaintext_from: service.plaintext_from.iter().map(Cidr::to_string).collect(),
+        capture: service.capture.to_string(),
     });
     proto::IndexUpdate {
         revision,
@@ -188,12 +191,15 @@ fn index_service(wire: &proto::IndexService, vips: &VipRanges) -> Result<Service
     let ports = ports.collect::<Result<_, _>>()?;
     let plaintext_from = wire.plaintext_from.iter().map(String::as_str);
     let plaintext_from = check_ranges(plaintext_from).map_err(|message| bad(&object, message))?;
+    let capture = Capture::parse(&wire.capture)
+        .ok_or_else(|| bad(&object, "its capture is not known to this version"))?;
     Ok(Service {
         name,
         vip,
         ports: check_ports(ports).map_err(|message| bad(&object, message))?,
         transport,
         plaintext_from,
+        capture,
     })
 }
 
@@ -478,6 +484,7 @@ mod tests {
             }],
             transport: "permissive".to_owned(),
             plaintext_from: vec!["10.0.0.0/8".to_owned()],
+            capture: "vip+real".to_owned(),
         }
     }
 
@@ -550,7 +557,7 @@ mod tests {
 
     #[test]
     fn a_service_out_of_bounds_makes_the_whole_update_bad() {
-        let changes: [fn(&mut proto::IndexService); 10] = [
+        let changes: [fn(&mut proto::IndexService); 11] = [
             |s| s.namespace = String::new(),
             |s| s.name = "UP".to_owned(),
             |s| s.vip4 = "10.0.0.1".to_owned(),
@@ -561,6 +568,7 @@ mod tests {
             |s| s.ports[0].protocol = "ftp".to_owned(),
             |s| s.transport = "open".to_owned(),
             |s| s.plaintext_from[0] = "10.0.0.0".to_owned(),
+            |s| s.capture = "real".to_owned(),
         ];
         for change in changes {
             let mut bad = service("web", 3);

@@ -11,7 +11,13 @@
 //! transport = "permissive"    # value at creation only
 //! check = { http = "/healthz", port = 80, interval_s = 5 }   # or { tcp = true }
 //! endpoints = ["10.9.0.5:5432"]   # servers without an agent, which this host goes on to in plaintext
+//! [[call]]                    # a local port or unix socket by which this workload, and nobody else, calls a service
+//! service = "shop/db"
+//! port = 5432                 # of the service
+//! listen = "127.0.0.1:15432"  # or socket = "/run/web/db.sock"
 //! ```
+
+mod calls;
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
@@ -24,6 +30,8 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::resource::check_ports;
+pub use calls::{CALLS_MAX, CallAt, LocalCall};
+use calls::{CallForm, calls};
 
 /// Largest file we read, in bytes.
 pub const FILE_MAX: u64 = 64 * 1024;
@@ -60,6 +68,8 @@ pub struct Workload {
     /// `None`: it has no processes here, since all its services are served beyond this host.
     pub owner: Option<Owner>,
     pub services: Vec<LocalService>,
+    /// Where it calls services without capture.
+    pub calls: Vec<LocalCall>,
 }
 
 /// A service that the workload serves.
@@ -82,6 +92,8 @@ pub struct HostAddresses {
     pub own: Vec<IpAddr>,
     /// Of the mesh.
     pub vips: Option<VipRanges>,
+    /// Its agent has no privileges: it can show no program the address of its caller.
+    pub calls_only: bool,
 }
 
 /// How a service's health is asked.
@@ -123,6 +135,8 @@ struct FileForm {
     owner: Option<toml::Spanned<OwnerForm>>,
     #[serde(default, rename = "service")]
     services: Vec<toml::Spanned<ServiceForm>>,
+    #[serde(default, rename = "call")]
+    calls: Vec<toml::Spanned<CallForm>>,
 }
 
 #[derive(Deserialize)]
@@ -261,9 +275,22 @@ impl Workload {
                     remedy: "give each service of a workload its own name and ports",
                 });
             }
+            if host.calls_only && !service.is_fronted() {
+                return Err(FileError {
+                    line,
+                    message: format!(
+                        "service {} is to be served by a program of this host, whose agent runs with capture.enabled = false",
+                        service.name
+                    ),
+                    remedy: "such an agent only calls; run it with privileges, or serve from a host where it is",
+                });
+            }
             services.push(service);
         }
-        let fronted = !services.is_empty() && services.iter().all(LocalService::is_fronted);
+        let calls = calls(form.calls, at)?;
+        let fronted = calls.is_empty()
+            && !services.is_empty()
+            && services.iter().all(LocalService::is_fronted);
         if owner.is_none() && !fronted {
             return Err(FileError {
                 line: 0,
@@ -280,6 +307,7 @@ impl Workload {
             },
             owner,
             services,
+            calls,
         })
     }
 }
@@ -578,6 +606,7 @@ endpoints = ["10.9.0.5:5432", "[fd00::5]:6432"]
                 IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, 7]),
             ],
             vips: Some(VipRanges::default()),
+            ..HostAddresses::default()
         };
         Workload::parse_on(&host, "db", text)
     }

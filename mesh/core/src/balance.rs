@@ -177,6 +177,12 @@ impl<K: Ord + Clone> Balancer<K> {
         self.slots.is_empty()
     }
 
+    /// The first endpoint that is meant, whatever is known of it.
+    pub fn find(&self, is_meant: impl Fn(&K) -> bool) -> Option<&K> {
+        let mut keys = self.slots.iter().map(|slot| &slot.key);
+        keys.find(|key| is_meant(key))
+    }
+
     pub fn contains(&self, key: &K) -> bool {
         self.position(key).is_some()
     }

@@ -73,6 +73,7 @@ reasons! {
     Overloaded = 13, "overloaded", Local, 503, "a limit of connections, streams or memory is reached; see `mesh-agent status`";
     Draining = 14, "draining", Upstream, 503, "the agent is shutting down and takes no new calls";
     AgentStopped = 15, "agent_stopped", Upstream, 502, "an agent was stopped, and the call was still open after its `timeouts.drain_s`";
+    NotTheOwner = 16, "not_the_owner", Peer, 403, "the local port or socket belongs to another workload than the program that called it; see services.d";
     // HTTP.
     HttpMalformed = 20, "http_malformed", Peer, 400, "the HTTP message could be read in two ways or breaks RFC 9112";
     HttpHeadTooLarge = 21, "http_head_too_large", Peer, 431, "the HTTP head is larger than the limit";

@@ -77,6 +77,37 @@ impl fmt::Display for Transport {
     }
 }
 
+/// Which calls of a service the agents of its callers take over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub enum Capture {
+    /// Those to its virtual addresses.
+    #[default]
+    Vip,
+    /// Those to the addresses of the hosts that serve it too; each goes on to the host that was called.
+    VipAndReal,
+}
+
+impl Capture {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Vip => "vip",
+            Self::VipAndReal => "vip+real",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Vip, Self::VipAndReal]
+            .into_iter()
+            .find(|c| c.as_str() == text)
+    }
+}
+
+impl fmt::Display for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// A declared port of a service.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Port {
@@ -102,6 +133,7 @@ pub struct Service {
     pub transport: Transport,
     /// Whose plaintext `strict` lets in.
     pub plaintext_from: Vec<Cidr>,
+    pub capture: Capture,
 }
 
 impl Service {
@@ -268,6 +300,7 @@ mod tests {
             ports: vec![],
             transport: Transport::Permissive,
             plaintext_from: vec![],
+            capture: Capture::Vip,
         }
     }
 

@@ -211,34 +211,55 @@ fn strict_outlives_the_agent_its_table_and_control() {
     assert!(link.contains("mesh0"), "{link}");
 }
 
-/// A door that cut the host off from control must open by itself.
+/// A door that cut the host off from control must open by itself: here no new connection leaves for control.
 #[test]
 fn a_new_door_disarms_when_control_is_not_reached_and_arms_when_it_is() {
     let pair = Pair::new("a_new_door_disarms");
+    disarms(
+        &pair,
+        "nft 'add table inet cut; add chain inet cut out { type filter hook output priority 0; }; \
+         add rule inet cut out tcp dport 7440 tcp flags & (syn | ack) == syn drop'",
+        "nft delete table inet cut",
+    );
+}
+
+/// The same where the route to control is gone, as when a gateway is.
+#[test]
+fn a_new_door_disarms_when_the_way_to_control_is_gone() {
+    let pair = Pair::new("a_new_door_disarms_without_a_route");
+    let control = pair.control.host.v4();
+    // What comes from control still arrives, so that the change does.
+    let cut = format!(
+        "sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.eth0.rp_filter=0 && ip route add unreachable {control}/32"
+    );
+    let mend = format!("ip route delete unreachable {control}/32");
+    disarms(&pair, &cut, &mend);
+}
+
+#[track_caller]
+fn disarms(pair: &Pair, cut: &str, mend: &str) {
     let _web = pair.web("http", "");
     let stranger = pair.site.host("stranger");
-    wait_plaintext(&pair, &stranger, PASSES);
+    wait_plaintext(pair, &stranger, PASSES);
     let server = &pair.server.host;
     let armed = || server.ok("nft list set inet meshwork armed");
     wait_until("the first door to be armed for good", SOON, || {
         let set = armed();
         check(set.contains("tcp") && !set.contains("expires"), set)
     });
-    // New connections to control end nowhere; the session that stands goes on and brings the change.
-    server.ok("nft add table inet cut");
-    server.ok("nft 'add chain inet cut out { type filter hook output priority 0; }'");
-    server.ok("nft add rule inet cut out tcp dport 7440 'tcp flags & (syn | ack) == syn' drop");
+    // The session that stands brings the change.
+    server.ok(cut);
     pair.control.apply(&service(STRICT)).ok();
-    wait_plaintext(&pair, &stranger, REFUSED);
+    wait_plaintext(pair, &stranger, REFUSED);
     let set = armed();
     assert!(set.contains("expires"), "it is on trial: {set}");
-    wait_plaintext(&pair, &stranger, PASSES);
+    wait_plaintext(pair, &stranger, PASSES);
     wait_until("that to be told", SOON, || {
         let told = pair.server.metrics().sum("mesh_door_disarmed", &[]);
         check(told == 1.0, pair.server.log())
     });
-    server.ok("nft delete table inet cut");
-    wait_plaintext(&pair, &stranger, REFUSED);
+    server.ok(mend);
+    wait_plaintext(pair, &stranger, REFUSED);
     let set = armed();
     assert!(!set.contains("expires"), "{set}");
 }

@@ -51,7 +51,8 @@ fn status() -> Status {
         policies: Some(3),
         capture: CaptureStatus {
             applied: true,
-            error: None,
+            enabled: true,
+            ..CaptureStatus::default()
         },
         workloads: vec![WorkloadStatus {
             account: "shop/web".to_owned(),
@@ -81,6 +82,7 @@ fn facts() -> Facts {
             took_ms: Some(2),
             ..Probed::default()
         }]),
+        captures: true,
         kernel: Ok(Inspection::default()),
         mesh_port: Ok(vec![Listener {
             address: "0.0.0.0:7441".parse().unwrap(),

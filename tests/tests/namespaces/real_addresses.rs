@@ -1,0 +1,276 @@
+//! Calls to the real addresses of hosts, where a service asks that they are taken over too.
+
+use meshwork_tests::agent::Agent;
+use meshwork_tests::control::TokenOptions;
+use meshwork_tests::host::Host;
+use meshwork_tests::servers;
+use meshwork_tests::wait::{SOON, check, wait_until};
+
+use crate::pair::{Pair, calls, mesh_name, owner, spiffe};
+
+fn service(name: &str, port: &str, annotations: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop, annotations: {{{annotations}}}}}\n\
+         spec: {{ports: [{port}]}}\n"
+    )
+}
+
+const WEB: &str = "{port: 80, appProtocol: http}";
+const REAL: &str = "meshwork.io/capture: vip+real";
+
+/// What a call of `shop/client` by address gets, and curl's exit code. 7 is a refused connection.
+fn call(pair: &Pair, address: &str) -> String {
+    let line = format!("curl -sS -m 10 http://{address}/; echo $?");
+    pair.cmd(&line).output().stdout
+}
+
+/// Waits until the client's kernel takes calls to `address` over, or no more.
+#[track_caller]
+fn wait_taken(pair: &Pair, address: &str, taken: bool) {
+    let client = &pair.client.host;
+    wait_until(
+        &format!("{address} to be taken over: {taken}"),
+        SOON,
+        || {
+            let sets =
+                client.ok("nft list set inet meshwork real4; nft list set inet meshwork real6");
+            check(sets.contains(address) == taken, sets)
+        },
+    );
+}
+
+fn taken_calls(agent: &Agent) -> f64 {
+    calls(&agent.metrics(), &spiffe("client"), "shop/web")
+}
+
+/// The same call is plaintext before, and mTLS by the client's identity afterwards. It goes to the host that was dialled
+/// and to no other, over either family; other ports of that host are nobody's business.
+#[test]
+fn a_real_address_is_called_by_identity_and_is_not_balanced() {
+    let pair = Pair::new("a_real_address_is_called_by_identity");
+    let _web = pair.web("http", "");
+    let server = pair.server.host.v4().to_string();
+    let other = pair.site.host("other");
+    let (_other, other) = second_server(&pair, &other);
+    let _plain = servers::nginx(
+        &pair.server.host,
+        "plain",
+        8080,
+        "location / { return 200 \"plain\\n\"; }",
+    );
+    let other_address = format!("[{}]", other.host.v6());
+    for (address, answer) in [(&server, "hello\n0\n"), (&other_address, "other\n0\n")] {
+        assert_eq!(call(&pair, address), answer, "in plaintext");
+    }
+    assert_eq!(taken_calls(&pair.server) + taken_calls(&other), 0.0);
+
+    pair.control.apply(&service("web", WEB, REAL)).ok();
+    wait_taken(&pair, &server, true);
+    wait_taken(&pair, &other.host.v6().to_string(), true);
+    for _ in 0..5 {
+        assert_eq!(call(&pair, &server), "hello\n0\n");
+        assert_eq!(call(&pair, &other_address), "other\n0\n");
+    }
+    for agent in [&pair.server, &other] {
+        wait_until("five calls to be counted at each", SOON, || {
+            let count = taken_calls(agent);
+            check(count == 5.0, count.to_string())
+        });
+    }
+    // By name they are balanced as before.
+    let by_name = format!("curl -sS -m 10 http://{}/", mesh_name("web"));
+    assert!(["hello\n", "other\n"].contains(&pair.ok(&by_name).as_str()));
+    assert_eq!(call(&pair, &format!("{server}:8080")), "plain\n0\n");
+
+    let page = pair
+        .client
+        .command(&format!("explain {server}:80 --as shop/client"));
+    assert!(page.stdout.contains("at the real address"), "{page}");
+    assert!(page.stdout.contains("carried by mTLS to 1 of 1"), "{page}");
+
+    // Policy decides about it as about any call of the mesh, and a host that does not answer has no stand-in.
+    let nobody = "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {name: web, namespace: shop}\n\
+                  spec: {service: web, rules: [{name: n, from: [{identity: shop/nobody}, {cidr: 0.0.0.0/0}]}]}\n";
+    pair.control.apply(nobody).ok();
+    wait_until("the call to be refused by policy", SOON, || {
+        let line = format!("curl -sS -m 10 -i http://{server}/");
+        let answer = pair.cmd(&line).output().stdout;
+        check(answer.contains("x-meshwork-reason: not_allowed"), answer)
+    });
+    // It ends as it began.
+    pair.control
+        .apply(&service("web", WEB, "meshwork.io/capture: vip"))
+        .ok();
+    wait_taken(&pair, &server, false);
+    assert_eq!(call(&pair, &server), "hello\n0\n");
+}
+
+/// Another host that serves `shop/web`, at its IPv6 address.
+fn second_server(pair: &Pair, host: &Host) -> (meshwork_tests::process::Process, Agent) {
+    let web = servers::nginx(host, "web", 80, "location / { return 200 \"other\\n\"; }");
+    let agent = Agent::new(host);
+    let token = pair.control.token(TokenOptions::default().0.as_str());
+    let join = format!("join {token} --host-name other --address {}", host.v6());
+    agent.command(&join).ok();
+    let agent = agent.started();
+    agent.serve("web", &owner("web"), &[(80, "http")]);
+    pair.control.wait_endpoints("shop/web", 2);
+    (web, agent)
+}
+
+/// Where mTLS is promised a call by address fails when the agent is gone, at its caller: the server would let it in.
+#[test]
+fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
+    let mut pair = Pair::new("a_strict_real_address_gets_no_plaintext");
+    let _web = pair.web("http", "");
+    let server = pair.server.host.v4().to_string();
+    let client = pair.client.host.clone();
+    pair.control.apply(&service("web", WEB, REAL)).ok();
+    wait_taken(&pair, &server, true);
+    assert_eq!(call(&pair, &server), "hello\n0\n");
+    pair.client.kill9();
+    assert_eq!(call(&pair, &server), "hello\n0\n", "permissive is open");
+    pair.client.start();
+    wait_taken(&pair, &server, true);
+
+    let strict = format!(
+        "{REAL}, meshwork.io/transport: strict, meshwork.io/plaintext-from: {}/32",
+        client.v4()
+    );
+    pair.control.apply(&service("web", WEB, &strict)).ok();
+    let guarded = || {
+        client
+            .ok("nft list table inet meshwork_guard")
+            .contains(&server)
+    };
+    wait_until("the guard to know it", SOON, || {
+        check(guarded(), "it does not")
+    });
+    assert_eq!(call(&pair, &server), "hello\n0\n", "by the mesh");
+    pair.client.kill_worker_now();
+    pair.client.wait_ready();
+    assert_eq!(call(&pair, &server), "hello\n0\n", "by a new worker");
+    let kept = client.dir().join("state/endpoints");
+    wait_until("the endpoints to be on disk", SOON, || {
+        let kept = std::fs::read(&kept).unwrap_or_default();
+        let has = kept.windows(3).any(|word| word == b"web");
+        check(has, "the service is not among them")
+    });
+
+    pair.control.kill9();
+    pair.client.kill9();
+    assert_eq!(call(&pair, &server), "7\n", "without an agent");
+    // As after a boot, before the agent.
+    client.ok("nft flush ruleset");
+    assert_eq!(
+        call(&pair, &server),
+        "hello\n0\n",
+        "this test sees no guard"
+    );
+    pair.client.command("guard").ok();
+    assert_eq!(call(&pair, &server), "7\n", "at boot, before the agent");
+    // Without control, from what is kept.
+    pair.client.start();
+    wait_taken(&pair, &server, true);
+    wait_until("a call by the mesh, from what is kept", SOON, || {
+        let answer = call(&pair, &server);
+        check(answer == "hello\n0\n", answer)
+    });
+    assert!(taken_calls(&pair.server) > 0.0);
+}
+
+/// A program that says a word to `TO` again and again, and what it hears, until a file `leave` is there.
+const TALKER: &str = r#"
+import os, socket, time
+c = socket.create_connection((os.environ["TO"], 9000), 20)
+c.settimeout(20)
+n = 0
+try:
+    while not os.path.exists(os.environ["DIR"] + "/leave"):
+        c.sendall(os.environ["WORD"].encode())
+        if not c.recv(100): break
+        n += 1
+        print("said", n, flush=True)
+        time.sleep(0.001)
+    print("left", flush=True)
+except OSError as error: print("cut", error, flush=True)
+"#;
+
+const ECHO: &str = r#"
+import socket, threading
+def echo(c):
+    try:
+        while b := c.recv(65536): c.sendall(b)
+    except OSError: pass
+    c.close()
+s = socket.create_server(("0.0.0.0", 9000))
+while True: threading.Thread(target=echo, args=(s.accept()[0],), daemon=True).start()
+"#;
+
+/// A connection that was open before is not touched; one that was begun as mTLS does not go on in plaintext when the agent
+/// dies.
+#[test]
+fn a_connection_stays_what_it_began_as() {
+    let mut pair = Pair::new("a_connection_stays_what_it_began_as");
+    let host = pair.server.host.clone();
+    let _echo = host.python("echo", ECHO).cgroup("echo").spawn("echo");
+    host.wait_listening(9000, SOON);
+    pair.declare("echo", 9000, "tcp");
+    let address = host.v4().to_string();
+    let client = pair.client.host.clone();
+    let talk = |name: &str, word: &str| {
+        let dir = client.subdir(name, None);
+        let talker = client.python(name, TALKER).cgroup("client");
+        let talker = talker
+            .env("TO", &address)
+            .env("WORD", word)
+            .env("DIR", &dir.display().to_string());
+        (talker.spawn(name), dir)
+    };
+    let heard = |talker: &meshwork_tests::process::Process| talker.log().matches("said").count();
+    let hear_more = |talker: &meshwork_tests::process::Process| {
+        let before = heard(talker);
+        wait_until("more to be said", SOON, || {
+            check(heard(talker) > before + 20, talker.log())
+        });
+    };
+    let file = host.dir().join("wire.pcap");
+    let line = format!("exec tcpdump -i eth0 -U -s 0 -Z root -w {}", file.display());
+    let wire = host.cmd(&line).spawn("wire");
+    wait_until("tcpdump to listen", SOON, || {
+        check(wire.log().contains("listening on"), wire.log())
+    });
+    let on_wire = |word: &str| {
+        let bytes = std::fs::read(&file).unwrap_or_default();
+        bytes.windows(word.len()).any(|w| w == word.as_bytes())
+    };
+
+    let (before, before_dir) = talk("before", "the-word-of-before");
+    hear_more(&before);
+    let echo = "{port: 9000, appProtocol: tcp}";
+    pair.control.apply(&service("echo", echo, REAL)).ok();
+    wait_taken(&pair, &address, true);
+    hear_more(&before);
+    std::fs::write(before_dir.join("leave"), "").unwrap();
+    wait_until("it to end well", SOON, || {
+        check(before.log().contains("left"), before.log())
+    });
+
+    let (during, _) = talk("during", "the-word-of-during");
+    hear_more(&during);
+    pair.client.kill9();
+    wait_until("it to be cut", SOON, || {
+        check(during.log().contains("cut"), during.log())
+    });
+    // What is on the wire after that shows that the rest of it was looked at.
+    let (after, _) = talk("after", "the-word-of-after");
+    hear_more(&after);
+    wait_until("the capture to have it", SOON, || {
+        check(on_wire("the-word-of-after"), "not yet")
+    });
+    assert!(
+        on_wire("the-word-of-before"),
+        "the capture misses what is there"
+    );
+    assert!(!on_wire("the-word-of-during"), "it went on in plaintext");
+}
