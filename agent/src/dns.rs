@@ -5,13 +5,13 @@
 //! leave the host. The index is kept on disk, so answering them never waits for control.
 
 mod answer;
+mod counters;
 mod forward;
 pub(crate) mod resolv_conf;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use mesh_core::service::Index;
@@ -24,6 +24,8 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use answer::ZoneError;
 use answer::{Decision, Zone};
+pub(crate) use counters::Counters;
+use counters::count;
 
 /// Queries being forwarded at once, over all sockets: each holds a socket and at most a few KiB.
 const IN_FLIGHT_MAX: usize = 1_000;
@@ -52,24 +54,6 @@ pub(crate) struct Config {
 pub(crate) struct Sockets {
     pub(crate) udp: Vec<std::net::UdpSocket>,
     pub(crate) tcp: Vec<std::net::TcpListener>,
-}
-
-/// What the responder did, since it started.
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    /// Mesh names answered with an address or another record, or with the certainty that there is none.
-    pub(crate) answered: AtomicU64,
-    /// Mesh names that do not exist.
-    pub(crate) no_such_name: AtomicU64,
-    /// Mesh names asked before any index was there.
-    pub(crate) no_index: AtomicU64,
-    pub(crate) forwarded: AtomicU64,
-    /// Forwarded queries that no upstream answered.
-    pub(crate) upstream_failed: AtomicU64,
-    /// Queries refused because [`IN_FLIGHT_MAX`] were under way.
-    pub(crate) overloaded: AtomicU64,
-    /// Packets that are no query, or could not be read.
-    pub(crate) malformed: AtomicU64,
 }
 
 /// The index as it is now: `None` until one was loaded from disk or came from control. Mesh names are
@@ -256,10 +240,6 @@ impl Shared {
             answer::server_failure(query)
         })
     }
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Errors that belong to one packet or client, not to the socket.

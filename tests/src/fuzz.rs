@@ -8,6 +8,8 @@ pub mod by_hyper;
 pub mod by_node;
 #[path = "fuzz/grammar.rs"]
 pub mod grammar;
+#[path = "fuzz/names.rs"]
+pub mod names;
 #[path = "fuzz/reading.rs"]
 pub mod reading;
 

@@ -11,7 +11,7 @@ use mesh_core::names::{Label, ServiceName};
 use mesh_core::service::Index;
 use mesh_core::vip::VipRanges;
 
-use super::{Counters, count};
+use super::counters::{Counters, count};
 
 /// How long an answer may be kept, in seconds, also a negative one: a new service is found soon.
 const TTL_S: u32 = 5;

@@ -3,6 +3,7 @@
 use super::*;
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::atomic::Ordering;
 
 use mesh_core::names::ServiceName;
 use mesh_core::service::{Service, Transport, Vip};

@@ -10,6 +10,9 @@ type Target = (&'static str, fn(&[u8]));
 
 const TARGETS: &[Target] = &[
     ("chunked_body", fuzz::chunked_body),
+    ("dns", |bytes| {
+        fuzz::names::dns(bytes);
+    }),
     ("frames", fuzz::frames),
     ("header", fuzz::header),
     ("http1_request_head", fuzz::http1_request_head),

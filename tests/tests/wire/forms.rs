@@ -9,7 +9,7 @@ use mesh_api::workload_file::Workload;
 use mesh_core::identity::SpiffeId;
 use mesh_core::rng::Rng;
 use mesh_core::stream::Limits;
-use meshwork_tests::fuzz;
+use meshwork_tests::{fuzz, root};
 
 use super::{MUTANTS, byte_mutants, mutants};
 
@@ -162,4 +162,18 @@ fn an_identity_that_is_read_is_written_as_it_was() {
             assert_eq!(id.to_string(), text, "seed {seed}");
         }
     }
+}
+
+/// Questions that are damaged are answered as questions, or not at all; a name of the mesh never leaves the host.
+#[test]
+fn questions_for_names_of_any_bytes_are_answered_here() {
+    let seeds = root().join("fuzz/corpus/dns");
+    let files = std::fs::read_dir(seeds).unwrap();
+    let questions: Vec<Vec<u8>> = files
+        .map(|file| std::fs::read(file.unwrap().path()).unwrap())
+        .collect();
+    let answers: usize = byte_mutants(&questions)
+        .map(|(_, bytes)| fuzz::names::dns(&bytes))
+        .sum();
+    assert!(answers > MUTANTS as usize / 4, "{answers} answers");
 }
