@@ -201,6 +201,44 @@ fn reason_line(reason: Reason) -> String {
     )
 }
 
+/// What is captured and what fails closed or open is a promise: each line of those tables names tests, which exist.
+#[test]
+fn every_line_about_interception_has_a_test() {
+    let page = fs::read_to_string(root().join("docs/interception.md")).unwrap();
+    let mut in_table = false;
+    let mut rows = 0;
+    let mut wrong = Vec::new();
+    for line in page.lines() {
+        let last = line.trim_end_matches('|').rsplit('|').next().unwrap_or("");
+        if !line.starts_with('|') {
+            in_table = false;
+        } else if last.trim() == "test" {
+            in_table = true;
+        } else if in_table && !line.starts_with("|---") {
+            rows += 1;
+            let tests: Vec<&str> = last.split('`').skip(1).step_by(2).collect();
+            if tests.is_empty() || !tests.iter().all(|test| is_namespaces_test(test)) {
+                wrong.push(line);
+            }
+        }
+    }
+    assert!(rows > 30, "only {rows} lines were found");
+    assert!(
+        wrong.is_empty(),
+        "docs/interception.md: these lines name no test of tests/tests/namespaces/: {wrong:#?}"
+    );
+}
+
+/// `module::function` of the namespaces tier.
+fn is_namespaces_test(name: &str) -> bool {
+    let Some((module, function)) = name.split_once("::") else {
+        return false;
+    };
+    let file = root().join(format!("tests/tests/namespaces/{module}.rs"));
+    let text = fs::read_to_string(file).unwrap_or_default();
+    text.contains(&format!("#[test]\nfn {function}()"))
+}
+
 /// Every constant that bounds the data path stands in docs/reference.md with its value.
 #[test]
 fn every_bound_of_the_data_path_is_documented() {

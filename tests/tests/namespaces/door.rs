@@ -98,7 +98,7 @@ fn strict_refuses_plaintext_but_for_its_exceptions_and_mesh_calls_go_on() {
 
 #[test]
 fn policy_by_address_decides_about_plaintext_and_audit_only_counts() {
-    let pair = Pair::new("policy_by_address_decides");
+    let mut pair = Pair::new("policy_by_address_decides");
     let _web = pair.web("http", "");
     let stranger = pair.site.host("stranger");
     let source = stranger.v4().to_string();
@@ -134,6 +134,9 @@ fn policy_by_address_decides_about_plaintext_and_audit_only_counts() {
     assert_eq!(plaintext(&pair.server.host, &stranger, true), REFUSED);
     let url = format!("http://{}/", mesh_name("web"));
     assert_eq!(pair.ok(&format!("curl -sS -m 10 {url}")), "hello\n");
+    // Policy is the agent's: what must hold without it is `strict`.
+    pair.server.kill9();
+    assert_eq!(plaintext(&pair.server.host, &stranger, true), PASSES);
 }
 
 /// What must be mTLS stays so, whatever dies, in whatever order.
@@ -215,10 +218,14 @@ fn strict_outlives_the_agent_its_table_and_control() {
 #[test]
 fn a_new_door_disarms_when_control_is_not_reached_and_arms_when_it_is() {
     let pair = Pair::new("a_new_door_disarms");
+    let cut = "nft 'add table inet cut; add chain inet cut out { type filter hook output priority 0; }; \
+               add rule inet cut out tcp dport 7440 tcp flags & (syn | ack) == syn drop'";
+    let stranger = pair.site.host("stranger");
     disarms(
         &pair,
-        "nft 'add table inet cut; add chain inet cut out { type filter hook output priority 0; }; \
-         add rule inet cut out tcp dport 7440 tcp flags & (syn | ack) == syn drop'",
+        &stranger,
+        &pair.server.host,
+        cut,
         "nft delete table inet cut",
     );
 }
@@ -233,14 +240,44 @@ fn a_new_door_disarms_when_the_way_to_control_is_gone() {
         "sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.eth0.rp_filter=0 && ip route add unreachable {control}/32"
     );
     let mend = format!("ip route delete unreachable {control}/32");
-    disarms(&pair, &cut, &mend);
+    let stranger = pair.site.host("stranger");
+    disarms(&pair, &stranger, &pair.server.host, &cut, &mend);
+}
+
+/// The same behind a default gateway that goes: all that the host has of the network but two neighbours.
+#[test]
+fn a_new_door_disarms_when_the_default_gateway_is_gone() {
+    let pair = Pair::new("a_new_door_disarms_without_a_gateway");
+    let gateway = pair.site.host("gateway");
+    gateway.ok("sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.send_redirects=0 net.ipv4.conf.eth0.send_redirects=0");
+    let server = &pair.server.host;
+    let stranger = pair.site.host("stranger");
+    let near = [gateway.v4(), stranger.v4()]
+        .map(|near| format!("ip route add {near}/32 dev eth0 src {}", server.v4()));
+    let network = server.ok("ip -4 route show dev eth0 scope link | cut -d' ' -f1");
+    server.ok(&format!(
+        "{} && {} && ip route add default via {} src {} && ip route delete {} dev eth0",
+        near[0],
+        near[1],
+        gateway.v4(),
+        server.v4(),
+        network.trim()
+    ));
+    let way = server.ok(&format!("ip route get {}", pair.control.host.v4()));
+    assert!(way.contains(&format!("via {}", gateway.v4())), "{way}");
+    disarms(
+        &pair,
+        &stranger,
+        &gateway,
+        "ip link set eth0 down",
+        "ip link set eth0 up",
+    );
 }
 
 #[track_caller]
-fn disarms(pair: &Pair, cut: &str, mend: &str) {
+fn disarms(pair: &Pair, stranger: &Host, at: &Host, cut: &str, mend: &str) {
     let _web = pair.web("http", "");
-    let stranger = pair.site.host("stranger");
-    wait_plaintext(pair, &stranger, PASSES);
+    wait_plaintext(pair, stranger, PASSES);
     let server = &pair.server.host;
     let armed = || server.ok("nft list set inet meshwork armed");
     wait_until("the first door to be armed for good", SOON, || {
@@ -248,18 +285,18 @@ fn disarms(pair: &Pair, cut: &str, mend: &str) {
         check(set.contains("tcp") && !set.contains("expires"), set)
     });
     // The session that stands brings the change.
-    server.ok(cut);
+    at.ok(cut);
     pair.control.apply(&service(STRICT)).ok();
-    wait_plaintext(pair, &stranger, REFUSED);
+    wait_plaintext(pair, stranger, REFUSED);
     let set = armed();
     assert!(set.contains("expires"), "it is on trial: {set}");
-    wait_plaintext(pair, &stranger, PASSES);
+    wait_plaintext(pair, stranger, PASSES);
     wait_until("that to be told", SOON, || {
         let told = pair.server.metrics().sum("mesh_door_disarmed", &[]);
         check(told == 1.0, pair.server.log())
     });
-    server.ok(mend);
-    wait_plaintext(pair, &stranger, REFUSED);
+    at.ok(mend);
+    wait_plaintext(pair, stranger, REFUSED);
     let set = armed();
     assert!(!set.contains("expires"), "{set}");
 }

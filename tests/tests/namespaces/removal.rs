@@ -38,7 +38,7 @@ fn facts(host: &Host) -> BTreeSet<String> {
         "find /etc /run -xdev -printf '%p %y %m %U:%G %l\\n'",
         "find /etc /run -xdev -type f -exec sha256sum {} +",
         // Other programs of the machine write here too; ours would write under its name.
-        "find /usr /opt /var /root -xdev -iname '*mesh-agent*' -o -xdev -iname '*meshwork*' 2>/dev/null | grep -v /target/",
+        "find /usr /opt /var /root -xdev -name target -prune -o \\( -iname '*mesh-agent*' -o -iname '*meshwork*' \\) -print",
         "ss -Hltun",
         "ss -Hlx",
     ] {
