@@ -15,7 +15,7 @@ use mesh_core::names::{Account, ServiceName};
 use mesh_core::reason::Reason;
 use mesh_core::rng::Rng;
 use mesh_core::stream;
-use mesh_runtime::mux;
+use mesh_runtime::mux::{self, Budget};
 use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
 use prometheus_client::metrics::gauge::Gauge;
@@ -35,7 +35,7 @@ use crate::http::Heads;
 use crate::inbound::app::{AppPool, KEPT_MAX};
 use crate::inbound::front::Fronts;
 use crate::inbound::http2::app::Connections;
-use crate::inbound::{Hands, certificates};
+use crate::inbound::{Hands, Shares, certificates};
 use crate::limits::{self, Limit, ShedLog};
 use crate::live::{self, Live};
 use crate::metrics::{Direction, Metrics};
@@ -259,13 +259,15 @@ pub(crate) struct Thread {
     pub(crate) callers: Cell<usize>,
     /// How many of them each party has.
     pub(crate) places: RefCell<HashMap<Party, usize>>,
-    peers_open: Cell<usize>,
+    pub(crate) peers_open: Cell<usize>,
     /// Connections of peers that came when the drain had begun: each is told to go elsewhere, none is waited for.
     late: Cell<usize>,
     /// Calls of peers that are being served, each with at most one connection to an app.
     pub(crate) serving: Cell<usize>,
     /// The most of each of the three, and of connections to other agents.
     pub(crate) share: usize,
+    /// What each host has of what peers may have.
+    pub(crate) shares: Shares,
     pub(crate) handshakes: RefCell<Handshakes>,
     pub(crate) refusals: RefCell<LogGate>,
     pub(crate) shed_log: RefCell<ShedLog>,
@@ -281,12 +283,12 @@ impl Thread {
         Arc::clone(&self.view.borrow())
     }
 
-    /// How mesh connections work here.
-    pub(crate) fn mux_settings(&self) -> mux::Settings {
+    /// How mesh connections work here; their buffers count against `budget`.
+    pub(crate) fn mux_settings(&self, budget: &Arc<Budget>) -> mux::Settings {
         mux::Settings {
             limits: self.settings.streams,
             keepalive: self.settings.peer_keepalive,
-            budget: Arc::clone(&self.metrics.limits.budget),
+            budget: Arc::clone(budget),
         }
     }
 
@@ -477,6 +479,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         limits.set_max(limit, share * threads);
     }
     limits.set_max(Limit::Held, shared.settings.held_max * threads);
+    let shares = Shares::new(&limits.budget);
     let thread = Rc::new(Thread {
         dialer: AppDialer::new(shared.settings.app_mark, shared.settings.keepalive.clone()),
         view: shared.view,
@@ -502,6 +505,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         late: Cell::new(0),
         serving: Cell::new(0),
         share,
+        shares,
         handshakes: RefCell::default(),
         refusals: RefCell::default(),
         shed_log: RefCell::default(),
@@ -587,6 +591,7 @@ async fn sweep(thread: Rc<Thread>) {
     loop {
         tokio::time::sleep(EVERY).await;
         thread.peers.sweep();
+        thread.shares.sweep();
         thread.apps.sweep();
         thread.fronts.sweep(&thread.view().workloads);
         thread.http2_apps.sweep();

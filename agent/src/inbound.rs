@@ -29,6 +29,8 @@ use tokio::task::spawn_local;
 use attended::Attended;
 pub(crate) use hands::Hands;
 use hands::Job;
+pub(crate) use shares::Shares;
+use shares::{Serving, Share};
 
 use crate::data::Thread;
 use crate::limits::Limit;
@@ -46,6 +48,7 @@ pub(crate) mod front;
 mod hands;
 mod http;
 pub(crate) mod http2;
+mod shares;
 
 /// Refusals that one connection may log; the rest is only counted, so that a peer can not fill the log.
 const LOGGED_MAX: u32 = 20;
@@ -74,6 +77,8 @@ pub(crate) struct Peer {
     logged: Cell<u32>,
     /// Streams were opened since the last look.
     used: Cell<bool>,
+    /// What its host may have of this one.
+    share: Rc<Share>,
 }
 
 /// What a stream asked for and may have, good while policies and workloads are the same.
@@ -131,31 +136,8 @@ impl ResolvesServerCert for ByServerName {
 
 /// Serves one connection of a peer until it is over.
 pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAddr) {
-    crate::peers::watch_silence(&socket);
-    let address = canonical(from.ip());
-    if !thread.handshakes.borrow_mut().begin(address) {
-        thread.shed(Limit::Handshakes, Direction::Inbound);
-        return relay::abort(socket);
-    }
-    let handshake = handshake::accept(&thread.mesh_tls, socket);
-    let shaken = tokio::time::timeout(thread.settings.handshake, handshake).await;
-    thread.handshakes.borrow_mut().end(address);
-    let tls = match shaken {
-        Ok(Ok(tls)) => tls,
-        Ok(Err(error)) => {
-            let reason = handshake_reason(&error);
-            // Of what our verifier refused, the library can only say in which of its variants it came.
-            return match reason {
-                Reason::NotTls | Reason::PeerHandshake | Reason::PeerUnreachable => {
-                    not_authenticated(thread, from, reason, &error)
-                }
-                known => not_authenticated(thread, from, known, &known.text()),
-            };
-        }
-        Err(_) => {
-            thread.metrics.limits.reached(Limit::Handshake);
-            return not_authenticated(thread, from, Reason::Timeout, &"no handshake in time");
-        }
+    let Some(tls) = shake_hands(thread, socket, from).await else {
+        return;
     };
     let (leaf, server) = match authenticated(thread, &tls) {
         Ok(both) => both,
@@ -175,7 +157,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         client_line: format!("{}: {id}", http::CLIENT_ID),
         client_id,
         id,
-        address,
+        address: canonical(from.ip()),
         server,
         server_id: server_id.to_string(),
         not_after_s,
@@ -183,9 +165,14 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
         basis: RefCell::default(),
         logged: Cell::new(0),
         used: Cell::new(true),
+        share: thread.shares.of(leaf.host.as_ref()),
     });
-    let (mux, mut incoming, driver) =
-        mux::connection(tls.stream, Side::Server, thread.mux_settings());
+    let settings = thread.mux_settings(peer.share.budget());
+    let (mux, mut incoming, driver) = mux::connection(tls.stream, Side::Server, settings);
+    if !peer.share.has_room_for_a_connection(thread) {
+        thread.shed(Limit::Peers, Direction::Inbound);
+        mux.end(Reason::Overloaded);
+    }
     let driver = spawn_local(driver);
     // Control's own certificate is of no host.
     let entered = leaf.host.map(|host| {
@@ -234,6 +221,42 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     }
 }
 
+/// The TLS handshake, which is bounded for each address; `None` when it failed, which is said.
+async fn shake_hands(
+    thread: &Rc<Thread>,
+    socket: TcpStream,
+    from: SocketAddr,
+) -> Option<Handshaken> {
+    crate::peers::watch_silence(&socket);
+    let address = canonical(from.ip());
+    if !thread.handshakes.borrow_mut().begin(address) {
+        thread.shed(Limit::Handshakes, Direction::Inbound);
+        relay::abort(socket);
+        return None;
+    }
+    let handshake = handshake::accept(&thread.mesh_tls, socket);
+    let shaken = tokio::time::timeout(thread.settings.handshake, handshake).await;
+    thread.handshakes.borrow_mut().end(address);
+    match shaken {
+        Ok(Ok(tls)) => return Some(tls),
+        Ok(Err(error)) => {
+            let reason = handshake_reason(&error);
+            // Of what our verifier refused, the library can only say in which of its variants it came.
+            match reason {
+                Reason::NotTls | Reason::PeerHandshake | Reason::PeerUnreachable => {
+                    not_authenticated(thread, from, reason, &error)
+                }
+                known => not_authenticated(thread, from, known, &known.text()),
+            }
+        }
+        Err(_) => {
+            thread.metrics.limits.reached(Limit::Handshake);
+            not_authenticated(thread, from, Reason::Timeout, &"no handshake in time");
+        }
+    }
+    None
+}
+
 fn id_domain(thread: &Thread) -> mesh_core::names::TrustDomain {
     thread.view.borrow().host.trust_domain.clone()
 }
@@ -260,48 +283,6 @@ fn not_authenticated(
     thread.metrics.refused(Direction::Inbound, reason);
     if thread.refusals.borrow_mut().passes() {
         log::info!(from:% = from, reason:% = reason; "refused a connection at the mesh port: {detail}");
-    }
-}
-
-/// A call that is being served counts until its handler is through, whatever became of its stream: a peer that opens
-/// and resets does not get more than one that waits.
-struct Serving {
-    thread: Rc<Thread>,
-    live: Rc<Cell<u32>>,
-}
-
-impl Serving {
-    fn begin(peer: &Peer, live: &Rc<Cell<u32>>) -> Option<Self> {
-        let thread = &peer.thread;
-        let all = &thread.serving;
-        let limit = if thread.metrics.limits.budget.is_spent() {
-            Some(Limit::Buffers)
-        } else if live.get() >= thread.settings.streams.max_streams {
-            Some(Limit::Streams)
-        } else if all.get() >= thread.share {
-            Some(Limit::Calls)
-        } else {
-            None
-        };
-        if let Some(limit) = limit {
-            thread.reached(limit);
-            return None;
-        }
-        thread.metrics.limits.calls.inc();
-        live.set(live.get() + 1);
-        all.set(all.get() + 1);
-        Some(Self {
-            thread: Rc::clone(&peer.thread),
-            live: Rc::clone(live),
-        })
-    }
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        self.live.set(self.live.get() - 1);
-        self.thread.serving.set(self.thread.serving.get() - 1);
-        self.thread.metrics.limits.calls.dec();
     }
 }
 

@@ -313,7 +313,8 @@ async fn dial(
             &"the leaf was given to another host",
         ));
     }
-    let (mux, _, driver) = mux::connection(tls.stream, Side::Client, thread.mux_settings());
+    let settings = thread.mux_settings(&thread.metrics.limits.budget);
+    let (mux, _, driver) = mux::connection(tls.stream, Side::Client, settings);
     let ends = Ends {
         direction: Direction::Outbound,
         ours: leaf.id.identity.clone(),

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use mesh_core::names::Account;
+use mesh_runtime::mux::is_for_others;
 
 use crate::data::Thread;
 use crate::limits::Limit;
@@ -21,14 +22,12 @@ pub(crate) enum Party {
 pub(crate) struct Place(Rc<Thread>, Party);
 
 impl Thread {
-    /// A place for one more connection of `party`. The last quarter of all places is for those who have few: whoever has
-    /// more is refused there, and one alone can have three quarters.
+    /// A place for one more connection of `party`, which is counted among all callers already.
     pub(crate) fn place(self: &Rc<Self>, party: Party) -> Option<Place> {
-        let reserve = self.share / 4;
-        let few = (reserve / 4).max(1);
         let mut places = self.places.borrow_mut();
         let own = places.entry(party.clone()).or_default();
-        if self.callers.get() > self.share - reserve && *own >= few {
+        let others = self.callers.get().saturating_sub(1);
+        if is_for_others(others, *own, self.share) {
             self.shed(Limit::Callers, Direction::Outbound);
             return None;
         }

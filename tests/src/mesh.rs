@@ -333,6 +333,73 @@ pub fn begin_streams(
     }
 }
 
+/// Connections that stay open, with their streams.
+#[derive(Debug)]
+pub struct Greedy(Vec<Tls>);
+
+impl Greedy {
+    /// Opens connections with a stream each until one is refused; how many were not, and why that was.
+    #[track_caller]
+    pub fn connections(
+        port: SocketAddr,
+        sni: &str,
+        credential: &Credential,
+        header: &[u8],
+    ) -> (Self, usize, Reason) {
+        let mut kept = Vec::new();
+        loop {
+            let mut tls = open(port, sni, credential, header, &[], false);
+            let reason = taken(&mut tls, STREAM);
+            kept.push(tls);
+            if let Err(reason) = reason {
+                let open = kept.len() - 1;
+                return (Self(kept), open, reason);
+            }
+        }
+    }
+
+    /// The same with streams of one connection.
+    #[track_caller]
+    pub fn streams(
+        port: SocketAddr,
+        sni: &str,
+        credential: &Credential,
+        header: &[u8],
+    ) -> (Self, usize, Reason) {
+        let mut tls = greet(port, sni, credential);
+        for open in 0.. {
+            let stream = STREAM + 2 * open;
+            let mut out = Vec::new();
+            frame::encode(&Frame::Open { stream, header }, &mut out);
+            tls.write_all(&out).expect("a peer that reads");
+            if let Err(reason) = taken(&mut tls, stream) {
+                return (Self(vec![tls]), open as usize, reason);
+            }
+        }
+        unreachable!("streams have an end")
+    }
+
+    /// Closes them all.
+    pub fn leave(self) {
+        drop(self.0);
+    }
+}
+
+/// Waits until a stream was taken, or refused.
+fn taken(tls: &mut Tls, ours: u32) -> Result<(), Reason> {
+    loop {
+        let said = heard(tls, |frame| match frame {
+            Frame::Accepted { stream } if stream == ours => Some(Ok(())),
+            Frame::Reset { stream, reason, .. } if stream == ours => Some(Err(reason)),
+            Frame::GoAway { reason, .. } => Some(Err(reason)),
+            _ => None,
+        });
+        if let Some(said) = said {
+            return said;
+        }
+    }
+}
+
 /// Sends these bytes on a stream and its end; returns what came back, or why it was reset before its end.
 #[track_caller]
 pub fn send_on_stream(

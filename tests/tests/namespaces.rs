@@ -33,6 +33,8 @@ mod explicit;
 mod failures;
 #[path = "namespaces/firewalls.rs"]
 mod firewalls;
+#[path = "namespaces/greedy.rs"]
+mod greedy;
 #[path = "namespaces/grpc.rs"]
 mod grpc;
 #[path = "namespaces/half_close.rs"]

@@ -23,7 +23,7 @@ mod settings;
 mod slot;
 mod stream;
 
-pub use budget::Budget;
+pub use budget::{Budget, is_for_others};
 use opener::Opener;
 use slot::{Slot, wake};
 

@@ -3,6 +3,9 @@
 //!
 //! Nothing is stopped in the middle: who opens and accepts asks [`Budget::is_spent`] first, and what is open goes
 //! on, and gives back.
+//!
+//! A party that has many connections has a part of the budget: the last quarter of the whole is for parties that hold
+//! little, so that nobody locks the others out.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,6 +15,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub struct Budget {
     held: AtomicUsize,
     max: usize,
+    /// What this is a part of.
+    whole: Option<Arc<Self>>,
 }
 
 impl Budget {
@@ -20,6 +25,16 @@ impl Budget {
         Arc::new(Self {
             held: AtomicUsize::new(0),
             max,
+            whole: None,
+        })
+    }
+
+    /// For the connections of one party: what it holds is held of the whole, too.
+    pub fn part(self: &Arc<Self>) -> Arc<Self> {
+        Arc::new(Self {
+            held: AtomicUsize::new(0),
+            max: self.max,
+            whole: Some(Arc::clone(self)),
         })
     }
 
@@ -35,8 +50,32 @@ impl Budget {
 
     /// Whether there should be no new streams and connections now.
     pub fn is_spent(&self) -> bool {
-        self.held() >= self.max
+        let Some(whole) = &self.whole else {
+            return self.held() >= self.max;
+        };
+        whole.is_spent() || is_for_others(whole.held(), self.held(), whole.max)
     }
+
+    fn add(&self, bytes: usize) {
+        self.held.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(whole) = &self.whole {
+            whole.add(bytes);
+        }
+    }
+
+    fn sub(&self, bytes: usize) {
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
+        if let Some(whole) = &self.whole {
+            whole.sub(bytes);
+        }
+    }
+}
+
+/// Whether what is left of `max`, when `used` are in use, is for others than a party that has `own` of them: the last
+/// quarter is for those who have little, a quarter of that at most. One alone can have three quarters.
+pub fn is_for_others(used: usize, own: usize, max: usize) -> bool {
+    let reserve = max / 4;
+    used >= max - reserve && own >= (reserve / 4).max(1)
 }
 
 /// What one connection has of the budget. Gives it back when the connection is gone.
@@ -54,11 +93,9 @@ impl Share {
     /// The connection holds so much now.
     pub(super) fn note(&mut self, bytes: usize) {
         if bytes > self.noted {
-            let more = bytes - self.noted;
-            self.budget.held.fetch_add(more, Ordering::Relaxed);
+            self.budget.add(bytes - self.noted);
         } else if bytes < self.noted {
-            let less = self.noted - bytes;
-            self.budget.held.fetch_sub(less, Ordering::Relaxed);
+            self.budget.sub(self.noted - bytes);
         }
         self.noted = bytes;
     }
@@ -67,5 +104,32 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         self.note(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_quarter_is_for_parties_that_hold_little() {
+        let whole = Budget::new(1_600);
+        let (greedy, other) = (whole.part(), whole.part());
+        let mut much = Share::of(Arc::clone(&greedy));
+        much.note(1_199);
+        assert!(!greedy.is_spent(), "one alone has three quarters");
+        much.note(1_200);
+        assert!(greedy.is_spent() && !other.is_spent() && !whole.is_spent());
+        let mut little = Share::of(Arc::clone(&other));
+        little.note(99);
+        assert!(!other.is_spent());
+        little.note(100);
+        assert!(other.is_spent(), "it has its share of the rest");
+        assert!(!whole.part().is_spent(), "who comes anew has room");
+        drop(much);
+        assert!(!other.is_spent() && !greedy.is_spent());
+        assert_eq!((whole.held(), greedy.held(), other.held()), (100, 0, 100));
+        little.note(1_600);
+        assert!(whole.is_spent() && whole.part().is_spent());
     }
 }
