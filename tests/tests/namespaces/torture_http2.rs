@@ -98,8 +98,9 @@ fn curl_and_nginx_pass_a_gibibyte_each_way_with_its_digest() {
     pair.wait_name("web");
     let sent = pair.client.host.dir().join("sent");
     let sent = sent.display();
-    pair.ok(&format!("head -c {GIB} /dev/urandom > {sent}"));
-    let digest = pair.cmd(&format!("sha256sum < {sent}"));
+    let digest = pair.cmd(&format!(
+        "head -c {GIB} /dev/urandom | tee {sent} | sha256sum"
+    ));
     let digest = digest.deadline(CURL_MAX).ok();
     for (port, version, name) in [
         (80, "--http1.1", "1"),
