@@ -55,11 +55,11 @@ const FLOWS_6: &str = "flows6";
 /// Users who asked for names of late, and the chain that sees to it.
 const ASKERS: &str = "askers";
 
-/// Questions for names that one user may send a second, and at once: many times what a busy program asks, and what the
-/// agent answers in a few hundredths of a second. With them nobody can fill the socket that all others ask by, which holds
-/// five times as many (`holder::sockets`).
-const NAMES_RATE: u64 = 5_000;
-const NAMES_BURST: u32 = 1_000;
+/// Questions for names that one user may send a second, and at once: a program that opens two thousand connections as fast
+/// as it can, each with a question for both families, is none that floods. With
+/// them nobody can fill the socket that all others ask by, which holds twice as many (`holder::sockets`).
+const NAMES_RATE: u64 = 10_000;
+const NAMES_BURST: u32 = 4_000;
 /// Users told apart at once; all others share what one may ask.
 const ASKERS_MAX: u32 = 1_024;
 /// A user that asks nothing for so long has its full share again.
