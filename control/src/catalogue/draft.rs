@@ -12,7 +12,7 @@ use mesh_core::vip::Allocator;
 use serde::Serialize;
 
 use super::objects::{Host, Joined, Policy, PolicyKey, Revoked, Service, Token, Tombstone};
-use super::{Catalogue, items};
+use super::{Catalogue, items, service};
 
 /// One write of a commit. Later ones on the same key win.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +52,9 @@ impl<'a> Draft<'a> {
 
     /// The finished catalogue and its writes; none if nothing changed.
     pub(crate) fn finish(mut self) -> (Catalogue, Vec<Op>) {
+        for name in self.touched.clone() {
+            service::pass_on(&mut self, &name);
+        }
         if !self.ops.is_empty() {
             self.next.revision = self.revision;
         }

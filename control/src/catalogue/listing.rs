@@ -98,6 +98,19 @@ impl Catalogue {
         Ok(())
     }
 
+    /// What a host offers as this service, if it may: such a host can own it.
+    pub(super) fn offer_of<'a>(&self, host: &'a Host, name: &ServiceName) -> Option<&'a Offer> {
+        let allowed = |account: &Account| {
+            host.scope.allows_account(account)
+                && host.scope.allows_service(name)
+                && !self.is_revoked(&host.uid, account)
+        };
+        let mut offers = host.offers().filter(|(_, o)| o.service == *name);
+        offers
+            .find(|(account, _)| allowed(account))
+            .map(|(_, offer)| offer)
+    }
+
     fn conflict(&self, service: &Service, offer: &Offer) -> String {
         let owner = match &service.source {
             super::objects::Source::Operator => "the operator".to_owned(),

@@ -1,6 +1,7 @@
 //! Services: made by their first registration or by `apply`, and owned by whoever made them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use mesh_api::resource::{
     CAPTURE_ANNOTATION, Object, PLAINTEXT_FROM_ANNOTATION, ServiceSpec, TRANSPORT_ANNOTATION,
@@ -15,8 +16,8 @@ use super::draft::Draft;
 use super::objects::{Host, Offer, Service, Source, show_ports};
 use crate::refusal::Refusal;
 
-/// A host offers a service. Makes it if it is new, changes its ports if the host owns it or the owner offers
-/// it no more. Whether the offer is listed is decided afterwards, for all alike.
+/// A host offers a service. Makes it if it is new, changes its ports if the host owns it. Whether the offer is listed is
+/// decided afterwards, for all alike.
 pub(super) fn register(draft: &mut Draft<'_>, host: &Host, offer: &Offer) {
     let Some(service) = draft.next.services.get(&offer.service).cloned() else {
         // Without an address it is not made; `listing` tells the host.
@@ -30,9 +31,31 @@ pub(super) fn register(draft: &mut Draft<'_>, host: &Host, offer: &Offer) {
     let Source::Host(owner) = &service.source else {
         return;
     };
-    let serves = |owner: &std::sync::Arc<Host>| owner.serves(&offer.service);
-    let orphaned = !draft.next.hosts.get(owner).is_some_and(serves);
-    if (*owner == host.uid && service.ports != offer.ports) || orphaned {
+    if *owner == host.uid && service.ports != offer.ports {
+        let mut next = Service::clone(&service);
+        next.ports.clone_from(&offer.ports);
+        draft.put_service(next);
+    }
+}
+
+/// A service whose owner serves it no more, or may not, goes to another host that does, with that one's ports: best to one
+/// that has the ports of now.
+pub(super) fn pass_on(draft: &mut Draft<'_>, name: &ServiceName) {
+    let Some(service) = draft.next.services.get(name).cloned() else {
+        return;
+    };
+    let Source::Host(owner) = &service.source else {
+        return;
+    };
+    let all = &draft.next;
+    let serves = |host: &Arc<Host>| all.offer_of(host, name).is_some();
+    if all.hosts.get(owner).is_some_and(serves) {
+        return;
+    }
+    let others = all.servers_of(name);
+    let others = others.filter_map(|host| Some((host, all.offer_of(host, name)?)));
+    let heir = others.min_by_key(|(host, offer)| (offer.ports != service.ports, !host.live));
+    if let Some((host, offer)) = heir {
         let mut next = Service::clone(&service);
         next.source = Source::Host(host.uid.clone());
         next.ports.clone_from(&offer.ports);
@@ -139,7 +162,7 @@ pub(super) fn apply(
 
 /// Why some who serve it are no more listed after the change.
 fn unlisted(draft: &Draft<'_>, next: &Service) -> Option<String> {
-    let other_ports = |host: &&std::sync::Arc<Host>| {
+    let other_ports = |host: &&Arc<Host>| {
         let mut offers = host.offers().filter(|(_, o)| o.service == next.name);
         offers.any(|(_, o)| o.ports != next.ports)
     };

@@ -25,6 +25,38 @@ fn ports_are_the_owners_and_pass_on_when_it_is_gone() {
     );
 }
 
+/// Those who wait for the ports need not say theirs again: what they said stands.
+#[test]
+fn a_service_passes_on_to_who_waits_when_its_owner_goes() {
+    let serving = |w: &World| match &w.service("shop/web").source {
+        Source::Host(uid) => (uid.clone(), w.service("shop/web").ports[0].number),
+        Source::Operator => panic!("it is a host's"),
+    };
+    for revoked in [false, true] {
+        let mut w = World::new();
+        let [a, b, c] = ["a", "b", "c"].map(|name| w.host(name));
+        w.report(&a, &[("shop/web", 80)]);
+        w.report(&b, &[("shop/web", 81)]);
+        w.report(&c, &[("shop/web", 80)]);
+        assert_eq!(w.endpoints("shop/web").len(), 2);
+        assert_eq!(w.problems(&b), [Reason::ServiceConflict]);
+        // To one that has its ports, so that nobody who is listed is not any more.
+        let name = "a".parse().unwrap();
+        w.run(&Command::RemoveHost { name }).unwrap();
+        assert_eq!(serving(&w), (c.clone(), 80));
+        if revoked {
+            let account = Account::parse("shop/web").unwrap();
+            let host = "c".parse().unwrap();
+            w.run(&Command::RevokeWorkload { account, host }).unwrap();
+        } else {
+            w.report(&c, &[]);
+        }
+        assert_eq!(serving(&w), (b.clone(), 81));
+        assert_eq!(w.endpoints("shop/web").len(), 1);
+        assert_eq!(w.problems(&b), []);
+    }
+}
+
 #[test]
 fn of_a_hosts_service_only_the_transport_is_the_operators() {
     let mut w = World::new();
