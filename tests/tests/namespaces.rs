@@ -83,6 +83,8 @@ mod services;
 mod shapes;
 #[path = "namespaces/soak.rs"]
 mod soak;
+#[path = "namespaces/sources.rs"]
+mod sources;
 #[path = "namespaces/store.rs"]
 mod store;
 #[path = "namespaces/tcp.rs"]

@@ -144,6 +144,12 @@ assert time.monotonic() - start < 4
 fn a_listener_that_is_dialled_directly_refuses() {
     let pair = Pair::new("a_listener_that_is_dialled_directly");
     let _web = pair.web("http", "");
+    let call = format!("curl -sS -m 10 http://{}/", mesh_name("web"));
+    assert_eq!(
+        pair.ok(&call),
+        "hello\n",
+        "the same listeners are reached by capture"
+    );
     let client = &pair.client.host;
     let pids: Vec<String> = pair
         .client

@@ -261,6 +261,11 @@ fn a_server_name_that_is_not_of_this_host_is_refused() {
     ] {
         port.refuses("unknown_server_name", name, Some(&credential));
     }
+    assert_eq!(
+        port.knock(&credential),
+        "accepted",
+        "by the right name it gets in"
+    );
 }
 
 /// A host that answers at the address of another one, with a certificate of its own, is not believed.
