@@ -23,6 +23,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use mesh_runtime::notify::{self, Watchdog};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -114,6 +115,8 @@ fn hold(
         repaired: 0,
         repair_error: None,
         settle_error: None,
+        watchdog: Watchdog::new(Instant::now()),
+        ready: false,
     };
     // Before the first worker is asked: the common listener takes the SYNs meanwhile.
     let common = holder.common_workload();
@@ -183,6 +186,9 @@ struct Holder<'a> {
     repair_error: Option<String>,
     /// Why a confirmed door does not refuse for good, or is not kept.
     settle_error: Option<String>,
+    watchdog: Watchdog,
+    /// A worker has served: names, listeners and rules stand.
+    ready: bool,
 }
 
 impl Holder<'_> {
@@ -197,6 +203,7 @@ impl Holder<'_> {
                     self.start_worker();
                 }
             }
+            self.watchdog.alive(now);
             self.kill_if_late(now);
             self.repair_if_due(now);
             let worker_is_ready = self.wait()?;
@@ -255,6 +262,7 @@ impl Holder<'_> {
             match signal {
                 Some(Signal::SIGTERM | Signal::SIGINT) if self.stop_by.is_none() => {
                     log::info!("stopping");
+                    notify::stopping();
                     self.stop_by = Some(Instant::now() + self.config.drain);
                     self.tell_worker(Signal::SIGTERM);
                 }
@@ -437,7 +445,13 @@ impl Holder<'_> {
                 let new: Vec<_> = new.iter().filter_map(|n| self.listeners.get(n)).collect();
                 send_listeners(worker, &new)?;
                 let trial = self.confirmed.arm() != Arm::ForGood;
-                worker.send(&Wire::Applied { generation, trial }, &[])
+                worker.send(&Wire::Applied { generation, trial }, &[])?;
+                // What a worker wants comes when it has wired in names and takes calls.
+                if !std::mem::replace(&mut self.ready, true) {
+                    log::info!("ready");
+                    notify::ready();
+                }
+                Ok(())
             }
             Err(error) => {
                 // The worker logs it with what it wanted.

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 
-use crate::alone;
+use crate::alone::{self, Alone};
 use crate::capture;
 use crate::config::Config;
 use crate::dns::resolv_conf;
@@ -21,28 +21,40 @@ pub(crate) enum Left {
 
 /// Removes rules, routes, link, the resolver's line, and all state. May be repeated.
 pub(crate) fn leave(config: &Config) -> anyhow::Result<Left> {
-    // Where there is no such directory no agent runs.
-    let _alone = (config.runtime_dir.exists())
-        .then(|| alone::alone(config))
-        .transpose()
-        .context(
-            "stop the agent first: end `mesh-agent run`, or stop the unit that you run it by",
-        )?;
+    let _alone = stopped(config)?;
     let state = State::new(&config.state_dir);
     let left = match state.membership() {
         Ok(Some(membership)) => Left::Host(membership.host.name.to_string()),
         Ok(None) => Left::Nothing,
         Err(_) => Left::Unnamed,
     };
+    undo(config)?;
+    state.clear()?;
+    alone::remove_runtime_dir(config);
+    Ok(left)
+}
+
+/// Removes rules, routes, link and the resolver's line, and keeps what the join gave this host. May be repeated.
+pub(crate) fn open(config: &Config) -> anyhow::Result<()> {
+    let _alone = stopped(config)?;
+    undo(config)
+}
+
+/// The lock of the one agent. Where there is no such directory no agent runs.
+fn stopped(config: &Config) -> anyhow::Result<Option<Alone>> {
+    let lock = (config.runtime_dir.exists()).then(|| alone::alone(config));
+    lock.transpose()
+        .context("stop the agent first: `systemctl stop mesh-agent`, or end `mesh-agent run`")
+}
+
+fn undo(config: &Config) -> anyhow::Result<()> {
     if config.capture.enabled {
         capture::remove_all(&config.capture)?;
     }
     if let Some(path) = config.resolv_conf() {
         resolv_conf::unwire(path)?;
     }
-    state.clear()?;
-    alone::remove_runtime_dir(config);
-    Ok(left)
+    Ok(())
 }
 
 /// Takes our line out of the resolver's file; what can not be done is said.

@@ -56,9 +56,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use clap::{Parser, Subcommand, ValueEnum};
-use mesh_runtime::files;
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use mesh_runtime::log::Target;
+use mesh_runtime::{files, manual};
 
 use config::Config;
 use holder::{Confirmed, HolderConfig};
@@ -138,10 +138,17 @@ enum Command {
     /// Run the agent in the foreground
     Run,
     /// Make what must stand before the network does, without an agent: the link, its routes and the guard
-    Guard,
+    Guard {
+        /// Take all of that away instead, and the resolver's line; this host stays a member. The agent must not run
+        #[arg(long)]
+        remove: bool,
+    },
     /// Started by `run`
     #[command(hide = true)]
     Worker,
+    /// Write manual pages and completions below a directory, for packages
+    #[command(hide = true)]
+    Manual { dir: PathBuf },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -175,7 +182,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     if matches!(
         cli.command,
         Command::Run
-            | Command::Guard
+            | Command::Guard { .. }
             | Command::Join { .. }
             | Command::Leave
             | Command::Check { .. }
@@ -190,9 +197,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             log_to(&config.log.level, config.log.to)?;
             run(&config, cli.config)
         }
-        Command::Guard => {
+        Command::Guard { remove } => {
             log_to(&config.log.level, config.log.to)?;
-            guard(&config)
+            match remove {
+                true => leave::open(&config).map(|()| ExitCode::SUCCESS),
+                false => guard(&config),
+            }
         }
         Command::Worker => {
             log_to(&config.log.level, config.log.to)?;
@@ -227,6 +237,9 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             caller,
             output,
         } => explain(&config, &destination, caller.as_deref(), output),
+        Command::Manual { dir } => manual::write(Cli::command(), &dir)
+            .map(|()| ExitCode::SUCCESS)
+            .with_context(|| format!("cannot write below {}", dir.display())),
     }
 }
 

@@ -10,7 +10,8 @@ mod table;
 
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
+use mesh_runtime::manual;
 
 use crate::args::{Args, Command};
 use crate::client::Client;
@@ -29,6 +30,17 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<ExitCode, Failure> {
+    if let Command::Manual { dir } = &args.command {
+        return match manual::write(Args::command(), dir) {
+            Ok(()) => Ok(ExitCode::SUCCESS),
+            Err(error) => Err(Failure::usage(
+                "write below",
+                dir.display(),
+                error,
+                "name another",
+            )),
+        };
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -48,6 +60,7 @@ fn run(args: Args) -> Result<ExitCode, Failure> {
             Command::Revoke { command } => commands::revoke::run(&client, &command).await,
             Command::Status { output } => commands::status::run(&client, output).await,
             Command::Backup { out } => commands::backup::run(&client, &out).await,
+            Command::Manual { .. } => Ok(()),
         };
         done.map(|()| ExitCode::SUCCESS)
     })

@@ -72,7 +72,7 @@ impl Default for Log {
     fn default() -> Self {
         Self {
             level: "info".to_owned(),
-            to: Target::Stderr,
+            to: Target::Auto,
         }
     }
 }

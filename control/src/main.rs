@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use mesh_core::names::TrustDomain;
 
 mod acks;
@@ -62,6 +62,9 @@ enum Command {
     Restore(Restore),
     /// Puts another issuing certificate, of the same root, in the place of the one in use; control must be stopped.
     RenewIssuer(RenewIssuer),
+    /// Writes manual pages and completions below a directory, for packages.
+    #[command(hide = true)]
+    Manual { dir: PathBuf },
 }
 
 #[derive(Debug, Args)]
@@ -156,6 +159,8 @@ fn main() -> ExitCode {
             restore::restore(&args.file, &args.state_dir, args.force).map(|told| print(&told))
         }
         Command::RenewIssuer(args) => renew_issuer(args),
+        Command::Manual { dir } => mesh_runtime::manual::write(Cli::command(), &dir)
+            .with_context(|| format!("cannot write below {}", dir.display())),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -259,8 +264,6 @@ mod tests;
 
 #[cfg(test)]
 mod command_line {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     #[test]

@@ -1,11 +1,12 @@
 //! `mesh-control run`: opens what is stored, binds, serves, and ends in order.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use http::{Method, StatusCode};
 use mesh_runtime::admin::{self, Answer};
+use mesh_runtime::notify::{self, Watchdog};
 use mesh_runtime::signals;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -80,6 +81,11 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         control.stopping.clone(),
     ));
     let mut serving = tokio::spawn(bound.run());
+    tasks.spawn(async {
+        alive().await;
+        ended("the watchdog")
+    });
+    notify::ready();
     let result = tokio::select! {
         signal = signals::shutdown() => signal.context("cannot wait for signals"),
         task = tasks.join_next() => match task {
@@ -93,6 +99,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         }
     };
     log::info!("control stops");
+    notify::stopping();
     control.stopping.cancel();
     control.sessions.close();
     let ending = async {
@@ -106,6 +113,18 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let _ = std::fs::remove_file(config.admin_socket());
     result?;
     stopped.with_context(|| format!("not all ended within {} s", STOP_MAX.as_secs()))?
+}
+
+/// Tells the service manager that the runtime still turns.
+async fn alive() {
+    let mut watchdog = Watchdog::new(Instant::now());
+    let Some(every) = watchdog.every() else {
+        return std::future::pending().await;
+    };
+    loop {
+        watchdog.alive(Instant::now());
+        tokio::time::sleep(every / 2).await;
+    }
 }
 
 /// A task that should never end did.

@@ -26,7 +26,14 @@ const HOMES: &[(&str, &[&str])] = &[
     ),
     (
         "clap::",
-        &["agent/", "cli/", "control/", "tests/", "xtask/"],
+        &[
+            "agent/",
+            "cli/",
+            "control/",
+            "mesh/runtime/src/manual.rs",
+            "tests/",
+            "xtask/",
+        ],
     ),
     (
         "tonic::",

@@ -73,6 +73,19 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("faketime", "faketime"),
 ];
 
+pub(crate) const PACKAGE: &[Need] = &[
+    ("dpkg-deb", "dpkg"),
+    // It finds what a program is linked to.
+    ("dpkg-shlibdeps", "dpkg-dev"),
+    ("objcopy", "binutils"),
+    ("gzip", "gzip"),
+    ("git", "git"),
+    ("lintian", "lintian"),
+    ("rpmlint", "rpmlint"),
+    // Zig comes by pip.
+    ("/usr/lib/python3/dist-packages/pip", "python3-pip"),
+];
+
 /// A second reader of HTTP/1 beside ours.
 pub(crate) const WIRE: &[Need] = &[("node", "nodejs")];
 

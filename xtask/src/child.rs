@@ -28,6 +28,11 @@ pub(crate) fn say(text: &str) {
     drop(writeln!(std::io::stderr().lock(), "{text}"));
 }
 
+/// Writes results to stdout.
+pub(crate) fn print(text: &str) {
+    drop(std::io::stdout().lock().write_all(text.as_bytes()));
+}
+
 /// From now on a signal to end kills the running child's group and sweeps.
 pub(crate) fn watch_signals() -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("signal handlers")?;
@@ -93,7 +98,7 @@ pub(crate) fn target_dir() -> PathBuf {
 }
 
 /// Where cargo puts the binaries.
-fn bin_dir(profile: Profile) -> PathBuf {
+pub(crate) fn bin_dir(profile: Profile) -> PathBuf {
     target_dir().join(match profile {
         Profile::Dev => "debug",
         Profile::Release => "release",

@@ -4,6 +4,7 @@
 mod apt;
 mod child;
 mod envoy;
+mod package;
 mod test;
 
 use std::path::{Path, PathBuf};
@@ -44,6 +45,12 @@ enum Command {
         lint: bool,
         /// Only tests whose name contains this
         filter: Option<String>,
+    },
+    /// Make the packages, deb and rpm, of the agent, of control and of meshctl, in target/package
+    Package {
+        /// Of what the tests build, for this machine's libc, instead of the release, which takes many minutes
+        #[arg(long)]
+        quick: bool,
     },
     /// Measure a pair of agents and the pairs of proxies it is compared with, in one interleaved run (needs root)
     Bench(Bench),
@@ -87,6 +94,7 @@ fn main() -> ExitCode {
         Command::Demo { keep: true, .. } => demo(&["--keep"]),
         Command::Demo { .. } => demo(&[]),
         Command::Test { tier, lint, filter } => test::run(&tier, lint, filter.as_deref()),
+        Command::Package { quick } => package::run(quick),
         Command::Bench(what) => bench(&what),
     });
     match done {

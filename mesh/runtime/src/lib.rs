@@ -1,5 +1,5 @@
 //! What every daemon of the mesh needs: TLS with SPIFFE identities, the stream layer over a socket, log,
-//! configuration, files, the admin socket and an orderly end.
+//! configuration, files, the admin socket, the service manager and an orderly end.
 
 pub mod admin;
 mod buffers;
@@ -7,6 +7,8 @@ pub mod clock;
 pub mod config;
 pub mod files;
 pub mod log;
+pub mod manual;
 pub mod mux;
+pub mod notify;
 pub mod signals;
 pub mod tls;

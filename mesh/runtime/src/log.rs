@@ -12,8 +12,10 @@ use crate::clock;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
-    Journald,
+    /// The journal where stderr leads there, as of a unit; else stderr.
     #[default]
+    Auto,
+    Journald,
     Stderr,
 }
 
@@ -24,7 +26,10 @@ pub enum Target {
 pub fn init(level: &str, target: Target) -> Result<(), String> {
     set_level(level)?;
     match target {
-        Target::Stderr => log::set_logger(&Stderr).map_err(|e| e.to_string()),
+        Target::Auto if systemd_journal_logger::connected_to_journal() => {
+            init(level, Target::Journald)
+        }
+        Target::Auto | Target::Stderr => log::set_logger(&Stderr).map_err(|e| e.to_string()),
         Target::Journald => systemd_journal_logger::JournalLog::new()
             .map_err(|e| format!("cannot reach journald: {e}; set log.to = \"stderr\""))?
             .install()
