@@ -38,7 +38,8 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<()> {
     let cargo_rpm = tool(CARGO_RPM)?;
     let built = match quick {
         true => {
-            child::build(Profile::Dev)?;
+            let mut cargo = child::cargo(&["build", "--quiet", "--locked"]);
+            child::run(cargo.args(selection()))?;
             child::bin_dir(Profile::Dev)
         }
         false => release::build()?,
@@ -85,6 +86,13 @@ pub(crate) fn run(quick: bool) -> anyhow::Result<()> {
     lint::all(&packages()?)?;
     checksums()?;
     show()
+}
+
+/// The programs, as cargo is told.
+fn selection() -> impl Iterator<Item = &'static str> {
+    PACKAGES
+        .iter()
+        .flat_map(|(_, program, _)| ["--package", *program])
 }
 
 /// A subcommand of cargo, below the target directory; installed there at first use.

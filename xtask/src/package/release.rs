@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::Context as _;
 
-use super::{PACKAGES, output};
+use super::{PACKAGES, output, selection};
 use crate::{child, root};
 
 /// Of RHEL 8 and Debian 10: the oldest that we run on.
@@ -28,9 +28,7 @@ pub(super) fn build() -> anyhow::Result<PathBuf> {
         "--target".to_owned(),
         format!("{triple}.{}.{}", GLIBC.0, GLIBC.1),
     ]);
-    for (_, program, _) in PACKAGES {
-        words.extend(["--package".to_owned(), program.to_owned()]);
-    }
+    words.extend(selection().map(str::to_owned));
     let mut cargo = Command::new(tools.join("bin/cargo-zigbuild"));
     cargo
         .args(words)
