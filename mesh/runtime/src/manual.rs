@@ -16,10 +16,12 @@ pub fn write(mut command: Command, dir: &Path) -> io::Result<()> {
     let (man, completions) = (dir.join("man"), dir.join("completions"));
     fs::create_dir_all(&man)?;
     fs::create_dir_all(&completions)?;
+    // Before the completions, which give the command a `help` that would have pages of its own.
+    clap_mangen::generate_to(command.clone(), &man)?;
     let name = command.get_name().to_owned();
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         let path = completions.join(format!("{name}.{shell}"));
         clap_complete::generate(shell, &mut command, &name, &mut File::create(path)?);
     }
-    clap_mangen::generate_to(command, &man)
+    Ok(())
 }

@@ -17,7 +17,7 @@ pub(super) fn all(packages: &[PathBuf]) -> anyhow::Result<()> {
     child::run(lintian.stdout(std::io::stderr()))?;
     let mut rpmlint = Command::new("rpmlint");
     rpmlint
-        .arg("--config")
+        .args(["--strict", "--config"])
         .arg(root().join("packaging/rpmlint.toml"))
         .args(rpms);
     child::run(rpmlint.stdout(std::io::stderr()))
