@@ -91,7 +91,7 @@ fn crates(program: &str) -> anyhow::Result<Vec<Crate>> {
             ),
             dir: Path::new(&word(&package["manifest_path"]))
                 .parent()
-                .unwrap_or(Path::new("/"))
+                .unwrap_or_else(|| Path::new("/"))
                 .to_owned(),
         })
         .collect();
