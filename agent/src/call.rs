@@ -137,6 +137,11 @@ impl Caller {
         }
     }
 
+    /// Whether it dialled a real address, and not the service's own.
+    pub(crate) fn dialled_one(&self) -> bool {
+        self.only.is_some()
+    }
+
     fn balance(&self, thread: &Thread) -> Rc<Balance> {
         let mut last = self.balance.borrow_mut();
         match &*last {

@@ -5,15 +5,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use mesh_api::workload_file::CallAt;
-use socket2::{Domain, Protocol, Socket, Type};
+use nix::sys::stat::{Mode, fchmod, umask};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -139,17 +140,33 @@ fn port(address: SocketAddr) -> io::Result<std::net::TcpListener> {
 }
 
 fn socket(path: &Path) -> io::Result<UnixListener> {
+    let address = SockAddr::unix(path)?;
     match std::fs::symlink_metadata(path) {
-        // One that a worker before this one left; nobody answers there.
-        Ok(found) if found.file_type().is_socket() && UnixStream::connect(path).is_err() => {
+        Ok(found) if found.file_type().is_socket() && is_left_over(&address)? => {
             std::fs::remove_file(path)?;
         }
         _ => {}
     }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(SOCKET_MODE))?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+    let socket = unix_socket()?;
+    // Before it has a name: whoever owns the directory could put something else in its place.
+    fchmod(&socket, Mode::from_bits_truncate(SOCKET_MODE))?;
+    // Nothing else of this process relies on it: what it writes has a mode of its own.
+    let masked = umask(Mode::empty());
+    let bound = socket.bind(&address);
+    umask(masked);
+    bound?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Whether a worker before this one left it and nobody listens there. Who listens and is busy is not waited for.
+fn is_left_over(address: &SockAddr) -> io::Result<bool> {
+    let refused = unix_socket()?.connect(address).err();
+    Ok(refused.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+}
+
+fn unix_socket() -> io::Result<Socket> {
+    Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)
 }
 
 /// Takes a socket out of its directory. A port needs nothing.

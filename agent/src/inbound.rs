@@ -169,7 +169,8 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     });
     let settings = thread.mux_settings(peer.share.budget());
     let (mux, mut incoming, driver) = mux::connection(tls.stream, Side::Server, settings);
-    if !peer.share.has_room_for_a_connection(thread) {
+    let connected = peer.share.connected(thread);
+    if connected.is_none() {
         thread.shed(Limit::Peers, Direction::Inbound);
         mux.end(Reason::Overloaded);
     }
@@ -215,6 +216,7 @@ pub(crate) async fn serve(thread: &Rc<Thread>, socket: TcpStream, from: SocketAd
     thread.metrics.mesh_connections.dec();
     drop(entered);
     let outcome = driver.await;
+    drop(connected);
     thread.metrics.limits.note_end(&mux);
     if let Ok(reason) = outcome {
         log::debug!(peer:% = peer.id, reason:% = reason; "a peer's connection is over");

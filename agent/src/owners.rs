@@ -269,8 +269,12 @@ impl Owners {
             return false;
         }
         self.endpoints.clone_from(&view.endpoints);
-        let told = reals::wanted(view, &self.links.spared).map(|wanted| wanted.told);
-        told != self.sent.reals
+        match reals::wanted(view, &self.links.spared) {
+            Some(wanted) => {
+                wanted.reals != *view.reals || Some(&wanted.told) != self.sent.reals.as_ref()
+            }
+            None => self.sent.reals.is_some(),
+        }
     }
 
     #[expect(

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use mesh_core::names::ServiceName;
-use mesh_core::service::{Capture, Transport};
+use mesh_core::service::{Capture, Service, Transport};
 
 use crate::capture::real::{REALS_MAX, Real};
 use crate::view::View;
@@ -72,24 +72,62 @@ pub(crate) fn wanted(view: &View, spared: &Spared) -> Option<Wanted> {
         for endpoint in here {
             for port in &service.ports {
                 let address = SocketAddr::new(endpoint.address, port.number);
-                let known = wanted.reals.contains_key(&address);
-                if known || spared.spares(address) || beyond.contains(&address) {
-                    continue;
+                if !spared.spares(address) && !beyond.contains(&address) {
+                    wanted.take(address, service);
                 }
-                if wanted.reals.len() == REALS_MAX {
-                    wanted.left_out += 1;
-                    continue;
-                }
-                wanted.reals.insert(address, service.name.clone());
-                wanted.told.push(Real {
-                    address: endpoint.address,
-                    port: port.number,
-                    strict: service.transport == Transport::Strict,
-                });
             }
         }
     }
+    // What a strict service had: a host that is revoked, ill or gone is not to be called in plaintext for that.
+    for (address, name) in view.reals.iter() {
+        if let Some(service) = index.get(name)
+            && service.capture == Capture::VipAndReal
+            && service.transport == Transport::Strict
+            && service.port(address.port()).is_some()
+            && !wanted.reals.contains_key(address)
+            && !is_ours(view, name, *address)
+            && !spared.spares(*address)
+            && !beyond.contains(address)
+        {
+            wanted.take(*address, service);
+        }
+    }
     Some(wanted)
+}
+
+/// Whether this host serves it there itself by now.
+fn is_ours(view: &View, name: &ServiceName, address: SocketAddr) -> bool {
+    let endpoints = view
+        .endpoints
+        .get(name)
+        .into_iter()
+        .flat_map(|all| all.iter());
+    let mut here = endpoints.filter(|e| e.host == view.host.uid);
+    here.any(|e| e.address == address.ip())
+}
+
+impl Wanted {
+    /// Where two services are at one address, calls are the first one's, and as strict as either is.
+    fn take(&mut self, address: SocketAddr, service: &Service) {
+        let strict = service.transport == Transport::Strict;
+        let real = Real {
+            address: address.ip(),
+            port: address.port(),
+            strict,
+        };
+        if self.reals.contains_key(&address) {
+            let told = self.told.iter_mut();
+            let mut same = told.filter(|r| (r.address, r.port) == (real.address, real.port));
+            if let Some(same) = same.next() {
+                same.strict |= strict;
+            }
+        } else if self.reals.len() == REALS_MAX {
+            self.left_out += 1;
+        } else {
+            self.reals.insert(address, service.name.clone());
+            self.told.push(real);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ impl Shares {
         let known = hosts.entry(host.cloned()).or_default();
         known.upgrade().unwrap_or_else(|| {
             let share = Rc::new(Share {
+                connections: Cell::new(0),
                 calls: Cell::new(0),
                 budget: self.budget.part(),
             });
@@ -52,6 +53,7 @@ impl Shares {
 /// What a host has. Each of its connections holds it.
 #[derive(Debug)]
 pub(super) struct Share {
+    connections: Cell<usize>,
     calls: Cell<usize>,
     budget: Arc<Budget>,
 }
@@ -62,11 +64,25 @@ impl Share {
         &self.budget
     }
 
-    /// Whether the connection that came last may stay.
-    pub(super) fn has_room_for_a_connection(self: &Rc<Self>, thread: &Thread) -> bool {
-        let others = Rc::strong_count(self) - 1;
+    /// One connection more, which is counted among all peers already: `None` when what is left is for others.
+    pub(super) fn connected(self: &Rc<Self>, thread: &Thread) -> Option<Connected> {
+        let own = self.connections.get();
         let all = thread.peers_open.get().saturating_sub(1);
-        !is_for_others(all, others, thread.share)
+        if is_for_others(all, own, thread.share) {
+            return None;
+        }
+        self.connections.set(own + 1);
+        Some(Connected(Rc::clone(self)))
+    }
+}
+
+/// A connection of a host, while it lives.
+#[derive(Debug)]
+pub(super) struct Connected(Rc<Share>);
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.connections.set(self.0.connections.get() - 1);
     }
 }
 

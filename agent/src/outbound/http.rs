@@ -112,11 +112,15 @@ pub(super) async fn continue_with(
         let (mut reader, mut writer) = client.split();
         let max = thread.settings.head_max;
         let parse = (max, |bytes: &[u8]| http1::parse_request(bytes, max));
+        let mut ended_by_caller = false;
         let head = tokio::select! {
             biased;
             // A caller that always has a next request ready does not hold up the end.
             () = async {}, if exchange.input.is_empty() && *thread.draining.borrow() => Ok(None),
-            head = read_head(&mut reader, &mut exchange.input, activity, sender, parse) => head,
+            head = read_head(&mut reader, &mut exchange.input, activity, sender, parse) => {
+                ended_by_caller = true;
+                head
+            }
             // The app ended what was this caller's.
             () = ended(exchange.bound.as_ref()), if exchange.input.is_empty() => Ok(None),
             () = &mut ceased => Ok(None),
@@ -129,7 +133,12 @@ pub(super) async fn continue_with(
                 if let Some(call) = &exchange.bound {
                     call.stream.end();
                 }
-                return relay::settle(&client);
+                // Who dialled a real address and goes on writing must find no end to which its kernel alone would answer:
+                // what comes after would leave for that address as it is.
+                if ended_by_caller || !caller.dialled_one() {
+                    relay::settle(&client);
+                }
+                return;
             }
             Err(Broken::Malformed(reason)) => {
                 // The service had nothing to do with it.

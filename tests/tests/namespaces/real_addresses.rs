@@ -179,6 +179,40 @@ fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
     assert!(taken_calls(&pair.server) > 0.0);
 }
 
+/// A host that is delisted (revoked, ill, gone) is not called in plaintext for that, where mTLS is promised.
+#[test]
+fn a_strict_real_address_that_is_delisted_gets_no_plaintext() {
+    let pair = Pair::new("a_strict_real_address_that_is_delisted");
+    let _web = pair.web("http", "");
+    let server = pair.server.host.v4().to_string();
+    let file = pair.server.host.dir().join("services.d/web.toml");
+    let served = std::fs::read(&file).unwrap();
+    pair.control.apply(&service("web", WEB, REAL)).ok();
+    wait_taken(&pair, &server, true);
+    std::fs::remove_file(&file).unwrap();
+    wait_taken(&pair, &server, false);
+    assert_eq!(call(&pair, &server), "hello\n0\n", "permissive is open");
+
+    std::fs::write(&file, served).unwrap();
+    pair.control.wait_endpoints("shop/web", 1);
+    let strict = format!("{REAL}, meshwork.io/transport: strict");
+    pair.control.apply(&service("web", WEB, &strict)).ok();
+    wait_taken(&pair, &server, true);
+    let host = &pair.client.host;
+    wait_until("the guard to know it", SOON, || {
+        let guard = host.ok("nft list table inet meshwork_guard");
+        check(guard.contains(&server), guard)
+    });
+    std::fs::remove_file(&file).unwrap();
+    pair.control.wait_endpoints("shop/web", 0);
+    wait_until("the call to be refused for want of a host", SOON, || {
+        let line = format!("curl -sS -m 10 -i http://{server}/");
+        let answer = pair.cmd(&line).output().stdout;
+        check(answer.contains("x-meshwork-reason: no_endpoints"), answer)
+    });
+    wait_taken(&pair, &server, true);
+}
+
 /// A program that says a word to `TO` again and again, and what it hears, until a file `leave` is there.
 const TALKER: &str = r#"
 import os, socket, time
