@@ -137,6 +137,7 @@ impl Limits {
         match mux.ended_by() {
             Some(Bound::Silence) => self.reached(Limit::PeerSilence),
             Some(Bound::Control) => self.reached(Limit::ControlFrames),
+            Some(Bound::Buffers) => self.reached(Limit::Buffers),
             None => (),
         }
     }

@@ -283,18 +283,7 @@ impl Mux {
 
     /// Ends the connection with all its streams at once, at both ends, for `reason`. What was written may be lost.
     pub fn end(&self, reason: Reason) {
-        let mut shared = self.0.borrow_mut();
-        let streams: Vec<u32> = shared.slots.keys().copied().collect();
-        for stream in streams {
-            shared.machine.reset(stream, reason);
-            if let Some(slot) = shared.slots.get_mut(&stream) {
-                slot.end_by(reason);
-            }
-        }
-        shared.machine.go_away(reason);
-        shared.ended = true;
-        shared.close(reason);
-        shared.wake_driver();
+        self.0.borrow_mut().end_all(reason);
     }
 
     /// Closes the connection when what was written has left.
@@ -340,15 +329,27 @@ impl Shared {
         }
     }
 
+    fn end_all(&mut self, reason: Reason) {
+        for (stream, slot) in &mut self.slots {
+            self.machine.reset(*stream, reason);
+            slot.end_by(reason);
+        }
+        self.machine.go_away(reason);
+        self.ended = true;
+        self.close(reason);
+        self.wake_driver();
+    }
+
     /// Whether the owner wants no more of the connection.
     fn is_over(&self) -> bool {
         self.closing || (self.retired && self.machine.open_streams() == 0)
     }
 
-    /// Tells the budget what is held now. Output is told in the driver's turn, which follows all that writes.
-    fn note_held(&mut self) {
+    /// Tells the budget what is held now; true when it must not grow like that. Output is told in the driver's turn,
+    /// which follows all that writes.
+    fn note_held(&mut self) -> bool {
         self.share
-            .note(self.unread + self.output.len() - self.written);
+            .note(self.unread + self.output.len() - self.written)
     }
 
     fn take_control(&mut self) {

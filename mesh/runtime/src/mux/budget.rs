@@ -1,11 +1,11 @@
 //! What all connections of a process may hold together: bytes that came and were not read, and bytes that are to
 //! leave and have not. Each connection has a ceiling of its own; a thousand ceilings are more than a host has.
 //!
-//! Nothing is stopped in the middle: who opens and accepts asks [`Budget::is_spent`] first, and what is open goes
-//! on, and gives back.
+//! Who opens and accepts asks [`Budget::is_spent`] first; what is open goes on, and gives back.
 //!
 //! A party that has many connections has a part of the budget: the last quarter of the whole is for parties that hold
-//! little, so that nobody locks the others out.
+//! little, so that nobody locks the others out. What is open may grow into that quarter; when the whole is spent, a
+//! connection that still grows is ended if its party holds more than its own.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -56,6 +56,13 @@ impl Budget {
         whole.is_spent() || is_for_others(whole.held(), self.held(), whole.max)
     }
 
+    /// Whether a connection of this party that grows is to be ended.
+    fn is_overdrawn(&self) -> bool {
+        self.whole.as_ref().is_some_and(|whole| {
+            whole.is_spent() && is_for_others(whole.held(), self.held(), whole.max)
+        })
+    }
+
     fn add(&self, bytes: usize) {
         self.held.fetch_add(bytes, Ordering::Relaxed);
         if let Some(whole) = &self.whole {
@@ -90,20 +97,22 @@ impl Share {
         Self { budget, noted: 0 }
     }
 
-    /// The connection holds so much now.
-    pub(super) fn note(&mut self, bytes: usize) {
-        if bytes > self.noted {
+    /// The connection holds so much now; true when it grew and must not.
+    pub(super) fn note(&mut self, bytes: usize) -> bool {
+        let grew = bytes > self.noted;
+        if grew {
             self.budget.add(bytes - self.noted);
         } else if bytes < self.noted {
             self.budget.sub(self.noted - bytes);
         }
         self.noted = bytes;
+        grew && self.budget.is_overdrawn()
     }
 }
 
 impl Drop for Share {
     fn drop(&mut self) {
-        self.note(0);
+        let _ = self.note(0);
     }
 }
 
@@ -129,7 +138,11 @@ mod tests {
         drop(much);
         assert!(!other.is_spent() && !greedy.is_spent());
         assert_eq!((whole.held(), greedy.held(), other.held()), (100, 0, 100));
-        little.note(1_600);
+        assert!(!little.note(1_599), "it is not spent");
+        assert!(little.note(1_600), "it is");
         assert!(whole.is_spent() && whole.part().is_spent());
+        let mut new = Share::of(whole.part());
+        assert!(!new.note(99), "it has its own");
+        assert!(!little.note(1_590), "it shrinks");
     }
 }

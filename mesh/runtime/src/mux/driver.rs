@@ -294,7 +294,13 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Future for Driver<C> {
             } else {
                 this.poll_turn(cx)
             };
-            this.shared.borrow_mut().note_held();
+            {
+                let mut shared = this.shared.borrow_mut();
+                if shared.note_held() && !shared.ended {
+                    shared.ended_by = Some(Bound::Buffers);
+                    shared.end_all(Reason::Overloaded);
+                }
+            }
             match turn {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(reason) => {

@@ -39,4 +39,6 @@ pub enum Bound {
     Silence,
     /// The peer asked for answers and did not read them.
     Control,
+    /// The budget is spent, the peer's party has more of it than is its own, and this connection went on growing.
+    Buffers,
 }

@@ -432,6 +432,47 @@ fn a_budget_knows_what_all_connections_hold() {
     });
 }
 
+#[test]
+fn a_party_that_overdraws_the_budget_loses_what_grows_and_others_go_on() {
+    local(async {
+        let budget = Budget::new(100_000);
+        let connect = || {
+            let (a, b) = duplex(10_000);
+            let (client, _, driver) = connection(a, Side::Client, Limits::DEFAULT);
+            spawn_local(driver);
+            let settings = Settings {
+                budget: budget.part(),
+                ..Settings::from(Limits::DEFAULT)
+            };
+            let (server, incoming, driver) = connection(b, Side::Server, settings);
+            spawn_local(driver);
+            (client, server, incoming)
+        };
+        let (other, _other, incoming) = connect();
+        spawn_local(echo(incoming));
+        let (greedy, at_server, mut incoming) = connect();
+        let mut kept = Vec::new();
+        while let Ok(stream) = greedy.open(b"greedy").await {
+            let sent = stream.send(&[1; 60_000]).await;
+            kept.push((stream, incoming.next().await));
+            if sent.is_err() {
+                break;
+            }
+        }
+        assert!(kept.len() >= 2, "the first one is within the budget");
+        let lost = read_all(&mut kept[0].0).await;
+        assert!(
+            matches!(lost, Err(StreamError::Reset(Reason::Overloaded))),
+            "{lost:?}"
+        );
+        assert_eq!(at_server.ended_by(), Some(Bound::Buffers));
+        let mut stream = other.open(b"other").await.unwrap();
+        stream.send(&[2; 1_000]).await.unwrap();
+        stream.end();
+        assert_eq!(read_all(&mut stream).await.unwrap(), [2; 1_000]);
+    });
+}
+
 /// What a peer still says is read until it ends, too: a socket that is closed before would be reset, and the peer would
 /// lose what it has not read.
 #[test]
