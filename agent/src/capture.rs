@@ -16,7 +16,7 @@ mod nft;
 pub(crate) mod peer;
 pub(crate) mod real;
 mod routes;
-mod rules;
+pub(crate) mod rules;
 pub(crate) mod sockdiag;
 
 use std::io;
@@ -29,6 +29,7 @@ use thiserror::Error;
 use door::{Arm, DoorPort, Seen};
 use guard::Guard;
 use real::Real;
+use rules::Shed;
 
 /// The number of listeners that workloads may have; twelve bits of the mark.
 pub(crate) const NUMBER_MAX: u16 = 4095;
@@ -145,6 +146,7 @@ impl CaptureSettings {
 /// | `0x9000` | output | later packet of a captured connection; to `lo` |
 /// | `0xa000` | output | answer of an app to an address that we showed it; to `lo` |
 /// | `0xc000` | output | later packet of a captured connection to a real address; to `lo` |
+/// | `0xc001` | output | the same, of one that is over |
 /// | `0xb000` | the worker, on its sockets to apps | remember this flow; to `lo` |
 ///
 /// One bit, `0x8000`, is what the policy rule looks at.
@@ -171,6 +173,10 @@ impl Marks {
 
     const fn carried(self) -> u32 {
         self.base | 0xc000
+    }
+
+    const fn carried_over(self) -> u32 {
+        self.base | 0xc001
     }
 
     /// The mark of the worker's sockets to apps.
@@ -440,10 +446,10 @@ impl Capture {
         written.map_err(|source| self.door_error("prepare the guard", source))
     }
 
-    /// Plaintext callers of late.
-    pub(crate) fn seen(&mut self) -> Result<Seen, CaptureError> {
+    /// Plaintext callers of late, and what users sent beyond their shares.
+    pub(crate) fn seen(&mut self) -> Result<(Seen, Shed), CaptureError> {
         let Some(tables) = &mut self.tables else {
-            return Ok(Seen::default());
+            return Ok(Default::default());
         };
         let seen = tables.own.seen();
         seen.map_err(|source| self.door_error("read plaintext callers", source))
@@ -551,6 +557,7 @@ mod tests {
             marks.way_back(),
             marks.app(),
             marks.carried(),
+            marks.carried_over(),
         ];
         for (index, mark) in all.iter().enumerate() {
             assert_eq!(mark & mask, value);

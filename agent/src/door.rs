@@ -14,8 +14,10 @@ use mesh_core::service::Transport;
 use tokio::sync::watch;
 
 use crate::capture::door::{Caller, Verdict};
+use crate::capture::rules::Shed;
 use crate::holder::protocol::{Arming, DesiredDoor, Looked};
 use crate::holder::{DOORS_MAX, RANGES_MAX};
+use crate::limits::Limit;
 use crate::metrics::{Direction, Metrics};
 use crate::state::{Kept, State};
 use crate::view::View;
@@ -73,6 +75,7 @@ pub(crate) struct Door {
     ports: BTreeMap<u16, Facts>,
     /// What the kernel had counted when it was read last.
     counted: BTreeMap<(IpAddr, u16, Verdict), u64>,
+    shed: Shed,
     /// Whether it was never read: what it has of callers that are known, the worker before this one has counted.
     resuming: bool,
     sources: HashSet<IpAddr>,
@@ -103,6 +106,7 @@ impl Door {
             keep_open,
             ports: BTreeMap::new(),
             counted: BTreeMap::new(),
+            shed: Shed::default(),
             resuming: true,
             sources: HashSet::new(),
             too_many: None,
@@ -215,6 +219,7 @@ impl Door {
             }
         }
         self.counted = counted;
+        self.count_shed(looked.shed);
         self.resuming = false;
         self.log(&new);
         if looked.seen.full {
@@ -234,6 +239,16 @@ impl Door {
         self.metrics
             .door(looked.arming == Arming::Disarmed, looked.repaired);
         self.tell(now_ms);
+    }
+
+    /// What was shed before this worker looked was counted by the one before.
+    fn count_shed(&mut self, shed: Shed) {
+        let before = std::mem::replace(&mut self.shed, shed);
+        if !self.resuming {
+            let limits = &self.metrics.limits;
+            limits.reached_by(Limit::Dials, shed.dials.saturating_sub(before.dials));
+            limits.reached_by(Limit::Names, shed.names.saturating_sub(before.names));
+        }
     }
 
     /// Adds the callers over mTLS, as policy decided about them.

@@ -368,7 +368,7 @@ impl Holder<'_> {
             ..Looked::default()
         };
         match self.capture.seen() {
-            Ok(seen) => looked.seen = seen,
+            Ok((seen, shed)) => (looked.seen, looked.shed) = (seen, shed),
             Err(error) => looked.error = Some(format!("{:#}", anyhow::Error::new(error))),
         }
         worker.send(&Wire::Looked(looked), &[])

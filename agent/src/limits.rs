@@ -53,6 +53,8 @@ limits! {
     Http2Apps = "http2_apps", "the app allows too few requests on a connection, or answers too slowly";
     Floods = "floods", "a program asks for work without end; find it by the lines `http_flood` of the log";
     ControlFrames = "control_frames", "another agent asks and does not read; look at it";
+    Dials = "dials", "a user's programs open connections to real addresses without end; let them keep connections open";
+    Names = "names", "a user's programs ask for names without end; find them";
     KeptApps = "kept_apps", "nothing: apps get new connections";
     // How long.
     Connect = "connect", "the host or program does not answer, or raise timeouts.connect_s";
@@ -127,8 +129,13 @@ impl Limits {
 
     /// Counts that a bound did its work.
     pub(crate) fn reached(&self, limit: Limit) {
+        self.reached_by(limit, 1);
+    }
+
+    /// Counts that it did so often.
+    pub(crate) fn reached_by(&self, limit: Limit, times: u64) {
         if let Some(counter) = self.reached.get(limit as usize) {
-            counter.inc();
+            counter.inc_by(times);
         }
     }
 

@@ -1,30 +1,37 @@
 //! The way of an outgoing connection: whose is it, whither, then its protocol's way. Read down.
 
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use mesh_api::workload_file::CallAt;
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::Account;
 use mesh_core::reason::Reason;
 use mesh_core::service::{Port, Protocol, Service};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
 
 use crate::call::Caller;
-use crate::capture::peer;
+use crate::capture::peer::{self, Process};
 use crate::capture::sockdiag::Owner;
 use crate::data::Thread;
 use crate::metrics::Direction;
 use crate::places::Party;
 use crate::relay::{self, Activity};
+use crate::vanished;
 use crate::view::View;
 
 mod auto;
 mod http;
 mod http2;
 mod tcp;
+
+/// How long what a caller still sends is taken and thrown away, so that it can read its answer.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Serves one captured connection to its end. `whose` is what the kernel said at the SYN.
 pub(crate) async fn serve(
@@ -72,7 +79,7 @@ pub(crate) async fn serve_port(
 pub(crate) async fn serve_socket(thread: &Rc<Thread>, at: &CallAt, client: UnixStream) {
     let view = thread.view();
     let caller = match peer::connected(&client, view.owners.tree.as_ref()) {
-        Ok(Some(process)) => whose_by(&view, process.uid, process.cgroup),
+        Ok(Some(process)) => whose_process(&view, process),
         Ok(None) => Err(Reason::CallerUnknown),
         Err(error) => {
             log::warn!("the kernel can not be asked who is at a socket: {error}");
@@ -169,6 +176,47 @@ async fn carry(
     }
 }
 
+/// Closes a caller's connection so that what was written arrives: unread input would turn the end into a reset.
+async fn close(thread: &Thread, caller: &Caller, mut client: TcpStream) {
+    if caller.dialled_one() {
+        return end(thread, client).await;
+    }
+    relay::settle(&client);
+    if client.shutdown().await.is_ok() {
+        let _ = timeout(LINGER, drain(&mut client)).await;
+    }
+}
+
+/// The same of one that dialled a real address. If it goes on writing it must find no end to which its kernel alone would
+/// answer: when our socket and its flow are forgotten, what it writes would leave for that address as it is. So it is reset
+/// unless it has ended too, once it has taken all that was written, or takes nothing for as long as a call may be silent.
+async fn end(thread: &Thread, mut client: TcpStream) {
+    if client.shutdown().await.is_err() {
+        return;
+    }
+    let given_up = Instant::now() + thread.settings.idle;
+    loop {
+        match timeout(LINGER, drain(&mut client)).await {
+            Ok(true) => return relay::settle(&client),
+            Ok(false) => return,
+            Err(_) if vanished::has_all(client.as_raw_fd()) || given_up < Instant::now() => return,
+            Err(_) => (),
+        }
+    }
+}
+
+/// Takes and throws away what still comes. True when it ended well.
+async fn drain(client: &mut TcpStream) -> bool {
+    let mut scrap = vec![0; 4096];
+    loop {
+        match client.read(&mut scrap).await {
+            Ok(0) => return true,
+            Ok(_) => (),
+            Err(_) => return false,
+        }
+    }
+}
+
 /// Who calls. The listener says it for a mapped workload; for others the kernel is asked, and an answer that does
 /// not say it is nobody: never a guess.
 fn whose_identity(
@@ -203,6 +251,17 @@ impl Whose {
             identity: Identity::Workload(account.clone()),
             party: Party::Workload(account),
         }
+    }
+}
+
+/// Where the kernel can not hold a process while it is looked at, its user is sure and its cgroup is not: then who is told by
+/// its cgroup is nobody.
+fn whose_process(view: &View, process: Process) -> Result<Whose, Reason> {
+    let whose = whose_by(view, process.uid, process.cgroup)?;
+    if process.held || whose.party == whose_by(view, process.uid, None)?.party {
+        Ok(whose)
+    } else {
+        Err(Reason::CallerUnknown)
     }
 }
 

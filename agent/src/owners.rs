@@ -27,6 +27,7 @@ use crate::holder::client::{HolderLink, HolderSender};
 use crate::holder::protocol::{Desired, DesiredWorkload, FromHolder, WorkloadListener};
 use crate::leaves::now_ms;
 use crate::reals::{self, Spared};
+use crate::state::State;
 use crate::view::{Endpoints, View, ViewWriter};
 use crate::whose::{Owned, OwnerTable};
 use crate::workloads::WorkloadSet;
@@ -73,6 +74,7 @@ pub(crate) struct Links {
     pub(crate) plane: Arc<DataPlane>,
     pub(crate) status: watch::Sender<Arc<OwnerStatus>>,
     pub(crate) door: Door,
+    pub(crate) state: State,
     /// Where control answers, and what else is never taken over.
     pub(crate) spared: Spared,
 }
@@ -218,6 +220,11 @@ impl Owners {
             self.status.reals_left_out = wanted.left_out;
             if *view.reals != wanted.reals {
                 let reals = Arc::new(wanted.reals.clone());
+                if let Err(error) = self.links.state.set_reals(&reals) {
+                    log::error!(
+                        "cannot keep for the next start which real addresses are taken over: {error:#}"
+                    );
+                }
                 self.links.view.change(|view| view.reals = reals);
             }
         }

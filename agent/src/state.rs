@@ -3,8 +3,10 @@
 //! `agent.json` is the commit of a join: without it there is none, whatever else lies there. What control sent is kept
 //! with a checksum (`mesh_api::stored`); a file that is damaged is reported and left out, never a reason to stop.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -13,17 +15,21 @@ use mesh_api::stored::{self, STORED_MAX};
 use mesh_api::sync::MeshSettings;
 use mesh_api::{proto, stored::StoredError};
 use mesh_core::identity::{Identity, SpiffeId};
-use mesh_core::names::{HostUid, Label, Network, TrustDomain};
+use mesh_core::names::{HostUid, Label, Network, ServiceName, TrustDomain};
 use mesh_runtime::files::{self, FileError};
 use nix::unistd::{Uid, User};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 
+use crate::reals::Reals;
 use crate::view::HostFacts;
 
 /// Largest file that is not of [`stored`], in bytes: a key, a chain, or `agent.json`.
 const SMALL_MAX: u64 = 64 * 1024;
 const DOOR_FILE: &str = "door.json";
+const REALS_FILE: &str = "reals.json";
+/// Its largest size: 4,096 addresses with the names of their services.
+const REALS_FILE_MAX: u64 = 1024 * 1024;
 /// The form of `agent.json` that this version reads and writes.
 const FORM: u32 = 1;
 
@@ -202,6 +208,35 @@ impl State {
         self.root.join(DOOR_FILE)
     }
 
+    /// At which real addresses calls were taken over last. A file that can not be read is as none.
+    pub(crate) fn reals(&self) -> Reals {
+        let path = self.root.join(REALS_FILE);
+        let read = || -> anyhow::Result<Reals> {
+            let Some(content) = read_if_there(&path, REALS_FILE_MAX)? else {
+                return Ok(Reals::new());
+            };
+            let kept: BTreeMap<SocketAddr, String> = serde_json::from_slice(&content)?;
+            let pairs = kept
+                .into_iter()
+                .map(|(address, service)| Ok((address, ServiceName::parse(&service)?)));
+            pairs.collect()
+        };
+        read().unwrap_or_else(|error| {
+            log::warn!(
+                "{} is of no use and is left out: {error:#}; what control no more lists may be called in plaintext",
+                path.display()
+            );
+            Reals::new()
+        })
+    }
+
+    pub(crate) fn set_reals(&self, reals: &Reals) -> anyhow::Result<()> {
+        let reals: BTreeMap<_, _> = reals.iter().map(|(a, s)| (a, s.to_string())).collect();
+        let text = serde_json::to_vec(&reals)?;
+        files::write_private(&self.root.join(REALS_FILE), &text)?;
+        Ok(())
+    }
+
     pub(crate) fn root(&self) -> &Path {
         &self.root
     }
@@ -243,6 +278,7 @@ impl State {
         for name in Kept::ALL.map(Kept::name).into_iter().chain([
             "contact",
             DOOR_FILE,
+            REALS_FILE,
             "leaves",
             "agent.crt",
         ]) {

@@ -11,9 +11,21 @@ const SILENT_MAX_MS: u32 = 30_000;
 /// Unanswered questions for a window that is closed; one that lives answers each.
 const PROBES_MIN: u8 = 3;
 
+/// States of TCP, as the kernel numbers them.
+const FIN_WAIT1: u8 = 4;
+const LAST_ACK: u8 = 9;
+const CLOSING: u8 = 11;
+
 /// Looks at a connection of this process. A descriptor that is none, or not TCP's, has not vanished.
 pub(crate) fn has_vanished(fd: RawFd) -> bool {
     info(fd).is_some_and(|info| is_lost(&info))
+}
+
+/// Whether its other end has acknowledged all that was written, and our end with it.
+pub(crate) fn has_all(fd: RawFd) -> bool {
+    // What still waits for that is in one of these states.
+    const WAITING: [u8; 3] = [FIN_WAIT1, CLOSING, LAST_ACK];
+    info(fd).is_none_or(|info| !WAITING.contains(&info.tcpi_state))
 }
 
 fn is_lost(info: &libc::tcp_info) -> bool {
@@ -45,6 +57,22 @@ mod tests {
     use std::io::Write as _;
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsRawFd as _;
+
+    #[test]
+    fn an_end_waits_for_what_was_written_before() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut reader = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut writer, _) = listener.accept().unwrap();
+        writer.set_nonblocking(true).unwrap();
+        // More than both sockets hold.
+        while writer.write(&[0; 65_536]).is_ok() {}
+        writer.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(!has_all(writer.as_raw_fd()));
+        std::io::copy(&mut reader, &mut std::io::sink()).unwrap();
+        while !has_all(writer.as_raw_fd()) {
+            std::thread::yield_now();
+        }
+    }
 
     #[test]
     fn who_answers_has_not_vanished() {

@@ -184,7 +184,7 @@ impl Parts {
             workloads: Arc::clone(&sets.borrow()),
             unfit: Arc::default(),
             owners: Arc::default(),
-            reals: Arc::default(),
+            reals: Arc::new(state.reals()),
             leaves: Arc::new(Leaves::default()),
             revoked: Some(Arc::default()),
             live: false,
@@ -275,7 +275,8 @@ impl Parts {
                 sender,
                 plane: Arc::clone(&plane),
                 status: owners_by,
-                door: Door::new(self.state, &metrics, edges_by, config.keep_open()),
+                door: Door::new(self.state.clone(), &metrics, edges_by, config.keep_open()),
+                state: self.state,
                 spared: Spared {
                     everything: !config.capture.enabled,
                     keep_open: config.keep_open(),

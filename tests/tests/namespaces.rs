@@ -71,6 +71,8 @@ mod packet_capture;
 mod pair;
 #[path = "namespaces/real_addresses.rs"]
 mod real_addresses;
+#[path = "namespaces/real_flows.rs"]
+mod real_flows;
 #[path = "namespaces/real_servers.rs"]
 mod real_servers;
 #[path = "namespaces/removal.rs"]

@@ -13,7 +13,7 @@ use super::nft::{
     get_generation,
 };
 use super::real::{self, Real};
-use super::rules::{IPV4, IPV6, family, flow_key, tcp};
+use super::rules::{IPV4, IPV6, family, tcp};
 use super::{CaptureSettings, Marks, guard_table};
 
 const STRICT_PORTS: &str = "strict_ports";
@@ -61,7 +61,6 @@ impl Guard {
             None => self.reals.clone(),
             Some(reals) => reals.iter().filter(|r| r.strict).cloned().collect(),
         };
-        // What it knows of connections under way goes with what it is replaced by.
         if self.generation.is_some() && (&doors, &reals) == (&self.doors, &self.reals) {
             return Ok(());
         }
@@ -94,15 +93,26 @@ impl Guard {
         Ok(generation)
     }
 
+    /// Writes all of it but the connections under way, which it goes on knowing. Where what stands is not ours any more
+    /// (another program changed sets or hooks) it is replaced as a whole.
     fn rewrite(&mut self) -> io::Result<()> {
+        self.commit(false).or_else(|_| self.commit(true))
+    }
+
+    fn commit(&mut self, anew: bool) -> io::Result<()> {
         let before = self.now()?;
         let scribe = Scribe { table: &self.table };
         // What stands is replaced in the same moment.
-        let mut messages = vec![
-            scribe.unowned_table(),
-            scribe.delete_table(),
-            scribe.unowned_table(),
-        ];
+        let mut messages = vec![scribe.unowned_table()];
+        if anew {
+            messages.extend([scribe.delete_table(), scribe.unowned_table()]);
+        }
+        messages.extend([
+            scribe.new_hook(GUARD, "filter", Hook::Input, self.priority),
+            scribe.new_hook(GUARD_OUT, "filter", Hook::Output, self.out_priority),
+            scribe.empty_chain(GUARD),
+            scribe.empty_chain(GUARD_OUT),
+        ]);
         messages.extend(self.inwards(scribe));
         messages.extend(self.outwards(scribe));
         let (begin, end) = batch_bounds();
@@ -114,8 +124,10 @@ impl Guard {
 
     /// Plaintext callers of local programs.
     fn inwards(&self, scribe: Scribe<'_>) -> Vec<super::netlink::Message> {
-        let mut messages =
-            vec![scribe.new_set(SetShape::plain(STRICT_PORTS, 1, &[Type::Port], None))];
+        let mut messages = vec![
+            scribe.new_set(SetShape::plain(STRICT_PORTS, 1, &[Type::Port], None)),
+            scribe.empty_set(STRICT_PORTS),
+        ];
         let ports = self.doors.iter().map(|d| d.port.to_be_bytes().to_vec());
         messages.extend(scribe.members(STRICT_PORTS, &ports.collect::<Vec<_>>()));
         let mut rules = from_elsewhere(STRICT_PORTS);
@@ -124,6 +136,7 @@ impl Guard {
                 ranges: true,
                 ..SetShape::plain(name, id, &[address, Type::Port], None)
             }));
+            messages.push(scribe.empty_set(name));
             let excepted = ranges(&self.doors, version, |door| {
                 door.strict.as_deref().unwrap_or_default()
             });
@@ -132,7 +145,6 @@ impl Guard {
             rules.push(known.only_if_in(name, R0).back());
         }
         rules.push(Steps::default().reject_with_reset());
-        messages.push(scribe.new_hook(GUARD, "filter", Hook::Input, self.priority));
         messages.extend(rules.iter().map(|steps| scribe.new_rule(GUARD, steps)));
         messages
     }
@@ -142,18 +154,14 @@ impl Guard {
     fn outwards(&self, scribe: Scribe<'_>) -> Vec<super::netlink::Message> {
         let mut messages = Vec::new();
         let mut rules = vec![tcp(Steps::default(), Compare::NotEqual).back()];
-        let carried = || {
-            Steps::default().meta(Meta::Mark, R0).compare(
-                R0,
-                Compare::Equal,
-                &self.marks.carried().to_ne_bytes(),
-            )
-        };
         for (id, names) in (10..).step_by(2).zip(&real::FAMILIES) {
             messages.extend(names.sets(scribe, id));
+            messages.push(scribe.empty_set(names.real));
             messages.extend(scribe.members(names.real, &real::keys(names, self.reals.iter())));
-            let key = flow_key(family(carried(), names.family), names.family, false);
-            rules.push(key.update(names.carried, R0).back());
+            rules.extend([
+                names.note(self.marks.carried(), false).back(),
+                names.note(self.marks.carried_over(), true).back(),
+            ]);
         }
         let (value, mask) = self.marks.to_loopback();
         rules.push(
@@ -170,7 +178,6 @@ impl Guard {
                 names.following().reject_with_reset(),
             ]);
         }
-        messages.push(scribe.new_hook(GUARD_OUT, "filter", Hook::Output, self.out_priority));
         messages.extend(rules.iter().map(|steps| scribe.new_rule(GUARD_OUT, steps)));
         messages
     }

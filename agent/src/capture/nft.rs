@@ -373,9 +373,9 @@ impl Scribe<'_> {
         message(NEW_TABLE, CREATE | EXCLUSIVE, &attributes)
     }
 
-    /// A table that everybody may change and that outlives us; one of this name is kept.
+    /// A table that everybody may change and that outlives us; one of this name is kept, and does its work.
     pub(super) fn unowned_table(self) -> Message {
-        let attributes = Attributes::default().string(1, self.table);
+        let attributes = Attributes::default().string(1, self.table).be32(2, 0);
         message(NEW_TABLE, CREATE, &attributes)
     }
 

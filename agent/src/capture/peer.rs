@@ -18,10 +18,11 @@ pub(crate) struct Process {
     pub(crate) uid: u32,
     /// `None` on a host without cgroup2, where only users count.
     pub(crate) cgroup: Option<u64>,
+    /// Whether it lived when its cgroup was read. If that is not known the cgroup may be of a process that came after it.
+    pub(crate) held: bool,
 }
 
-/// The process that connected. `None` where it is gone, or the kernel can not say for sure: another one may have its
-/// number by now.
+/// The process that connected. `None` where it is gone.
 pub(crate) fn connected(
     socket: &impl AsFd,
     tree: Option<&CgroupTree>,
@@ -29,18 +30,34 @@ pub(crate) fn connected(
     let credentials = getsockopt(&socket.as_fd(), PeerCredentials)?;
     let uid = credentials.uid();
     let Some(tree) = tree else {
-        return Ok(Some(Process { uid, cgroup: None }));
+        return Ok(Some(Process {
+            uid,
+            cgroup: None,
+            held: true,
+        }));
     };
-    let Ok(process) = pidfd(socket.as_fd().as_raw_fd()) else {
-        return Ok(None);
+    let process = pidfd(socket.as_fd().as_raw_fd());
+    Ok(look(process, uid, credentials.pid(), tree))
+}
+
+fn look(
+    process: io::Result<OwnedFd>,
+    uid: u32,
+    pid: libc::pid_t,
+    tree: &CgroupTree,
+) -> Option<Process> {
+    let cgroup = cgroup_of(pid, tree)?;
+    let held = match process {
+        // While it lives its number is its own: what was read is of this process.
+        Ok(process) if lives(&process) => true,
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => false,
+        _ => return None,
     };
-    let found = cgroup_of(credentials.pid(), tree);
-    // While it lives its number is its own: what was read is of this process.
-    let cgroup = found.filter(|_| lives(&process));
-    Ok(cgroup.map(|cgroup| Process {
+    Some(Process {
         uid,
         cgroup: Some(cgroup),
-    }))
+        held,
+    })
 }
 
 #[expect(unsafe_code, reason = "SO_PEERPIDFD has no safe form in our libraries")]
@@ -91,16 +108,24 @@ mod tests {
             found,
             Some(Process {
                 uid: own,
-                cgroup: None
+                cgroup: None,
+                held: true,
             })
         );
         let Ok(tree) = CgroupTree::find() else {
             return;
         };
-        // Kernels before 6.5 can not tell: then it is nobody.
-        if let Some(process) = connected(&ours, Some(&tree)).unwrap() {
-            let own = cgroup_of(std::process::id().cast_signed(), &tree);
-            assert_eq!(process.cgroup, own);
-        }
+        let process = connected(&ours, Some(&tree)).unwrap().unwrap();
+        let pid = std::process::id().cast_signed();
+        assert_eq!(process.cgroup, cgroup_of(pid, &tree));
+        // As kernels before 6.5 answer: the process is told, but not for sure.
+        let old = || Err(io::Error::from_raw_os_error(libc::ENOPROTOOPT));
+        let found = look(old(), own, pid, &tree).unwrap();
+        assert!(!found.held);
+        assert_eq!((found.uid, found.cgroup), (own, process.cgroup));
+        // One that is gone is nobody, on any kernel.
+        let gone = Err(io::Error::from_raw_os_error(libc::ESRCH));
+        assert_eq!(look(gone, own, pid, &tree), None);
+        assert_eq!(look(old(), own, libc::pid_t::MAX, &tree), None);
     }
 }

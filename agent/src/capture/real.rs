@@ -3,6 +3,10 @@
 //! A SYN to a (host address, port) of such a service gets the mark of its workload, and its flow is written into a
 //! bounded set. Later packets are led by that set alone: a connection that was open before, or is of another program's
 //! making, is never touched. Which SYNs were led can not be told from the destination later, since it may leave the set.
+//!
+//! A flow must not be forgotten while its program can still write: what it writes then would leave as it is. So it lives
+//! long, and leaves soon once both ends have said FIN, or one has said RST. The agent ends every such connection by one of
+//! the two (`outbound::end`). How many flows users begin a second is bounded (`dialers`), so that nobody fills the set.
 
 use std::net::IpAddr;
 
@@ -11,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::netlink::Message;
 use super::nft::{Base, Compare, Meta, R0, Register, Scribe, SetShape, Steps, Type};
 use super::rules::{
-    FLOW_LIFETIME_MS, FLOWS_MAX, IPV4, IPV6, LOOPBACK, WHOSE, family, flow_key, marked, syn, tcp,
+    Common, FLOWS_MAX, IPV4, IPV6, LOOPBACK, SHARE_BURST, SHARE_RATE, SHED, TCP_FLAGS_OFFSET,
+    WHOSE, family, flow_key, marked, syn, tcp,
 };
 use super::{Marks, VipRanges};
 
@@ -19,12 +24,34 @@ use super::{Marks, VipRanges};
 pub(crate) const REALS_MAX: usize = 4_096;
 /// Never taken over, whatever a service declares: DNS, DHCP and NTP, without which a host may not find its way back.
 const NEVER: [u16; 6] = [53, 67, 68, 123, 546, 547];
-/// A SYN that nobody answers is sent again within this time; a flood of them must not hold the set for longer.
-const SYN_LIFETIME_MS: u64 = 20_000;
+/// How long a flow lives without a packet of its program. The kernel answers for a program that is silent: to keepalives,
+/// every 60 s at least, and, where it does not read, to probes of its window, every 120 s (`TCP_RTO_MAX`) and a little.
+const CARRIED_LIFETIME_MS: u64 = 300_000;
+/// What has begun and gets no further, or is over, leaves after so long.
+const BRIEF_MS: u64 = 10_000;
+/// Connections that may be begun beyond the users' own shares. What is brief of them fills a quarter of the set at most, and
+/// what is brief of twenty users' own shares another half. What is open has a place with the agent, which bounds it
+/// (`places.rs`).
+const DIALS: Common = Common {
+    rate: 5_000,
+    burst: 5_000,
+};
+const _: () = {
+    let seconds = BRIEF_MS / 1_000;
+    let common = DIALS.rate * seconds + DIALS.burst as u64;
+    let own = SHARE_RATE * seconds + SHARE_BURST as u64;
+    assert!(common * 4 <= FLOWS_MAX as u64 && own * 20 * 2 <= FLOWS_MAX as u64);
+};
+const FIN: u8 = 0x01;
+const RST: u8 = 0x04;
 
-/// Chains: for SYNs, and for what follows them.
+/// Chains: for SYNs, for what exceeds a share, and for what follows SYNs.
 const BEGIN: &str = "real";
 const CARRY: &str = "carry";
+/// For FIN and RST of the agent.
+const END: &str = "end";
+/// Users who began connections of late.
+const DIALERS: &str = "dialers";
 
 /// A real address of a service that another host serves.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -69,6 +96,8 @@ pub(super) struct Names {
     pub(super) address: Type,
     pub(super) real: &'static str,
     pub(super) carried: &'static str,
+    /// Flows, as they are sent, one of whose ends has said FIN: of either direction.
+    ended: &'static str,
 }
 
 pub(super) const FAMILIES: [Names; 2] = [
@@ -77,31 +106,34 @@ pub(super) const FAMILIES: [Names; 2] = [
         address: Type::Ipv4,
         real: "real4",
         carried: "carried4",
+        ended: "ended4",
     },
     Names {
         family: IPV6,
         address: Type::Ipv6,
         real: "real6",
         carried: "carried6",
+        ended: "ended6",
     },
 ];
 
 impl Names {
-    /// Declares both sets, with ids from `id` on.
+    /// Declares the sets of addresses and of flows, with ids from `id` on.
     pub(super) fn sets(&self, scribe: Scribe<'_>, id: u32) -> [Message; 2] {
         let address = self.address;
         [
             scribe.new_set(SetShape::plain(self.real, id, &[address, Type::Port], None)),
-            scribe.new_set(SetShape {
-                dynamic: Some((FLOW_LIFETIME_MS, FLOWS_MAX)),
-                ..SetShape::plain(
-                    self.carried,
-                    id + 1,
-                    &[address, Type::Port, address, Type::Port],
-                    None,
-                )
-            }),
+            self.flows(scribe, self.carried, id + 1),
         ]
+    }
+
+    fn flows(&self, scribe: Scribe<'_>, name: &str, id: u32) -> Message {
+        let address = self.address;
+        let key = [address, Type::Port, address, Type::Port];
+        scribe.new_set(SetShape {
+            dynamic: Some((CARRIED_LIFETIME_MS, FLOWS_MAX)),
+            ..SetShape::plain(name, id, &key, None)
+        })
     }
 
     /// A SYN of this family to one of the real addresses.
@@ -129,29 +161,110 @@ impl Names {
         flow_key(self.tcp(), self.family, false).only_if_in(self.carried, R0)
     }
 
+    /// Notes a packet that was marked as one of a flow, for `carried` of another table.
+    pub(super) fn note(&self, mark: u32, over: bool) -> Steps {
+        let marked =
+            Steps::default()
+                .meta(Meta::Mark, R0)
+                .compare(R0, Compare::Equal, &mark.to_ne_bytes());
+        let key = flow_key(family(marked, self.family), self.family, false);
+        match over {
+            true => key.update_for(self.carried, R0, BRIEF_MS),
+            false => key.update(self.carried, R0),
+        }
+    }
+
     fn tcp(&self) -> Steps {
         tcp(family(Steps::default(), self.family), Compare::Equal)
     }
+
+    fn own(&self) -> Steps {
+        family(Steps::default(), self.family)
+    }
+
+    fn key(&self, steps: Steps, reversed: bool) -> Steps {
+        flow_key(steps, self.family, reversed)
+    }
+
+    /// What is over leaves all sets soon. `reversed`: this packet is the agent's.
+    fn leaves_soon(&self, steps: Steps, reversed: bool) -> Steps {
+        let steps = self
+            .key(steps, !reversed)
+            .update_for(self.ended, R0, BRIEF_MS);
+        self.key(steps, reversed)
+            .update_for(self.ended, R0, BRIEF_MS)
+            .update_for(self.carried, R0, BRIEF_MS)
+    }
+
+    /// A SYN: what its addresses and ports had before is over.
+    fn begin(&self) -> Steps {
+        let steps = self.key(self.own(), true).forget(self.ended, R0);
+        self.key(steps, false)
+            .forget(self.ended, R0)
+            .update_for(self.carried, R0, BRIEF_MS)
+            .go_to(WHOSE)
+    }
+
+    /// A later packet of the program.
+    fn carry(&self, marks: Marks) -> [Steps; 4] {
+        let fin = flags(self.own(), FIN);
+        let reset = flags(self.own(), RST);
+        let both = self.key(self.own(), true).only_if_in(self.ended, R0);
+        let both = self.key(both, false).only_if_in(self.ended, R0);
+        let goes_on = self.key(self.own(), false).update(self.carried, R0);
+        [
+            self.key(fin, false).update(self.ended, R0),
+            marked(self.leaves_soon(reset, false), marks.carried_over()),
+            marked(self.leaves_soon(both, false), marks.carried_over()),
+            marked(goes_on, marks.carried()),
+        ]
+    }
+
+    /// FIN or RST of the agent to the program.
+    fn end(&self) -> [Steps; 2] {
+        let fin = flags(self.own(), FIN);
+        let reset = flags(self.own(), RST);
+        [
+            self.key(fin, false).update(self.ended, R0),
+            self.leaves_soon(reset, true),
+        ]
+    }
+
+    fn ending(&self) -> Steps {
+        let steps = flags(self.tcp(), FIN | RST);
+        self.key(steps, true)
+            .only_if_in(self.carried, R0)
+            .go_to(END)
+    }
+}
+
+/// Goes on with what has one of these flags, of what is known to be TCP.
+fn flags(steps: Steps, any: u8) -> Steps {
+    steps
+        .payload(Base::Transport, TCP_FLAGS_OFFSET, 1, R0)
+        .mask(R0, &[any])
+        .compare(R0, Compare::NotEqual, &[0])
 }
 
 /// Sets and chains; they must stand before the rules of the output chain.
 pub(super) fn frame(scribe: Scribe<'_>, marks: Marks) -> Vec<Message> {
-    let mut messages = Vec::new();
-    for (id, names) in (40..).step_by(2).zip(&FAMILIES) {
+    let mut messages = vec![Common::sharers(scribe, DIALERS, 50)];
+    for (id, names) in (40..).step_by(3).zip(&FAMILIES) {
         messages.extend(names.sets(scribe, id));
+        messages.push(names.flows(scribe, names.ended, id + 2));
     }
-    messages.extend([BEGIN, CARRY].map(|chain| scribe.new_chain(chain)));
-    let key = |names: &Names| flow_key(family(Steps::default(), names.family), names.family, false);
+    messages.extend([BEGIN, CARRY, END].map(|chain| scribe.new_chain(chain)));
+    let mut add = |chain, rules: &[Steps]| {
+        messages.extend(rules.iter().map(|steps| scribe.new_rule(chain, steps)));
+    };
+    add(BEGIN, &DIALS.rules(DIALERS));
     for names in &FAMILIES {
-        let begin = key(names)
-            .update_for(names.carried, R0, SYN_LIFETIME_MS)
-            .go_to(WHOSE);
-        messages.push(scribe.new_rule(BEGIN, &begin));
-        let carry = marked(key(names).update(names.carried, R0), marks.carried());
-        messages.push(scribe.new_rule(CARRY, &carry));
+        add(BEGIN, &[names.begin()]);
+        add(CARRY, &names.carry(marks));
+        add(END, &names.end());
     }
     // The set is full: what follows could not be led, so nothing is begun.
-    messages.push(scribe.new_rule(BEGIN, &Steps::default().reject_with_reset()));
+    add(BEGIN, &[Steps::default().go_to(SHED)]);
     messages
 }
 
@@ -162,6 +275,7 @@ pub(super) fn output_rules() -> Vec<Steps> {
             names.beginning().go_to(BEGIN),
             names.forgetting(),
             names.following().go_to(CARRY),
+            names.ending(),
         ]
     };
     FAMILIES.iter().flat_map(of_family).collect()

@@ -22,17 +22,19 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use mesh_core::policy::Cidr;
+use serde::{Deserialize, Serialize};
 
 use super::door::{self, Arm, DoorPort, Seen};
 use super::netlink::{Connection, Message};
 use super::nft::{
     Base, Compare, Hook, Meta, R0, Register, Scribe, SetShape, Steps, Type, batch_bounds,
+    elements_of,
 };
 use super::real::{self, Real};
 use super::{CaptureSettings, Marks, VipRanges, Workload};
 
 /// A flow is forgotten this long after our last packet; the keepalive of `app_socket` comes twice in it at least.
-pub(super) const FLOW_LIFETIME_MS: u64 = 120_000;
+const FLOW_LIFETIME_MS: u64 = 120_000;
 /// Twice as many connections to apps as one agent may hold; 262,144 IPv6 flows take about 40 MB of the kernel.
 pub(super) const FLOWS_MAX: u32 = 262_144;
 /// Behind all filters of the host: only what would really leave is looked at.
@@ -54,16 +56,16 @@ const FLOWS_4: &str = "flows4";
 const FLOWS_6: &str = "flows6";
 /// Users who asked for names of late, and the chain that sees to it.
 const ASKERS: &str = "askers";
+/// What users sent beyond their share, by protocol: UDP is questions, TCP is connections to real addresses.
+pub(super) const SHED: &str = "shed";
 
-/// Questions for names that one user may send a second, and at once: a program that opens two thousand connections as fast
-/// as it can, each with a question for both families, is none that floods. With
-/// them nobody can fill the socket that all others ask by, which holds twice as many (`holder::sockets`).
-const NAMES_RATE: u64 = 10_000;
-const NAMES_BURST: u32 = 4_000;
-/// Users told apart at once; all others share what one may ask.
-const ASKERS_MAX: u32 = 1_024;
-/// A user that asks nothing for so long has its full share again.
-const ASKER_LIFETIME_MS: u64 = 10_000;
+/// Questions for names beyond the users' own shares, a second and at once: a program that opens two thousand connections as
+/// fast as it can, each with a question for both families, is none that floods. With them nobody fills the socket that all
+/// ask by, which holds twice as many (`holder::sockets`).
+const NAMES: Common = Common {
+    rate: 10_000,
+    burst: 4_000,
+};
 const DNS_PORT: u16 = 53;
 
 pub(super) const IPV4: u8 = 2;
@@ -72,9 +74,58 @@ pub(super) const TCP: u8 = 6;
 const UDP: u8 = 17;
 /// `ARPHRD_LOOPBACK`.
 pub(super) const LOOPBACK: u16 = 772;
-const TCP_FLAGS_OFFSET: u32 = 13;
+pub(super) const TCP_FLAGS_OFFSET: u32 = 13;
 const SYN: u8 = 0x02;
 const SYN_ACK: u8 = 0x12;
+
+/// What all users may have together beyond the share that each of them has for sure.
+pub(super) struct Common {
+    pub(super) rate: u64,
+    pub(super) burst: u32,
+}
+
+/// What a user has a second, and at once, however many others want more than there is.
+pub(super) const SHARE_RATE: u64 = 500;
+pub(super) const SHARE_BURST: u32 = 1_000;
+/// Users told apart at once; all others share one share.
+const SHARERS_MAX: u32 = 1_024;
+/// A user that sends nothing for so long has its full share again.
+const SHARER_LIFETIME_MS: u64 = 10_000;
+
+impl Common {
+    /// The set of users who have a share, which the rules need.
+    pub(super) fn sharers(scribe: Scribe<'_>, set: &str, id: u32) -> Message {
+        scribe.new_set(SetShape {
+            dynamic: Some((SHARER_LIFETIME_MS, SHARERS_MAX)),
+            ..SetShape::plain(set, id, &[Type::Uid], None)
+        })
+    }
+
+    /// Refuses what is beyond: packets of users who have had their own share when nothing is left of this.
+    pub(super) fn rules(&self, sharers: &str) -> [Steps; 2] {
+        let user = || Steps::default().meta(Meta::SocketUid, R0);
+        [
+            user()
+                .beyond_share(sharers, R0, SHARE_RATE, SHARE_BURST)
+                .beyond(self.rate, self.burst)
+                .go_to(SHED),
+            user()
+                .only_if_not_in(sharers, R0)
+                .beyond(SHARE_RATE, SHARE_BURST)
+                .go_to(SHED),
+        ]
+    }
+}
+
+/// How many packets of users were beyond their shares since the table stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Shed {
+    /// Connections to real addresses.
+    pub(crate) dials: u64,
+    /// Questions for names.
+    pub(crate) names: u64,
+}
 
 /// The owned table. It lives as long as this value: the kernel removes it with the socket.
 #[derive(Debug)]
@@ -132,9 +183,22 @@ impl Table {
         self.commit(&messages)
     }
 
-    /// Plaintext callers that came lately.
-    pub(super) fn seen(&mut self) -> io::Result<Seen> {
-        door::seen(Scribe { table: &self.name }, &mut self.connection)
+    /// Plaintext callers that came lately, and what was shed.
+    pub(super) fn seen(&mut self) -> io::Result<(Seen, Shed)> {
+        let scribe = Scribe { table: &self.name };
+        let seen = door::seen(scribe, &mut self.connection)?;
+        let mut shed = Shed::default();
+        self.connection
+            .query(&scribe.get_elements(SHED), |_, body| {
+                for (key, packets) in elements_of(body) {
+                    match key {
+                        [TCP, ..] => shed.dials = packets,
+                        [UDP, ..] => shed.names = packets,
+                        _ => {}
+                    }
+                }
+            })?;
+        Ok((seen, shed))
     }
 
     fn commit(&mut self, messages: &[Message]) -> io::Result<()> {
@@ -181,10 +245,13 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
         map(PORT_OF_6, 3, &[Type::Mark], Type::Port),
         flows(FLOWS_4, 4, Type::Ipv4),
         flows(FLOWS_6, 5, Type::Ipv6),
+        Common::sharers(scribe, ASKERS, 6),
+        // Its elements stay as long as the table does; the set says no time.
         scribe.new_set(SetShape {
-            dynamic: Some((ASKER_LIFETIME_MS, ASKERS_MAX)),
-            ..SetShape::plain(ASKERS, 6, &[Type::Uid], None)
+            dynamic: Some((0, 2)),
+            ..SetShape::plain(SHED, 7, &[Type::Protocol], None)
         }),
+        scribe.new_chain(SHED),
         scribe.new_chain(ASKERS),
         scribe.new_chain(WHOSE),
         scribe.new_chain(VIP),
@@ -207,7 +274,8 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
     add(OUTPUT, output_rules(marks, ranges));
     add(OWN, own_rules());
     add(VIP, vip_rules(settings, ranges));
-    add(ASKERS, askers_rules());
+    add(ASKERS, NAMES.rules(ASKERS).into());
+    add(SHED, shed_rules());
     add(PREROUTING, prerouting_rules(marks));
     add(WHOSE, whose_rules(marks, &[]));
     add(LEAVING, real::leaving_rules(marks));
@@ -418,15 +486,12 @@ fn vip_rules(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Steps> {
     ]
 }
 
-/// Questions for names: each user has a share, so that who floods loses its own questions only.
-fn askers_rules() -> Vec<Steps> {
-    let asker = || Steps::default().meta(Meta::SocketUid, R0);
+/// Counts and refuses.
+fn shed_rules() -> Vec<Steps> {
     vec![
-        asker()
-            .beyond_share(ASKERS, R0, NAMES_RATE, NAMES_BURST)
-            .drop(),
-        asker().only_if_in(ASKERS, R0).back(),
-        Steps::default().beyond(NAMES_RATE, NAMES_BURST).drop(),
+        Steps::default().meta(Meta::Protocol, R0).count(SHED, R0),
+        tcp(Steps::default(), Compare::Equal).reject_with_reset(),
+        Steps::default().drop(),
     ]
 }
 

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::capture::CgroupRef;
 use crate::capture::door::Seen;
 use crate::capture::real::Real;
+use crate::capture::rules::Shed;
 
 /// 4,095 workloads with their cgroups take about 600 KB, 16,384 address ranges of doors 800 KB, 4,096 real addresses
 /// 330 KB. The file that keeps the last two has the same bound.
@@ -107,6 +108,7 @@ pub(crate) enum FromHolder {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Looked {
     pub(crate) seen: Seen,
+    pub(crate) shed: Shed,
     pub(crate) arming: Arming,
     /// What other programs took away of link, routes, rules and guard, and was put back, since this holder started.
     pub(crate) repaired: u64,

@@ -15,7 +15,7 @@ use crate::capture::VipRanges;
 const BACKLOG: i32 = 4096;
 const DNS_PORT: u16 = 53;
 /// Room for questions that wait while the worker is busy or replaced. The kernel doubles it, and counts about 768 bytes for
-/// each: twice what the packet filter lets one user send at once and in a second.
+/// each: twice what the packet filter lets users send together at once and in a second.
 const NAMES_BYTES: usize = 12 * 1024 * 1024;
 
 /// A socket that could not be bound: this host's fault.

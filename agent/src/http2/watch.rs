@@ -9,7 +9,6 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 
 /// Frames beyond those that requests and data pay for, within [`WINDOW`]: pings, settings, priorities, continuations,
 /// empty data, unknown ones; of an app also heads. A gRPC client that measures its path pings once a message.
@@ -140,8 +139,8 @@ impl Watch {
 
 /// A local program's connection that is watched.
 #[derive(Debug)]
-pub(crate) struct Watched {
-    socket: TcpStream,
+pub(crate) struct Watched<S> {
+    socket: S,
     /// Read from the socket before it was known that this is HTTP/2.
     early: Vec<u8>,
     watch: Rc<Watch>,
@@ -151,9 +150,9 @@ pub(crate) struct Watched {
     skip: usize,
 }
 
-impl Watched {
+impl<S> Watched<S> {
     /// `early` was read already.
-    pub(crate) fn new(socket: TcpStream, early: Vec<u8>, watch: Rc<Watch>) -> Self {
+    pub(crate) fn new(socket: S, early: Vec<u8>, watch: Rc<Watch>) -> Self {
         let skip = match watch.begins {
             Begins::Preface => PREFACE_LEN,
             Begins::Frames => 0,
@@ -191,7 +190,7 @@ impl Watched {
     }
 }
 
-impl AsyncRead for Watched {
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -220,7 +219,7 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -174,7 +174,7 @@ async fn refuse(
     }
     super::note_refusal(thread, &caller, reason);
     if speaks == Ok(Sniff::Http1) {
-        http::answer_and_close(client, reason).await;
+        http::answer_and_close(thread, &caller, client, reason).await;
     } else {
         relay::abort(client);
     }

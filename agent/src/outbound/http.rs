@@ -6,13 +6,13 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_api::header::StreamKind;
 use mesh_core::http1::{self, Body, Framing, Method, Request, Response};
 use mesh_core::reason::Reason;
 use mesh_runtime::mux::MuxStream;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::io::{AsyncWriteExt as _, Interest};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
@@ -23,9 +23,6 @@ use crate::http::{Broken, Sender, Sink as _, pump, read_head};
 use crate::limits::Limit;
 use crate::metrics::Flow;
 use crate::relay::{self, Activity, Open};
-
-/// How long what a refused caller still sends is taken and thrown away, so that it can read its answer.
-const LINGER: Duration = Duration::from_secs(2);
 
 /// What `auto` already has of the first request: its stream, how much of the buffer was sent on it, the buffer.
 #[derive(Debug, Default)]
@@ -133,12 +130,11 @@ pub(super) async fn continue_with(
                 if let Some(call) = &exchange.bound {
                     call.stream.end();
                 }
-                // Who dialled a real address and goes on writing must find no end to which its kernel alone would answer:
-                // what comes after would leave for that address as it is.
                 if ended_by_caller || !caller.dialled_one() {
                     relay::settle(&client);
+                    return;
                 }
-                return;
+                return super::end(thread, client).await;
             }
             Err(Broken::Malformed(reason)) => {
                 // The service had nothing to do with it.
@@ -147,7 +143,7 @@ pub(super) async fn continue_with(
                     other => other,
                 };
                 super::note_refusal(thread, caller, reason);
-                return answer_and_close(client, reason).await;
+                return answer_and_close(thread, caller, client, reason).await;
             }
             Err(_) => return,
         };
@@ -161,11 +157,11 @@ pub(super) async fn continue_with(
         };
         match next {
             Next::KeepAlive => (),
-            Next::Close => return close(client).await,
+            Next::Close => return super::close(thread, caller, client).await,
             Next::Abort => return relay::abort(client),
             Next::Refuse(reason) => {
                 super::note_refusal(thread, caller, reason);
-                return answer_and_close(client, reason).await;
+                return answer_and_close(thread, caller, client, reason).await;
             }
             Next::Tunnel(call, flow) => {
                 // What the caller sent right behind its request belongs to the tunnel.
@@ -537,23 +533,17 @@ fn refusal(reason: Reason, to_head: bool, keep_alive: bool) -> String {
 }
 
 /// Answers a caller whose connection can not go on.
-pub(super) async fn answer_and_close(mut client: TcpStream, reason: Reason) {
+pub(super) async fn answer_and_close(
+    thread: &Thread,
+    caller: &Caller,
+    mut client: TcpStream,
+    reason: Reason,
+) {
     if client
         .write_all(refusal(reason, false, false).as_bytes())
         .await
         .is_ok()
     {
-        close(client).await;
+        super::close(thread, caller, client).await;
     }
-}
-
-/// Closes so that what was written arrives: unread input would turn the end into a reset.
-async fn close(mut client: TcpStream) {
-    relay::settle(&client);
-    if client.shutdown().await.is_err() {
-        return;
-    }
-    let mut scrap = vec![0; 4096];
-    let drained = async { while matches!(client.read(&mut scrap).await, Ok(1..)) {} };
-    let _ = tokio::time::timeout(LINGER, drained).await;
 }

@@ -51,11 +51,27 @@ pub(super) async fn serve(
     thread: &Rc<Thread>,
     caller: Caller,
     protocol: Protocol,
-    client: TcpStream,
+    mut client: TcpStream,
     early: Vec<u8>,
 ) {
-    // A message says itself where it ends: an end of the connection never makes it look whole.
-    relay::settle(&client);
+    let dialled_one = caller.dialled_one();
+    if !dialled_one {
+        // A message says itself where it ends: an end of the connection never makes it look whole.
+        relay::settle(&client);
+    }
+    converse(thread, caller, protocol, &mut client, early).await;
+    if dialled_one {
+        super::end(thread, client).await;
+    }
+}
+
+async fn converse(
+    thread: &Rc<Thread>,
+    caller: Caller,
+    protocol: Protocol,
+    client: &mut TcpStream,
+    early: Vec<u8>,
+) {
     let watch = Watch::new(Begins::Preface);
     let handshake = http2::server(thread.settings.head_max).handshake::<_, Bytes>(Watched::new(
         client,
@@ -99,7 +115,7 @@ pub(super) async fn serve(
 /// Takes requests until the connection is over; says why it was ended, if that was not in order.
 async fn accept(
     shared: &Rc<Shared>,
-    connection: &mut Connection<Watched, Bytes>,
+    connection: &mut Connection<Watched<&mut TcpStream>, Bytes>,
 ) -> Option<Reason> {
     let thread = &shared.thread;
     let mut draining = thread.draining.subscribe();

@@ -87,7 +87,13 @@ except OSError as e: print('refused', e)
     });
     let [vip, _] = pair.vips("web");
     // Of the first workload: SYNs, and later packets.
-    let marks = [0x4d00_8001_u32, 0x4d00_9000, 0x4d00_a000, 0x4d00_c000];
+    let marks = [
+        0x4d00_8001_u32,
+        0x4d00_9000,
+        0x4d00_a000,
+        0x4d00_c000,
+        0x4d00_c001,
+    ];
     let host = &pair.client.host;
     let call = |mark: u32, to: &str| {
         let script = host.python("marked", MARKED);
@@ -118,10 +124,7 @@ except OSError as e: print('refused', e)
     assert_eq!(client(), 1.0, "a mark made a call another's");
 }
 
-/// Any program may ask for names without end; the others still get theirs, at the first try.
-#[test]
-fn a_flood_of_names_locks_nobody_out() {
-    const FLOOD: &str = "\
+const NAMES_FLOOD: &str = "\
 import os, socket
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.setblocking(False)
@@ -134,17 +137,42 @@ while True:
     except OSError: pass
     if sent % 20000 == 0: print('lost', lost, 'of', sent, flush=True)
 ";
-    let pair = Pair::new("a_flood_of_names_locks_nobody_out");
+
+/// Any program may ask for names without end; the others still get theirs, at the first try.
+#[test]
+fn a_flood_of_names_locks_nobody_out() {
+    names_are_flooded("a_flood_of_names_locks_nobody_out", 1);
+}
+
+/// They share what is there beyond the share of each.
+#[test]
+fn three_users_who_flood_names_lock_nobody_out() {
+    names_are_flooded("three_users_who_flood_names", 3);
+}
+
+fn names_are_flooded(test: &str, users: u32) {
+    let pair = Pair::new(test);
     let _web = pair.web("http", "");
     let host = &pair.client.host;
     let server = host.ok("awk '/^nameserver/ {print $2; exit}' /etc/resolv.conf");
-    let flood = host.python("flood", FLOOD).env("TO", server.trim());
-    let flood = flood.user(OTHER).cgroup("flood").spawn("flood");
-    wait_until("the flood", SOON, || {
-        let log = flood.log();
-        check(log.contains("of 20000"), log)
-    });
+    let flood = |user: u32| {
+        let flood = host
+            .python("flood", NAMES_FLOOD)
+            .env("TO", server.trim())
+            .user(OTHER + user)
+            .cgroup("flood");
+        flood.spawn(&format!("flood{user}"))
+    };
+    let floods: Vec<_> = (0..users).map(flood).collect();
+    for flood in &floods {
+        wait_until("the flood", SOON, || {
+            let log = flood.log();
+            check(log.contains("of 20000"), log)
+        });
+    }
     for _ in 0..5 {
+        let ask = pair.cmd(&format!("getent ahostsv4 {}", mesh_name("web")));
+        ask.env("RES_OPTIONS", "attempts:1 timeout:10").ok();
         let text = pair.ok(&format!("curl -sS -m 20 http://{}/", mesh_name("web")));
         assert_eq!(text, "hello\n");
     }
@@ -154,9 +182,16 @@ while True:
         let output = host.cmd(&ask).user(OTHER).output();
         check(!output.status.success(), output.to_string())
     });
-    let log = flood.log();
-    let mut lost = log.lines().filter(|line| !line.starts_with("lost 0 "));
-    assert!(lost.next().is_some(), "{log}");
+    for flood in &floods {
+        let log = flood.log();
+        let mut lost = log.lines().filter(|line| !line.starts_with("lost 0 "));
+        assert!(lost.next().is_some(), "{log}");
+    }
+    wait_until("what was lost to be counted", SOON, || {
+        let metrics = pair.client.metrics();
+        let shed = metrics.sum("mesh_limit_reached_total", &[("limit", "names")]);
+        check(shed > 1_000.0, shed.to_string())
+    });
 }
 
 /// A user who opens connections without end, or until no descriptor is left, is refused beyond three quarters of what

@@ -8,7 +8,7 @@ use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::pair::{Pair, calls, mesh_name, owner, spiffe};
 
-fn service(name: &str, port: &str, annotations: &str) -> String {
+pub(crate) fn service(name: &str, port: &str, annotations: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop, annotations: {{{annotations}}}}}\n\
          spec: {{ports: [{port}]}}\n"
@@ -16,7 +16,7 @@ fn service(name: &str, port: &str, annotations: &str) -> String {
 }
 
 const WEB: &str = "{port: 80, appProtocol: http}";
-const REAL: &str = "meshwork.io/capture: vip+real";
+pub(crate) const REAL: &str = "meshwork.io/capture: vip+real";
 
 /// What a call of `shop/client` by address gets, and curl's exit code. 7 is a refused connection.
 fn call(pair: &Pair, address: &str) -> String {
@@ -26,8 +26,7 @@ fn call(pair: &Pair, address: &str) -> String {
 
 /// Waits until the client's kernel takes calls to `address` over, or no more.
 #[track_caller]
-fn wait_taken(pair: &Pair, address: &str, taken: bool) {
-    let client = &pair.client.host;
+pub(crate) fn wait_taken(client: &Host, address: &str, taken: bool) {
     wait_until(
         &format!("{address} to be taken over: {taken}"),
         SOON,
@@ -65,8 +64,8 @@ fn a_real_address_is_called_by_identity_and_is_not_balanced() {
     assert_eq!(taken_calls(&pair.server) + taken_calls(&other), 0.0);
 
     pair.control.apply(&service("web", WEB, REAL)).ok();
-    wait_taken(&pair, &server, true);
-    wait_taken(&pair, &other.host.v6().to_string(), true);
+    wait_taken(&pair.client.host, &server, true);
+    wait_taken(&pair.client.host, &other.host.v6().to_string(), true);
     for _ in 0..5 {
         assert_eq!(call(&pair, &server), "hello\n0\n");
         assert_eq!(call(&pair, &other_address), "other\n0\n");
@@ -101,7 +100,7 @@ fn a_real_address_is_called_by_identity_and_is_not_balanced() {
     pair.control
         .apply(&service("web", WEB, "meshwork.io/capture: vip"))
         .ok();
-    wait_taken(&pair, &server, false);
+    wait_taken(&pair.client.host, &server, false);
     assert_eq!(call(&pair, &server), "hello\n0\n");
 }
 
@@ -126,12 +125,12 @@ fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
     let server = pair.server.host.v4().to_string();
     let client = pair.client.host.clone();
     pair.control.apply(&service("web", WEB, REAL)).ok();
-    wait_taken(&pair, &server, true);
+    wait_taken(&pair.client.host, &server, true);
     assert_eq!(call(&pair, &server), "hello\n0\n");
     pair.client.kill9();
     assert_eq!(call(&pair, &server), "hello\n0\n", "permissive is open");
     pair.client.start();
-    wait_taken(&pair, &server, true);
+    wait_taken(&pair.client.host, &server, true);
 
     let strict = format!(
         "{REAL}, meshwork.io/transport: strict, meshwork.io/plaintext-from: {}/32",
@@ -171,7 +170,7 @@ fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
     assert_eq!(call(&pair, &server), "7\n", "at boot, before the agent");
     // Without control, from what is kept.
     pair.client.start();
-    wait_taken(&pair, &server, true);
+    wait_taken(&pair.client.host, &server, true);
     wait_until("a call by the mesh, from what is kept", SOON, || {
         let answer = call(&pair, &server);
         check(answer == "hello\n0\n", answer)
@@ -182,22 +181,22 @@ fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
 /// A host that is delisted (revoked, ill, gone) is not called in plaintext for that, where mTLS is promised.
 #[test]
 fn a_strict_real_address_that_is_delisted_gets_no_plaintext() {
-    let pair = Pair::new("a_strict_real_address_that_is_delisted");
+    let mut pair = Pair::new("a_strict_real_address_that_is_delisted");
     let _web = pair.web("http", "");
     let server = pair.server.host.v4().to_string();
     let file = pair.server.host.dir().join("services.d/web.toml");
     let served = std::fs::read(&file).unwrap();
     pair.control.apply(&service("web", WEB, REAL)).ok();
-    wait_taken(&pair, &server, true);
+    wait_taken(&pair.client.host, &server, true);
     std::fs::remove_file(&file).unwrap();
-    wait_taken(&pair, &server, false);
+    wait_taken(&pair.client.host, &server, false);
     assert_eq!(call(&pair, &server), "hello\n0\n", "permissive is open");
 
     std::fs::write(&file, served).unwrap();
     pair.control.wait_endpoints("shop/web", 1);
     let strict = format!("{REAL}, meshwork.io/transport: strict");
     pair.control.apply(&service("web", WEB, &strict)).ok();
-    wait_taken(&pair, &server, true);
+    wait_taken(&pair.client.host, &server, true);
     let host = &pair.client.host;
     wait_until("the guard to know it", SOON, || {
         let guard = host.ok("nft list table inet meshwork_guard");
@@ -210,7 +209,29 @@ fn a_strict_real_address_that_is_delisted_gets_no_plaintext() {
         let answer = pair.cmd(&line).output().stdout;
         check(answer.contains("x-meshwork-reason: no_endpoints"), answer)
     });
-    wait_taken(&pair, &server, true);
+    wait_taken(&pair.client.host, &server, true);
+
+    // Whoever restarts the agent gets no plaintext for it, nor does a worker that dies open anything.
+    let refused = |pair: &Pair, after: &str| {
+        wait_until(&format!("a refusal after {after}"), SOON, || {
+            let line = format!("curl -sS -m 10 -i http://{server}/");
+            let answer = pair.cmd(&line).output().stdout;
+            assert!(!answer.contains("hello"), "after {after}: {answer}");
+            check(answer.contains("x-meshwork-reason: no_endpoints"), answer)
+        });
+    };
+    pair.client.kill_worker_now();
+    pair.client.wait_ready();
+    refused(&pair, "the end of the worker");
+    pair.client.kill9();
+    pair.client.start();
+    refused(&pair, "the end of the agent");
+    // That it was kept is what holds it.
+    pair.client.stop();
+    std::fs::remove_file(pair.client.host.dir().join("state/reals.json")).unwrap();
+    pair.client.start();
+    wait_taken(&pair.client.host, &server, false);
+    assert_eq!(call(&pair, &server), "hello\n0\n");
 }
 
 /// A program that says a word to `TO` again and again, and what it hears, until a file `leave` is there.
@@ -283,7 +304,7 @@ fn a_connection_stays_what_it_began_as() {
     hear_more(&before);
     let echo = "{port: 9000, appProtocol: tcp}";
     pair.control.apply(&service("echo", echo, REAL)).ok();
-    wait_taken(&pair, &address, true);
+    wait_taken(&pair.client.host, &address, true);
     hear_more(&before);
     std::fs::write(before_dir.join("leave"), "").unwrap();
     wait_until("it to end well", SOON, || {

@@ -1,5 +1,7 @@
 //! Hosts of other shapes: one address family, several addresses, small packets, caller and server on one host.
 
+use std::net::{IpAddr, SocketAddr};
+
 use meshwork_tests::agent::Agent;
 use meshwork_tests::control::{Control, TokenOptions};
 use meshwork_tests::host::Host;
@@ -7,7 +9,8 @@ use meshwork_tests::servers;
 use meshwork_tests::site::Site;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::pair::{Pair, mesh_name, owner, spiffe};
+use crate::pair::{Pair, calls, mesh_name, owner, spiffe};
+use crate::real_addresses::{service, wait_taken};
 
 const HELLO: &str = "location = / { return 200 \"hello $remote_addr\\n\"; }";
 const STRICT: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop, annotations: \
@@ -74,6 +77,27 @@ fn hosts_without_ipv4_call_and_serve() {
         check(got == "7\n", got)
     });
     wait_hello(&client.host, &client.host.v6().to_string());
+    let own = client.host.v6().to_string();
+    by_real_address(&control, [&server, &client], server.host.v6().into(), &own);
+}
+
+/// The service asks for its real addresses too, strict as it is: the call there is the workload's.
+#[track_caller]
+fn by_real_address(control: &Control, hosts: [&Agent; 2], address: IpAddr, seen: &str) {
+    let [server, client] = hosts;
+    let both = "meshwork.io/capture: vip+real, meshwork.io/transport: strict";
+    control
+        .apply(&service("web", "{port: 80, appProtocol: http}", both))
+        .ok();
+    wait_taken(&client.host, &address.to_string(), true);
+    let count = || calls(&server.metrics(), &spiffe("client"), "shop/web");
+    let before = count();
+    let line = format!("curl -sS -m 10 http://{}/", SocketAddr::new(address, 80));
+    let answer = client.host.cmd(&line).cgroup("client").ok();
+    assert_eq!(answer, format!("hello {seen}\n"));
+    wait_until("the call to be counted", SOON, || {
+        check(count() == before + 1.0, count().to_string())
+    });
 }
 
 #[test]
@@ -89,6 +113,8 @@ fn hosts_without_ipv6_call_and_serve_and_call_hosts_with_both() {
     server.serve("web", &owner("web"), &[(80, "http")]);
     control.wait_endpoints("shop/web", 1);
     wait_hello(&client.host, &client.host.v4().to_string());
+    let own = client.host.v4().to_string();
+    by_real_address(&control, [&server, &client], server.host.v4().into(), &own);
     // The other way round: it serves, and its door and guard stand in the family that it has.
     let here = servers::nginx_at(
         &client.host,
@@ -185,6 +211,21 @@ fn caller_and_server_on_one_host() {
             got.contains("hello") && 0.0 < count,
             format!("{count}: {got}"),
         )
+    });
+    // At the host's own address a program is reached without the mesh, whatever the service asks for. Others are taken over.
+    let count = || pair.calls(&spiffe("neighbour"), "shop/web");
+    let before = count();
+    let both = "meshwork.io/capture: vip+real, meshwork.io/transport: strict";
+    pair.control
+        .apply(&service("web", "{port: 80, appProtocol: http}", both))
+        .ok();
+    let own = host.v4().to_string();
+    wait_taken(&pair.client.host, &own, true);
+    let direct = format!("curl -sS -m 10 http://{own}/");
+    assert_eq!(host.cmd(&direct).cgroup("neighbour").ok(), "hello\n");
+    call();
+    wait_until("the call by name to be counted", SOON, || {
+        check(count() == before + 1.0, count().to_string())
     });
     let nobody = "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {name: p, namespace: shop}\n\
                   spec: {rules: [{name: r, from: [{identity: shop/client}]}]}\n";
