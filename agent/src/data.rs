@@ -546,7 +546,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
             }
             Command::Callers(whose, listener) => {
                 // What it accepts inherits this.
-                crate::relay::prepare(&SockRef::from(&listener), &thread.settings.keepalive)?;
+                crate::relay::prepare_near(&SockRef::from(&listener), &thread.settings.keepalive)?;
                 let listener = TcpListener::from_std(listener)?;
                 let task = accept::callers(Rc::clone(&thread), whose.clone(), listener);
                 let task = spawn_local(task);
@@ -569,7 +569,7 @@ fn listen_locally(
     let (thread, at) = (Rc::clone(thread), at.clone());
     let task = match listener {
         LocalListener::Port(listener) => {
-            crate::relay::prepare(&SockRef::from(&listener), &thread.settings.keepalive)?;
+            crate::relay::prepare_near(&SockRef::from(&listener), &thread.settings.keepalive)?;
             spawn_local(accept::at_port(
                 thread,
                 at,

@@ -112,7 +112,7 @@ impl AppDialer {
         socket.bind(&source.into())?;
         let socket = TcpSocket::from_std_stream(socket.into());
         socket.set_nodelay(true)?;
-        crate::relay::prepare(&SockRef::from(&socket), &self.keepalive)?;
+        crate::relay::prepare_near(&SockRef::from(&socket), &self.keepalive)?;
         Ok(socket)
     }
 }
