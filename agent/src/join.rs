@@ -2,7 +2,11 @@
 //!
 //! The key is on disk before control is asked, and control takes the same key for the same host: a join whose answer was
 //! lost is repeated by the same command. `agent.json` is written last and is the commit; a join that is refused leaves
-//! the host as it was.
+//! the host as it was. What follows on a host with systemd is in `join/serve.rs`.
+
+mod serve;
+
+pub(crate) use serve::{lacking, servable, serve};
 
 use std::io::Read as _;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -37,6 +41,9 @@ const SKEW_MAX_MS: u64 = 60_000;
 /// How long control may take to enrol a host.
 const CALL_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 
+/// In which systemd may pass the token, as to an image at its first boot.
+const CREDENTIAL: &str = "mesh.join-token";
+
 /// What the command line says.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
@@ -66,16 +73,33 @@ enum Failed {
     Unknown(anyhow::Error),
 }
 
-/// Reads the token of the command line; `-` reads it from stdin.
-pub(crate) fn read_token(argument: &str) -> anyhow::Result<String> {
-    if argument != "-" {
-        return Ok(argument.to_owned());
+/// Reads the token of the command line; `-` reads it from stdin, and none from the credential that systemd passes.
+pub(crate) fn read_token(argument: Option<&str>) -> anyhow::Result<String> {
+    let bounded = |from: &mut dyn std::io::Read| {
+        let mut text = String::new();
+        let read = from.take(TOKEN_MAX as u64 + 1).read_to_string(&mut text);
+        read.map(|_| text)
+    };
+    match argument {
+        Some("-") => bounded(&mut std::io::stdin()).context("cannot read the token from stdin"),
+        Some(token) => Ok(token.to_owned()),
+        None => {
+            let none = || {
+                Mistyped(format!(
+                    "no token: name it, or pass it as MESH_JOIN_TOKEN, or as the systemd credential {CREDENTIAL}"
+                ))
+            };
+            let dir = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(none)?;
+            let path = std::path::Path::new(&dir).join(CREDENTIAL);
+            let mut file = match std::fs::File::open(&path) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(none().into());
+                }
+                file => file.with_context(|| format!("cannot open {}", path.display()))?,
+            };
+            bounded(&mut file).with_context(|| format!("cannot read {}", path.display()))
+        }
     }
-    let mut text = String::new();
-    let bound = TOKEN_MAX as u64 + 1;
-    let read = std::io::stdin().take(bound).read_to_string(&mut text);
-    read.context("cannot read the token from stdin")?;
-    Ok(text)
 }
 
 /// Joins, or says that it was done before.

@@ -47,7 +47,8 @@ fn stopped(config: &Config) -> anyhow::Result<Option<Alone>> {
         .context("stop the agent first: `systemctl stop mesh-agent`, or end `mesh-agent run`")
 }
 
-fn undo(config: &Config) -> anyhow::Result<()> {
+/// What an agent did to the kernel and the resolver. None may run.
+pub(crate) fn undo(config: &Config) -> anyhow::Result<()> {
     if config.capture.enabled {
         capture::remove_all(&config.capture)?;
     }

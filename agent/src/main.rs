@@ -13,6 +13,7 @@ mod keys;
 mod leave;
 mod state;
 mod status;
+mod units;
 // The kernel, and the process that speaks to it.
 mod capture;
 mod holder;
@@ -89,11 +90,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Make this host a member of a mesh
+    /// Make this host a member of a mesh, start its agent, and look whether all is well
+    #[command(
+        after_help = "Exit codes: 0 it is a member, also when it was before, and its agent serves; 1 it could not join, or its agent does not serve; 2 what was typed is wrong. The checks are shown and decide nothing: `mesh-agent check` does."
+    )]
     Join {
-        /// Join token, or `-` to read it from stdin
+        /// Join token, or `-` to read it from stdin [default: the systemd credential mesh.join-token]
         #[arg(env = "MESH_JOIN_TOKEN", hide_env_values = true)]
-        token: String,
+        token: Option<String>,
         /// Where other hosts reach this one [default: the address that control sees]
         #[arg(long)]
         address: Option<String>,
@@ -103,8 +107,11 @@ enum Command {
         /// Name of this host in the mesh [default: its own]
         #[arg(long)]
         host_name: Option<String>,
+        /// Enrol only: do not enable and start mesh-agent.service. Implied without systemd, and with --config
+        #[arg(long)]
+        no_start: bool,
     },
-    /// Remove every trace of the mesh from this host; the operator deletes it at control
+    /// Stop the agent and remove every trace of the mesh from this host
     Leave,
     /// Say how the agent stands
     Status {
@@ -216,18 +223,23 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             address,
             network,
             host_name,
+            no_start,
         } => {
             log_to("warn", Target::Stderr)?;
             let request = join::Request {
-                token: join::read_token(&token)?,
+                token: join::read_token(token.as_deref())?,
                 address,
                 network,
                 host_name,
             };
-            join(&config, &request)
+            // The unit reads the default configuration.
+            join(&config, &request, !no_start && cli.config.is_none())
         }
         Command::Leave => {
             log_to("warn", Target::Stderr)?;
+            if cli.config.is_none() && units::there() {
+                units::stop(None)?;
+            }
             say(&left(&leave::leave(&config)?))
         }
         Command::Status { output } => status(&config, output),
@@ -299,31 +311,52 @@ fn holder_config(
     }))
 }
 
-fn join(config: &Config, request: &join::Request) -> anyhow::Result<ExitCode> {
+fn join(config: &Config, request: &join::Request, by_unit: bool) -> anyhow::Result<ExitCode> {
+    let unit = join::servable(config, by_unit)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let joined = runtime.block_on(join::join(config, request));
-    let (membership, news) = match joined? {
+    let joined = runtime.block_on(join::join(config, request))?;
+    let (membership, new) = match joined {
         Joined::New { membership, skewed } => {
             if skewed {
                 say(
                     "this host's clock and control's differ by more than a minute: set it, or certificates are refused\n",
                 )?;
             }
-            (membership, "joined")
+            (membership, true)
         }
-        Joined::Already(membership) => (membership, "this host has already joined"),
+        Joined::Already(membership) => (membership, false),
     };
+    for lacking in join::lacking() {
+        say(&format!("{lacking}\n"))?;
+    }
     let host = &membership.host;
     say(&format!(
-        "{news} {} as host {} ({}) in network {} at {}\nnext: name its workloads in {} and start the agent (`mesh-agent run`)\n",
+        "{} {} as host {} ({}) in network {} at {}\n",
+        if new {
+            "joined"
+        } else {
+            "this host has already joined"
+        },
         host.trust_domain,
         host.name,
         host.uid,
         host.network,
         membership.address,
-        config.services_dir.display()
+    ))?;
+    let services = config.services_dir.display();
+    let Some(before) = unit else {
+        return say(&format!(
+            "next: name its workloads in {services} and start the agent (`mesh-agent run`)\n"
+        ));
+    };
+    let serving = join::serve(config, before, new)?;
+    say(&format!(
+        "{} runs, and is started at boot\n\n{}\n{}",
+        units::AGENT,
+        serving.checks.render(),
+        serving.in_the_mesh(&services.to_string())
     ))
 }
 

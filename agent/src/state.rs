@@ -287,6 +287,12 @@ impl State {
         Ok(())
     }
 
+    /// Takes a join back that did not come to serve. The key stays: with it the same token joins again.
+    pub(crate) fn take_back(&self) -> anyhow::Result<()> {
+        remove(&self.root.join("agent.json"))?;
+        self.forget_mesh()
+    }
+
     /// Forgets the key of a join that was refused.
     pub(crate) fn remove_agent_key(&self) {
         let _ = fs::remove_file(self.root.join("agent.key"));

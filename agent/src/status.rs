@@ -168,6 +168,16 @@ impl Status {
         page
     }
 
+    /// Only what of this host is in the mesh.
+    pub(crate) fn render_workloads(&self) -> String {
+        let mut page = String::new();
+        let _ = self.write_workloads(&mut page);
+        for problem in &self.file_problems {
+            let _ = writeln!(page, "\nfile {problem}");
+        }
+        page
+    }
+
     fn write(&self, page: &mut String, now_s: u64) -> std::fmt::Result {
         writeln!(
             page,

@@ -21,6 +21,12 @@ pub fn root() -> PathBuf {
     mount.expect("no cgroup2 is mounted; the tests need one (mount -t cgroup2 none /sys/fs/cgroup)")
 }
 
+/// Where version 1 has the hierarchy of systemd, on hybrid machines: what boots a host there goes by it.
+pub fn version1() -> Option<PathBuf> {
+    let path = PathBuf::from("/sys/fs/cgroup/systemd");
+    path.join("cgroup.procs").exists().then_some(path)
+}
+
 /// Kills every process in `cgroup` and below, and removes it.
 pub fn remove(cgroup: &Path) -> io::Result<()> {
     if !cgroup.exists() {
@@ -40,7 +46,8 @@ pub fn kill(cgroup: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn remove_empty(cgroup: &Path) -> io::Result<()> {
+/// Removes `cgroup` and those below it, in which there is no process any more.
+pub fn remove_empty(cgroup: &Path) -> io::Result<()> {
     for entry in fs::read_dir(cgroup)? {
         let path = entry?.path();
         if path.is_dir() {

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::process::{Cmd, Output};
-use crate::site::{Shared, ip};
+use crate::site::{self, Shared, ip};
 use crate::wait::wait_until;
 
 /// What stands in a host's resolv.conf before an agent comes: a server of the site that does not exist.
-const RESOLV_CONF: &str = "nameserver 10.77.0.1\noptions timeout:1 attempts:1\n";
+pub(crate) const RESOLV_CONF: &str = "nameserver 10.77.0.1\noptions timeout:1 attempts:1\n";
 
 /// One machine of a site. Clones are the same machine.
 #[derive(Clone, Debug)]
@@ -50,6 +50,18 @@ impl Host {
     /// The name of its network namespace.
     pub fn namespace(&self) -> String {
         format!("{}-{}", self.site.prefix, self.name)
+    }
+
+    /// The other end of its `eth0`, at the bridge.
+    pub(crate) fn peer(&self) -> String {
+        format!("h{}", self.number)
+    }
+
+    /// The kernel forgets all that it knew of this host, as at a boot. No process of it may be left.
+    #[track_caller]
+    pub(crate) fn forget(&self) {
+        site::unplug(&self.site, self);
+        site::plug(&self.site, self);
     }
 
     /// Its directory, which any user may enter.

@@ -84,23 +84,7 @@ impl Site {
         let number = self.shared.hosts.fetch_add(1, Ordering::Relaxed) + 10;
         let number = u8::try_from(number).expect("at most 245 hosts");
         let host = Host::new(Arc::clone(&self.shared), name, number);
-        let (namespace, bridge) = (host.namespace(), self.shared.bridge_namespace());
-        add_namespace(&namespace);
-        ip(&format!("-n {namespace} link set lo up"));
-        ip(&format!(
-            "link add eth0 netns {namespace} type veth peer name h{number} netns {bridge}"
-        ));
-        ip(&format!("-n {bridge} link set h{number} master br0 up"));
-        ip(&format!(
-            "-n {namespace} address add {}/24 dev eth0",
-            host.v4()
-        ));
-        // Without duplicate address detection: the test need not wait for it.
-        ip(&format!(
-            "-n {namespace} address add {}/64 dev eth0 nodad",
-            host.v6()
-        ));
-        ip(&format!("-n {namespace} link set eth0 up"));
+        plug(&self.shared, &host);
         host
     }
 
@@ -111,7 +95,7 @@ impl Site {
 }
 
 impl Shared {
-    fn bridge_namespace(&self) -> String {
+    pub(crate) fn bridge_namespace(&self) -> String {
         format!("{}-br", self.prefix)
     }
 }
@@ -154,6 +138,46 @@ fn show_logs(logs: &Path) {
         let tail = &lines[lines.len().saturating_sub(TAIL_LINES)..];
         eprintln!("--- the end of {}\n{}", path.display(), tail.join("\n"));
     }
+}
+
+/// Makes a host's namespace and connects it to the others'.
+#[track_caller]
+pub(crate) fn plug(site: &Shared, host: &Host) {
+    let (namespace, bridge) = (host.namespace(), site.bridge_namespace());
+    let peer = host.peer();
+    add_namespace(&namespace);
+    ip(&format!("-n {namespace} link set lo up"));
+    ip(&format!(
+        "link add eth0 netns {namespace} type veth peer name {peer} netns {bridge}"
+    ));
+    ip(&format!("-n {bridge} link set {peer} master br0 up"));
+    ip(&format!(
+        "-n {namespace} address add {}/24 dev eth0",
+        host.v4()
+    ));
+    // The same at each boot, and with it the address of the link.
+    ip(&format!(
+        "-n {namespace} link set eth0 address 02:77:00:00:00:{:02x}",
+        host.v4().octets()[3]
+    ));
+    // Without duplicate address detection: the test need not wait for it.
+    ip(&format!(
+        "-n {namespace} address add {}/64 dev eth0 nodad",
+        host.v6()
+    ));
+    ip(&format!("-n {namespace} link set eth0 up"));
+}
+
+/// Takes it away with all that the kernel knew of the host.
+#[track_caller]
+pub(crate) fn unplug(site: &Shared, host: &Host) {
+    // A namespace that goes takes its link along only later.
+    ip(&format!(
+        "-n {} link delete {}",
+        site.bridge_namespace(),
+        host.peer()
+    ));
+    ip(&format!("netns delete {}", host.namespace()));
 }
 
 #[track_caller]

@@ -11,6 +11,9 @@ pub const TEST_PREFIX: &str = "mwt-";
 /// The site of the demonstration. There is one at a time.
 pub const DEMO_PREFIX: &str = "mwd";
 
+/// Where systemd-nspawn leaves a directory a machine.
+const MACHINES: &str = "/run/systemd/nspawn/propagate";
+
 /// Removes the sites of test processes that are dead. Those of living ones belong to another run.
 pub fn dead_tests() {
     let mut prefixes: Vec<String> = [
@@ -60,9 +63,35 @@ pub fn site(prefix: &str) {
             drop(Command::new("ip").args(["netns", "delete", &name]).output());
         }
     }
+    if let Some(old) = cgroup::version1().map(|root| root.join(prefix))
+        && old.exists()
+    {
+        report(prefix, cgroup::remove_empty(&old));
+    }
     let dir = std::env::temp_dir().join(prefix);
+    unmount(&dir);
+    let machines = fs::read_dir(MACHINES).into_iter().flatten().flatten();
+    for machine in machines.filter(|e| {
+        let name = e.file_name();
+        name.to_string_lossy().starts_with(&format!("{prefix}-"))
+    }) {
+        drop(fs::remove_dir_all(machine.path()));
+    }
     if dir.exists() {
         report(prefix, fs::remove_dir_all(dir));
+    }
+}
+
+/// Roots of hosts that booted.
+fn unmount(dir: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    let points: Vec<&str> = points
+        .filter(|point| Path::new(point).starts_with(dir))
+        .collect();
+    // The innermost was mounted last.
+    for point in points.into_iter().rev() {
+        drop(Command::new("umount").args(["--lazy", point]).output());
     }
 }
 

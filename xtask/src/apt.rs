@@ -86,6 +86,13 @@ pub(crate) const PACKAGE: &[Need] = &[
     ("/usr/lib/python3/dist-packages/pip", "python3-pip"),
 ];
 
+/// Beside what packages are made with.
+pub(crate) const BOOTED: &[Need] = &[
+    ("debootstrap", "debootstrap"),
+    ("systemd-nspawn", "systemd-container"),
+    ("journalctl", "systemd"),
+];
+
 /// A second reader of HTTP/1 beside ours.
 pub(crate) const WIRE: &[Need] = &[("node", "nodejs")];
 

@@ -2,6 +2,7 @@
 //! after itself, also after Ctrl-C.
 
 mod apt;
+mod base;
 mod child;
 mod envoy;
 mod package;

@@ -5,12 +5,14 @@ use std::time::Instant;
 
 use clap::ValueEnum;
 
-use crate::{apt, child};
+use crate::{apt, base, child, package};
 
 /// How long the soak works when it is asked for by name; in a run of the whole tier it says itself.
 const SOAK_SECONDS: &str = "300";
 /// Sites wait more than they compute, so more run at once than there are cores.
 const NAMESPACE_THREADS: &str = "--test-threads=3";
+/// The same of hosts that boot, each of which is three or more.
+const BOOTED_THREADS: &str = "--test-threads=2";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Tier {
@@ -45,7 +47,7 @@ impl Count {
 }
 
 impl Tier {
-    const STANDING: [Self; 3] = [Self::Unit, Self::Wire, Self::Namespaces];
+    const STANDING: [Self; 4] = [Self::Unit, Self::Wire, Self::Namespaces, Self::Booted];
 
     fn name(self) -> String {
         let value = self.to_possible_value();
@@ -67,7 +69,8 @@ impl Tier {
             ],
             Self::Wire => &[&["--package", "meshwork-tests", "--test", "wire"]],
             Self::Namespaces => &[&["--package", "meshwork-tests", "--test", "namespaces"]],
-            Self::Booted | Self::Clusters => &[],
+            Self::Booted => &[&["--package", "meshwork-tests", "--test", "booted"]],
+            Self::Clusters => &[],
         }
     }
 }
@@ -81,7 +84,7 @@ pub(crate) fn run(tiers: &[Tier], lint: bool, filter: Option<&str>) -> anyhow::R
     for tier in tiers {
         anyhow::ensure!(
             Tier::STANDING.contains(tier),
-            "tier {} does not stand yet; these do: unit, wire, namespaces",
+            "tier {} does not stand yet; these do: unit, wire, namespaces, booted",
             tier.name()
         );
     }
@@ -171,11 +174,19 @@ fn prepare(tier: Tier) -> anyhow::Result<()> {
     if tier == Tier::Wire {
         return apt::install(apt::WIRE);
     }
-    if tier != Tier::Namespaces {
-        return Ok(());
+    match tier {
+        Tier::Namespaces => {
+            apt::need_root("the namespaces tier makes network namespaces")?;
+            apt::install(apt::NAMESPACES)?;
+        }
+        Tier::Booted => {
+            apt::need_root("the booted tier boots hosts")?;
+            apt::install(apt::BOOTED)?;
+            base::make()?;
+            package::run(true)?;
+        }
+        _ => return Ok(()),
     }
-    apt::need_root("the namespaces tier makes network namespaces")?;
-    apt::install(apt::NAMESPACES)?;
     child::build(child::Profile::Dev)?;
     // What an earlier run left when it was killed together with us.
     child::site(child::Profile::Dev, &["sweep"])
@@ -188,7 +199,11 @@ fn tests(tier: Tier, filter: Option<&str>) -> Count {
         words.extend(*selection);
         words.extend(filter);
         words.push("--");
-        words.extend((tier == Tier::Namespaces).then_some(NAMESPACE_THREADS));
+        words.extend(match tier {
+            Tier::Namespaces => Some(NAMESPACE_THREADS),
+            Tier::Booted => Some(BOOTED_THREADS),
+            _ => None,
+        });
         let soak = filter.is_some_and(|filter| filter.contains("soak"));
         // It says how the memory goes.
         words.extend(soak.then_some("--nocapture"));

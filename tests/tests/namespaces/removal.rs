@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use meshwork_tests::agent::Agent;
 use meshwork_tests::control::{Control, TokenOptions};
+use meshwork_tests::facts;
 use meshwork_tests::host::Host;
 use meshwork_tests::servers;
 use meshwork_tests::site::Site;
@@ -24,29 +25,16 @@ fn settled(site: &Site) -> Host {
 
 /// All that the kernel and the host's files say, one fact a line.
 fn facts(host: &Host) -> BTreeSet<String> {
-    let mut facts = BTreeSet::new();
-    for line in [
-        "nft list ruleset",
-        "ip -o link",
-        "ip -o address",
-        "ip rule",
-        "ip -6 rule",
-        "ip route show table all",
-        "ip -6 route show table all",
-        "sysctl -a 2>/dev/null | grep -E '^net\\.(ipv4|ipv6)\\.(conf|ip_|tcp_)' | grep -v stable_secret",
+    let files = [
         "cat /etc/resolv.conf",
         "find /etc /run -xdev -printf '%p %y %m %U:%G %l\\n'",
         "find /etc /run -xdev -type f -exec sha256sum {} +",
         // Other programs of the machine write here too; ours would write under its name.
         "find /usr /opt /var /root -xdev -name target -prune -o \\( -iname '*mesh-agent*' -o -iname '*meshwork*' \\) -print",
-        "ss -Hltun",
-        "ss -Hlx",
-    ] {
-        let text = host.run(line).stdout;
-        // Interface numbers and lifetimes are not ours to keep.
-        facts.extend(text.lines().map(|fact| format!("{line}: {}", fact.trim())));
-    }
-    facts
+    ];
+    facts::of(facts::KERNEL.iter().chain(&files), |line| {
+        host.run(line).stdout
+    })
 }
 
 #[test]
@@ -86,12 +74,7 @@ fn leaving_removes_every_trace() {
     let state = state.display();
     let state = host.run(&format!("find {state}/state {state}/run -mindepth 1"));
     assert_eq!(state.stdout, "", "of the agent's own directories");
-    let left: Vec<&String> = after.difference(&before).collect();
-    let lost: Vec<&String> = before.difference(&after).collect();
-    assert!(
-        left.is_empty() && lost.is_empty(),
-        "left: {left:#?}\nlost: {lost:#?}"
-    );
+    facts::assert_same(&before, &after);
     // It is a member until an operator says that it is not.
     control.meshctl("delete host vm1").ok();
     assert!(control.get("hosts").is_empty());
@@ -111,10 +94,5 @@ fn a_killed_agent_is_cleaned_up_by_leaving() {
     let state = state.display();
     let state = host.run(&format!("find {state}/state {state}/run -mindepth 1"));
     assert_eq!(state.stdout, "", "of the agent's own directories");
-    let left: Vec<&String> = after.difference(&before).collect();
-    let lost: Vec<&String> = before.difference(&after).collect();
-    assert!(
-        left.is_empty() && lost.is_empty(),
-        "left: {left:#?}\nlost: {lost:#?}"
-    );
+    facts::assert_same(&before, &after);
 }
