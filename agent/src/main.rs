@@ -46,6 +46,7 @@ mod probe;
 mod quiet;
 mod reals;
 mod relay;
+mod urgent;
 mod vanished;
 mod view;
 mod whose;

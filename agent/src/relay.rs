@@ -15,12 +15,12 @@ use prometheus_client::metrics::gauge::Gauge;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::net::tcp::ReadHalf;
 
 use crate::data::Thread;
 use crate::limits::Limit;
 use crate::metrics::Flow;
 use crate::quiet::Watched;
+use crate::urgent::Reader;
 
 /// Turns of a direction before the other and other tasks have theirs.
 const TURNS: usize = 16;
@@ -138,7 +138,8 @@ pub(crate) async fn relay(
         Local::Caller => (&flow.sent, &flow.received),
         Local::Service => (&flow.received, &flow.sent),
     };
-    let (mut reader, writer) = socket.split();
+    let (reader, writer) = socket.split();
+    let mut reader = activity.thread.urgent.reader(reader)?;
     let socket: &TcpStream = writer.as_ref();
     // While there is no credit nobody reads the socket, and after its end nobody does: an error is heard here.
     let mut broken = pin!(socket.ready(Interest::ERROR));
@@ -181,7 +182,7 @@ pub(crate) async fn relay(
 /// From the local connection to the stream.
 fn send(
     cx: &mut Context<'_>,
-    reader: &mut ReadHalf<'_>,
+    reader: &mut Reader<'_>,
     stream: &MuxStream,
     count: impl Fn(u64),
 ) -> Result<Turn, StreamError> {
