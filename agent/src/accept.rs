@@ -2,7 +2,7 @@
 //! reset with one that was kept for this: its caller knows at once, and what is open goes on.
 
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -11,15 +11,35 @@ use mesh_api::workload_file::CallAt;
 use mesh_core::names::Account;
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::watch;
-use tokio::task::spawn_local;
+use tokio::task::{AbortHandle, spawn_local};
 
 use crate::data::Thread;
+use crate::explicit::LocalListener;
 use crate::limits::{self, Limit};
 use crate::metrics::Direction;
 use crate::{inbound, outbound, relay};
 
 /// After an accept that failed for want of descriptors or memory, and shed nothing.
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// Begins to serve connections to a local port or socket.
+pub(crate) fn locally(
+    thread: &Rc<Thread>,
+    at: &CallAt,
+    listener: LocalListener,
+) -> io::Result<AbortHandle> {
+    let (thread, at) = (Rc::clone(thread), at.clone());
+    let task = match listener {
+        LocalListener::Port(listener) => {
+            relay::prepare_listener(&listener, &thread.settings.keepalive)?;
+            spawn_local(at_port(thread, at, TcpListener::from_std(listener)?))
+        }
+        LocalListener::Socket(listener) => {
+            spawn_local(at_socket(thread, at, UnixListener::from_std(listener)?))
+        }
+    };
+    Ok(task.abort_handle())
+}
 
 /// Serves captured connections; `whose` is `None` for the common listener.
 pub(crate) async fn callers(thread: Rc<Thread>, whose: Option<Account>, listener: TcpListener) {

@@ -374,6 +374,20 @@ struct Tables {
     guard: Guard,
 }
 
+impl Tables {
+    /// True if it was gone. What it knew of connections under way our own table knows.
+    fn repair_guard(&mut self) -> io::Result<bool> {
+        let gone = self.guard.repair()?;
+        if gone {
+            for names in &real::FAMILIES {
+                let flows = self.own.flows(names.carried)?;
+                self.guard.learn(names.carried, &flows)?;
+            }
+        }
+        Ok(gone)
+    }
+}
+
 impl Capture {
     /// Makes link, routes, policy rules and the tables; what stands already is kept. The guard refuses what is `strict`
     /// of `confirmed` and `reals` from now on.
@@ -461,7 +475,7 @@ impl Capture {
             return Ok(Vec::new());
         };
         let mut missing = routes::repair(&self.settings, &self.ranges)?;
-        let guard = tables.guard.repair();
+        let guard = tables.repair_guard();
         if guard.map_err(|source| self.door_error("put back the guard", source))? {
             missing.push(format!("the table `inet {}`", guard_table(&self.settings)));
         }

@@ -19,8 +19,8 @@ use mesh_runtime::mux::{self, Budget};
 use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
 use prometheus_client::metrics::gauge::Gauge;
-use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpListener, UnixListener};
+use socket2::TcpKeepalive;
+use tokio::net::TcpListener;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, spawn_local};
@@ -42,7 +42,7 @@ use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
 use crate::places::Party;
 use crate::quiet::Quiet;
-use crate::urgent::Urgent;
+use crate::urgent::{self, Urgent};
 use crate::view::{View, ViewReader};
 
 /// Commands to a thread that wait: listeners at the start, one a workload.
@@ -519,18 +519,13 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
     spawn_local(live::heed(Rc::clone(&thread)));
     let clock = Rc::clone(&thread);
     spawn_local(async move { clock.quiet.run().await });
-    let marks = Rc::clone(&thread);
-    spawn_local(async move {
-        if let Err(error) = marks.urgent.run().await {
-            log::error!("urgent data of programs may wait for the bytes that follow it: {error}");
-        }
-    });
+    spawn_local(urgent::heed(Rc::clone(&thread)));
     let mut accepting: Vec<(Account, AbortHandle)> = Vec::new();
     let mut local: Vec<(CallAt, AbortHandle)> = Vec::new();
     while let Some(command) = inbox.recv().await {
         match command {
             Command::Local(at, listener) => {
-                let task = listen_locally(&thread, &at, listener)?;
+                let task = accept::locally(&thread, &at, listener)?;
                 local.push((at, task));
             }
             Command::KeepLocal(kept) => local.retain(|(at, task)| {
@@ -555,7 +550,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
             }
             Command::Callers(whose, listener) => {
                 // What it accepts inherits this.
-                crate::relay::prepare_near(&SockRef::from(&listener), &thread.settings.keepalive)?;
+                crate::relay::prepare_listener(&listener, &thread.settings.keepalive)?;
                 let listener = TcpListener::from_std(listener)?;
                 let task = accept::callers(Rc::clone(&thread), whose.clone(), listener);
                 let task = spawn_local(task);
@@ -568,30 +563,6 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         }
     }
     Ok(())
-}
-
-fn listen_locally(
-    thread: &Rc<Thread>,
-    at: &CallAt,
-    listener: LocalListener,
-) -> io::Result<AbortHandle> {
-    let (thread, at) = (Rc::clone(thread), at.clone());
-    let task = match listener {
-        LocalListener::Port(listener) => {
-            crate::relay::prepare_near(&SockRef::from(&listener), &thread.settings.keepalive)?;
-            spawn_local(accept::at_port(
-                thread,
-                at,
-                TcpListener::from_std(listener)?,
-            ))
-        }
-        LocalListener::Socket(listener) => spawn_local(accept::at_socket(
-            thread,
-            at,
-            UnixListener::from_std(listener)?,
-        )),
-    };
-    Ok(task.abort_handle())
 }
 
 /// Gives up what nobody used for a while.

@@ -161,7 +161,6 @@ async fn carry(
     let Some(_place) = thread.place(caller.party) else {
         return relay::abort(client);
     };
-    relay::guard(&client);
     let port = called.port;
     let caller = Caller::new(id, called.service, port.number, called.only);
     let activity = Activity::new(thread);

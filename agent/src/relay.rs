@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::future::{Future as _, poll_fn};
 use std::io;
-use std::net::Shutdown;
+use std::net::{self, Shutdown};
 use std::os::fd::AsRawFd as _;
 use std::pin::pin;
 use std::rc::Rc;
@@ -244,8 +244,7 @@ pub(crate) fn guard(socket: &TcpStream) {
 /// within a host: bulk cost a third more.
 const ROOM: libc::c_int = 1024 * 1024;
 
-/// Sets what a connection to a program of this host has, or inherits from its listener: what [`prepare`] sets, and
-/// [`ROOM`].
+/// Sets what a connection to a program of this host has: what [`prepare`] sets, and [`ROOM`].
 pub(crate) fn prepare_near(socket: &SockRef<'_>, keepalive: &TcpKeepalive) -> io::Result<()> {
     make_room(socket);
     prepare(socket, keepalive)
@@ -277,6 +276,16 @@ fn make_room(socket: &SockRef<'_>) {
 pub(crate) fn prepare(socket: &SockRef<'_>, keepalive: &TcpKeepalive) -> io::Result<()> {
     socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(keepalive)
+}
+
+/// The same for a listener of callers. What it accepts is guarded before anybody has it.
+pub(crate) fn prepare_listener(
+    listener: &net::TcpListener,
+    keepalive: &TcpKeepalive,
+) -> io::Result<()> {
+    let socket = SockRef::from(listener);
+    socket.set_linger(Some(Duration::ZERO))?;
+    prepare_near(&socket, keepalive)
 }
 
 /// All that was to be said is said: the other end sees a proper end.
@@ -316,7 +325,6 @@ impl Drop for Open<'_> {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
-    use std::net;
     use std::time::Instant;
 
     use super::*;

@@ -21,6 +21,8 @@ use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::ReadHalf;
 
+use crate::data::Thread;
+
 /// Marks that are taken note of in one turn.
 const EVENTS: usize = 32;
 
@@ -47,6 +49,13 @@ struct Mark {
     waker: RefCell<Option<Waker>>,
 }
 
+/// Watches the marks of a thread's connections, for ever.
+pub(crate) async fn heed(thread: Rc<Thread>) {
+    if let Err(error) = thread.urgent.run().await {
+        log::error!("urgent data of programs may wait for the bytes that follow it: {error}");
+    }
+}
+
 impl Urgent {
     /// # Errors
     /// When the process can have no more descriptors.
@@ -65,7 +74,7 @@ impl Urgent {
     ///
     /// # Errors
     /// What the kernel says against it.
-    pub(crate) async fn run(&self) -> io::Result<()> {
+    async fn run(&self) -> io::Result<()> {
         let mut events = [EpollEvent::empty(); EVENTS];
         loop {
             let mut ready = self.epoll.readable().await?;

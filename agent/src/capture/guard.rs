@@ -7,7 +7,7 @@ use std::io;
 use mesh_core::policy::Cidr;
 
 use super::door::{DoorPort, caller, from_elsewhere, ranges};
-use super::netlink::{Connection, errno_of};
+use super::netlink::{Connection, Message, errno_of};
 use super::nft::{
     Compare, Hook, Meta, R0, Scribe, SetShape, Steps, Type, batch_bounds, generation_of,
     get_generation,
@@ -22,6 +22,9 @@ const GUARD_OUT: &str = "guard_out";
 const SETS: [(u8, Type, &str); 2] = [(IPV4, Type::Ipv4, "from4"), (IPV6, Type::Ipv6, "from6")];
 /// Room for one datagram with all of it.
 const BATCH_BYTES: usize = 4 * 1024 * 1024;
+
+/// At 64 bytes each they are a quarter of that.
+const FLOWS_PER_BATCH: usize = 16_384;
 
 /// The guard as it was written last.
 #[derive(Debug)]
@@ -100,7 +103,6 @@ impl Guard {
     }
 
     fn commit(&mut self, anew: bool) -> io::Result<()> {
-        let before = self.now()?;
         let scribe = Scribe { table: &self.table };
         // What stands is replaced in the same moment.
         let mut messages = vec![scribe.unowned_table()];
@@ -115,15 +117,28 @@ impl Guard {
         ]);
         messages.extend(self.inwards(scribe));
         messages.extend(self.outwards(scribe));
+        self.send(&messages)
+    }
+
+    /// Makes it know connections under way that the agent's own table knows, after it was gone.
+    pub(super) fn learn(&mut self, set: &str, flows: &[Vec<u8>]) -> io::Result<()> {
+        let table = self.table.clone();
+        let scribe = Scribe { table: &table };
+        let mut batches = flows.chunks(FLOWS_PER_BATCH);
+        batches.try_for_each(|flows| self.send(&scribe.members(set, flows)))
+    }
+
+    fn send(&mut self, messages: &[Message]) -> io::Result<()> {
+        let before = self.now()?;
         let (begin, end) = batch_bounds();
-        self.connection.batch(&begin, &messages, &end)?;
+        self.connection.batch(&begin, messages, &end)?;
         // Ours was the next change. Had it been asked for afterwards, it might be that of a program which took it away.
         self.generation = before.map(next_generation);
         Ok(())
     }
 
     /// Plaintext callers of local programs.
-    fn inwards(&self, scribe: Scribe<'_>) -> Vec<super::netlink::Message> {
+    fn inwards(&self, scribe: Scribe<'_>) -> Vec<Message> {
         let mut messages = vec![
             scribe.new_set(SetShape::plain(STRICT_PORTS, 1, &[Type::Port], None)),
             scribe.empty_set(STRICT_PORTS),
@@ -151,7 +166,7 @@ impl Guard {
 
     /// Calls of local programs to real addresses. Those that were led to the agent, and no more are, are refused
     /// whatever their service's transport is: what was begun as mTLS does not go on in plaintext.
-    fn outwards(&self, scribe: Scribe<'_>) -> Vec<super::netlink::Message> {
+    fn outwards(&self, scribe: Scribe<'_>) -> Vec<Message> {
         let mut messages = Vec::new();
         let mut rules = vec![tcp(Steps::default(), Compare::NotEqual).back()];
         for (id, names) in (10..).step_by(2).zip(&real::FAMILIES) {

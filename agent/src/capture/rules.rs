@@ -201,6 +201,17 @@ impl Table {
         Ok((seen, shed))
     }
 
+    /// The flows in a set: connections to real addresses that are led to the agent.
+    pub(super) fn flows(&mut self, set: &str) -> io::Result<Vec<Vec<u8>>> {
+        let scribe = Scribe { table: &self.name };
+        let mut flows = Vec::new();
+        self.connection
+            .query(&scribe.get_elements(set), |_, body| {
+                flows.extend(elements_of(body).map(|(key, _)| key.to_vec()));
+            })?;
+        Ok(flows)
+    }
+
     fn commit(&mut self, messages: &[Message]) -> io::Result<()> {
         let (begin, end) = batch_bounds();
         self.connection.batch(&begin, messages, &end)

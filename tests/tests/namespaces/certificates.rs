@@ -222,8 +222,11 @@ fn an_agents_own_credential_opens_no_mesh_port() {
     let pair = Pair::new("an_agents_own_credential");
     let _web = pair.web("http", "");
     let port = port(&pair);
-    let credential = Credential::of_agent(&pair.client.host.dir().join("state"));
+    let state = pair.client.host.dir().join("state");
+    let credential = Credential::of_agent(&state);
     port.refuses("identity_kind", &port.sni, Some(&credential));
+    let workload = Credential::of_leaf(&state, "shop.client");
+    assert_eq!(port.knock(&workload), "accepted", "its workload's does");
 }
 
 #[test]

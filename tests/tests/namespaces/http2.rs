@@ -12,7 +12,7 @@ use crate::bounds::reached;
 use crate::pair::{Pair, mesh_name, owner, spiffe};
 
 /// The server and client of these tests; what follows is the script.
-const PEER: &str = include_str!("http2/peer.py");
+pub(crate) const PEER: &str = include_str!("http2/peer.py");
 /// A body that no buffer holds.
 const LARGE: u64 = 100 * 1024 * 1024;
 /// Both ways, digests included, on a busy machine.

@@ -238,6 +238,9 @@ fn a_port_that_another_program_holds_is_not_served() {
         80,
         "location / { return 200 \"gotcha\\n\"; }",
     );
+    // Without the mesh it is the one who answers.
+    let direct = format!("curl -sS -m 10 http://{}/", host.v4());
+    assert_eq!(pair.ok(&direct), "gotcha\n");
     let before = pair.server.refused("app_not_owner");
     let line = format!("curl -sS -m 10 -i http://{}/", mesh_name("web"));
     let answer = wait_until("the refusal", SOON, || {

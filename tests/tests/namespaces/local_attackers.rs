@@ -49,6 +49,35 @@ fn keys_state_and_the_admin_socket_are_closed_to_other_users() {
         "{output}"
     );
     assert!(host.ok(&ask).contains("\"host\""));
+    // Control's the same: its keys, its store, and the socket that makes whoever speaks to it an operator.
+    let control = &pair.control.host;
+    let state = pair.control.state_dir();
+    let files = control.ok(&format!("find {} -type f", state.display()));
+    assert!(files.contains(".key"), "{files}");
+    for file in files.lines() {
+        let read = format!("head -c 1 '{file}'");
+        let output = control.cmd(&read).user(OTHER).output();
+        assert!(
+            !output.status.success() && output.stdout.is_empty(),
+            "{output}"
+        );
+    }
+    let modes = format!("cd {} && stat -c %a . ca/*.key", state.display());
+    let modes = control.ok(&modes);
+    assert!(
+        modes.lines().eq(["700", "600", "600"]),
+        "of the directory and its keys: {modes}"
+    );
+    let ask = format!(
+        "curl -sS -m 5 --unix-socket {}/control.sock http://control/v1/status",
+        state.display()
+    );
+    let output = control.cmd(&ask).user(OTHER).output();
+    assert!(
+        !output.status.success() && output.stdout.is_empty(),
+        "{output}"
+    );
+    assert!(!control.ok(&ask).is_empty(), "nobody answers there");
     // The worker holds the keys: its memory and descriptors are nobody's, not even of another process of root
     // without CAP_SYS_PTRACE.
     let worker = pair.server.worker();
@@ -192,6 +221,44 @@ fn names_are_flooded(test: &str, users: u32) {
         let shed = metrics.sum("mesh_limit_reached_total", &[("limit", "names")]);
         check(shed > 1_000.0, shed.to_string())
     });
+}
+
+/// Requests of a user that are never answered fill what the called host has for this caller, and not what it has for
+/// others, nor what the calling host has.
+#[test]
+fn a_flood_of_streams_leaves_room_for_others() {
+    const FLOOD: &str = "
+kept = []
+for n in range(20):
+    client = Client()
+    for _ in range(200): client.open('/wait')
+    kept.append(client)
+    print('open', n, flush=True)
+time.sleep(1000)
+";
+    const CALL: &str = "print(Client().get('/'))";
+    let (pair, _server) = crate::http2::pair("a_flood_of_streams_leaves_room");
+    let _web = pair.web("http", "");
+    let host = &pair.client.host;
+    let as_user = |name: &str, text: &str, user: u32| {
+        let text = format!("{}\n{text}", crate::http2::PEER);
+        host.python(name, &text).user(user).cgroup("flood")
+    };
+    assert!(as_user("one", CALL, OTHER).ok().contains("hello"));
+    let flood = as_user("flood", FLOOD, OTHER).spawn("flood");
+    wait_until("the flood to be refused", SOON, || {
+        let metrics = pair.server.metrics();
+        let reached = metrics.sum("mesh_limit_reached_total", &[("limit", "http2_apps")]);
+        check(0.0 < reached, flood.log())
+    });
+    for _ in 0..5 {
+        assert!(crate::http2::run(&pair, CALL).contains("hello"));
+        let call = format!("curl -sS -m 10 http://{}/", mesh_name("web"));
+        assert_eq!(host.cmd(&call).user(OTHER + 1).ok(), "hello\n");
+    }
+    // What they are spared.
+    let refused = as_user("one", CALL, OTHER).output();
+    assert!(!refused.stdout.contains("hello"), "{refused}");
 }
 
 /// A user who opens connections without end, or until no descriptor is left, is refused beyond three quarters of what

@@ -254,6 +254,17 @@ fn the_guard_goes_on_knowing_what_is_open_when_it_is_put_back() {
         let bytes = std::fs::read(&file).unwrap_or_default();
         bytes.windows(word.len()).any(|w| w == word.as_bytes())
     };
+    let knows = |when: &str| {
+        wait_until(&format!("the guard to know it {when}"), SOON, || {
+            let tables = host.ok("nft list tables");
+            check(tables.contains("meshwork_guard"), &tables)?;
+            let known = stays(&host, "meshwork_guard", "carried4", port);
+            check(known.is_some(), "it does not")
+        });
+    };
+    knows("from its packets");
+    host.ok("nft flush ruleset");
+    knows("again, though nothing was said meanwhile");
     let rules = || host.ok("nft -a list chain inet meshwork_guard guard_out");
     let before = rules();
     // The program hears nothing of its agent any more, nor that it died.

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
+use mesh_api::token::JoinToken;
 use meshwork_tests::agent::{Agent, MESH_PORT};
 use meshwork_tests::control::TRUST_DOMAIN;
 use meshwork_tests::mesh::{Authority, Credential, knock};
@@ -186,6 +187,60 @@ fn a_revoked_workload_is_cut_off_and_its_host_goes_on() {
         .control
         .meshctl("revoke workload data/db --host client");
     assert!(unknown.stderr.contains("not_found"), "{unknown}");
+}
+
+/// Who joined with a stolen token is cut off with it, and nobody joins by it again.
+#[test]
+fn the_hosts_of_a_revoked_token_are_cut_off_with_it() {
+    let scene = scene("the_hosts_of_a_revoked_token");
+    let pair = &scene.pair;
+    let stolen_token = pair.control.token("--namespace shop --uses 2");
+    let id = JoinToken::parse(&stolen_token).unwrap().id;
+    let thief = Agent::new(&pair.site.host("thief"));
+    thief.join(&stolen_token).ok();
+    let thief = thief.started();
+    thief.serve("client", &crate::pair::owner("client"), &[]);
+    let script = held("echo");
+    let call = wait_until("a call of the thief", SOON, || {
+        let call = thief.host.python("held", &script).cgroup("client");
+        let call = call.spawn("held");
+        wait_until("it to stand or to end", SOON, || {
+            let log = call.log();
+            check(!log.is_empty(), "it says nothing")
+        });
+        let log = call.log();
+        check(log.contains("open"), log).map(|()| call)
+    });
+    let credential = Credential::of_leaf(&thief.host.dir().join("state"), "shop.client");
+    let sni = format!("echo.shop.{TRUST_DOMAIN}");
+    let end = thief
+        .host
+        .inside(|| knock(port(pair), &sni, Some(&credential)));
+    assert_eq!(
+        end, "accepted",
+        "the thief gets in while nothing is revoked"
+    );
+    pair.control
+        .meshctl(&format!("revoke token {id} --hosts"))
+        .ok();
+    wait_log(&call, "reset");
+    refused_at_the_port(pair, &credential, "peer_revoked");
+    let late = Agent::new(&pair.site.host("late"));
+    let refused = late.join(&stolen_token);
+    assert!(refused.stderr.contains("token_revoked"), "{refused}");
+    // Who joined with another token goes on.
+    assert!(!scene.held.log().contains("reset"), "{}", scene.held.log());
+    refused_nowhere(pair);
+}
+
+/// The client's own certificate is as good as before.
+#[track_caller]
+fn refused_nowhere(pair: &Pair) {
+    let sni = format!("echo.shop.{TRUST_DOMAIN}");
+    let credential = stolen(pair);
+    let host = &pair.client.host;
+    let end = host.inside(|| knock(port(pair), &sni, Some(&credential)));
+    assert_eq!(end, "accepted");
 }
 
 /// A damaged file is not an empty one: without control nobody is believed, in either direction.
