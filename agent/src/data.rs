@@ -42,7 +42,6 @@ use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
 use crate::places::Party;
 use crate::quiet::Quiet;
-use crate::urgent::{self, Urgent};
 use crate::view::{View, ViewReader};
 
 /// Commands to a thread that wait: listeners at the start, one a workload.
@@ -253,7 +252,6 @@ pub(crate) struct Thread {
     pub(crate) hands: Hands,
     /// Watches for calls on which nothing moves.
     pub(crate) quiet: Quiet,
-    pub(crate) urgent: Urgent,
     pub(crate) http2_apps: Connections,
     pub(crate) mesh_tls: Arc<rustls::ServerConfig>,
     /// Calls that wait for their endpoints.
@@ -498,7 +496,6 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         fronts: Fronts::default(),
         hands: Hands::default(),
         quiet: Quiet::default(),
-        urgent: Urgent::new()?,
         http2_apps: Connections::default(),
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
@@ -519,7 +516,6 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
     spawn_local(live::heed(Rc::clone(&thread)));
     let clock = Rc::clone(&thread);
     spawn_local(async move { clock.quiet.run().await });
-    spawn_local(urgent::heed(Rc::clone(&thread)));
     let mut accepting: Vec<(Account, AbortHandle)> = Vec::new();
     let mut local: Vec<(CallAt, AbortHandle)> = Vec::new();
     while let Some(command) = inbox.recv().await {

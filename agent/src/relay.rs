@@ -139,7 +139,7 @@ pub(crate) async fn relay(
         Local::Service => (&flow.received, &flow.sent),
     };
     let (reader, writer) = socket.split();
-    let mut reader = activity.thread.urgent.reader(reader)?;
+    let mut reader = Reader::new(reader);
     let socket: &TcpStream = writer.as_ref();
     // While there is no credit nobody reads the socket, and after its end nobody does: an error is heard here.
     let mut broken = pin!(socket.ready(Interest::ERROR));
