@@ -7,6 +7,7 @@
 mod alone;
 mod check;
 mod config;
+mod discover;
 mod explain;
 mod join;
 mod keys;
@@ -59,9 +60,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use mesh_core::names::Label;
 use mesh_runtime::log::Target;
 use mesh_runtime::{files, manual};
 
+use capture::cgroup::OwnerPath;
 use config::Config;
 use holder::{Confirmed, HolderConfig};
 use join::Joined;
@@ -111,6 +114,29 @@ enum Command {
         /// Enrol only: do not enable and start mesh-agent.service. Implied without systemd, and with --config
         #[arg(long)]
         no_start: bool,
+        /// Also write files for what listens on this host, as `discover --write` does
+        #[arg(long, value_name = "NAMESPACE")]
+        discover: Option<Label>,
+    },
+    /// Propose files for the programs that listen on this host, by their units
+    Discover {
+        /// Namespace of their services
+        #[arg(long)]
+        namespace: Label,
+        /// Write those that are not there; the agent takes them up at once
+        #[arg(long)]
+        write: bool,
+    },
+    /// Order a unit of this host: started after the agent is ready, stopped before it
+    Unit {
+        /// E.g. nginx.service
+        name: String,
+        /// Take that away again
+        #[arg(long)]
+        remove: bool,
+        /// Only show it
+        #[arg(long, conflicts_with = "remove")]
+        print: bool,
     },
     /// Stop the agent and remove every trace of the mesh from this host
     Leave,
@@ -193,6 +219,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             | Command::Guard { .. }
             | Command::Join { .. }
             | Command::Leave
+            | Command::Discover { .. }
             | Command::Check { .. }
     ) {
         ensure!(
@@ -225,6 +252,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             network,
             host_name,
             no_start,
+            discover,
         } => {
             log_to("warn", Target::Stderr)?;
             let request = join::Request {
@@ -234,12 +262,34 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
                 host_name,
             };
             // The unit reads the default configuration.
-            join(&config, &request, !no_start && cli.config.is_none())
+            let by_unit = !no_start && cli.config.is_none();
+            join(&config, &request, by_unit, discover.as_ref())
+        }
+        Command::Discover { namespace, write } => {
+            log_to("warn", Target::Stderr)?;
+            discovered(&config, &namespace, write)
+        }
+        Command::Unit {
+            name,
+            remove,
+            print,
+        } => {
+            let OwnerPath::Unit(name) =
+                OwnerPath::unit(&name).context(Mistyped("that can not be ordered".to_owned()))?
+            else {
+                bail!("that can not be ordered");
+            };
+            say(&match (remove, print) {
+                (true, _) => units::unordered(&name)?,
+                (_, true) => units::order(&name),
+                _ => units::ordered(&name)?,
+            })
         }
         Command::Leave => {
             log_to("warn", Target::Stderr)?;
             if cli.config.is_none() && units::there() {
                 units::stop(None)?;
+                units::unorder_all()?;
             }
             say(&left(&leave::leave(&config)?))
         }
@@ -312,7 +362,12 @@ fn holder_config(
     }))
 }
 
-fn join(config: &Config, request: &join::Request, by_unit: bool) -> anyhow::Result<ExitCode> {
+fn join(
+    config: &Config,
+    request: &join::Request,
+    by_unit: bool,
+    discover: Option<&Label>,
+) -> anyhow::Result<ExitCode> {
     let unit = join::servable(config, by_unit)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -346,6 +401,9 @@ fn join(config: &Config, request: &join::Request, by_unit: bool) -> anyhow::Resu
         host.network,
         membership.address,
     ))?;
+    if let Some(namespace) = discover {
+        discovered(config, namespace, true)?;
+    }
     let services = config.services_dir.display();
     let Some(before) = unit else {
         return say(&format!(
@@ -359,6 +417,14 @@ fn join(config: &Config, request: &join::Request, by_unit: bool) -> anyhow::Resu
         serving.checks.render(),
         serving.in_the_mesh(&services.to_string())
     ))
+}
+
+fn discovered(config: &Config, namespace: &Label, write: bool) -> anyhow::Result<ExitCode> {
+    let discovered = discover::discover(config, namespace)?;
+    if write {
+        discover::write(config, &discovered.proposals)?;
+    }
+    say(&discovered.render(config, write))
 }
 
 fn left(left: &Left) -> String {

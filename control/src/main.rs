@@ -32,6 +32,7 @@ mod issuer;
 mod lease;
 mod limits;
 mod metrics;
+mod owner;
 mod prover;
 mod refusal;
 mod restore;
@@ -156,7 +157,8 @@ fn main() -> ExitCode {
         Command::Init(args) => init(args),
         Command::Run(args) => run(args),
         Command::Restore(args) => {
-            restore::restore(&args.file, &args.state_dir, args.force).map(|told| print(&told))
+            let work = || restore::restore(&args.file, &args.state_dir, args.force);
+            owner::kept(&args.state_dir, work).map(|told| print(&told))
         }
         Command::RenewIssuer(args) => renew_issuer(args),
         Command::Manual { dir } => mesh_runtime::manual::write(Cli::command(), &dir)
@@ -208,7 +210,7 @@ fn renew_issuer(args: RenewIssuer) -> anyhow::Result<()> {
                 .unwrap_or_else(|| state.join("ca").join("root.key")),
         },
     };
-    print(&issuer::renew(&state, &new)?);
+    print(&owner::kept(&state, || issuer::renew(&state, &new))?);
     Ok(())
 }
 

@@ -1,10 +1,16 @@
 //! Hosts that boot with systemd, installed from our packages by dpkg and by rpm. Needs root.
 
+#[path = "booted/control.rs"]
+mod control;
 #[path = "booted/crash.rs"]
 mod crash;
+#[path = "booted/discover.rs"]
+mod discover;
 #[path = "booted/join.rs"]
 mod join;
 #[path = "booted/life.rs"]
 mod life;
 #[path = "booted/mesh.rs"]
 mod mesh;
+#[path = "booted/networkd.rs"]
+mod networkd;

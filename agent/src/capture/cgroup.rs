@@ -5,6 +5,7 @@
 
 mod watch;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirEntryExt, MetadataExt};
@@ -175,6 +176,23 @@ impl CgroupTree {
             }
         }
         Ok(false)
+    }
+
+    /// All cgroups by their ids, as far as there are not too many.
+    pub(crate) fn by_id(&self) -> Result<BTreeMap<u64, PathBuf>, CgroupError> {
+        let mut found = BTreeMap::new();
+        let mut pending = vec![PathBuf::new()];
+        while let Some(path) = pending.pop() {
+            for (name, inode) in self.children(&path)? {
+                if found.len() >= DIRECTORIES_MAX {
+                    return Ok(found);
+                }
+                let child = path.join(name);
+                found.insert(inode, child.clone());
+                pending.push(child);
+            }
+        }
+        Ok(found)
     }
 
     /// The root and all slices below it: where systemd puts system units.

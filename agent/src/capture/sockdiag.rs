@@ -91,7 +91,7 @@ impl SockDiag {
         }
     }
 
-    /// All sockets that listen on a TCP port, of both families.
+    /// All sockets that listen on a TCP port, of both families; port 0: on any.
     pub(crate) fn listeners(&mut self, port: u16) -> io::Result<Vec<Listener>> {
         let mut found = Vec::new();
         for any in [
@@ -104,7 +104,7 @@ impl SockDiag {
             let outcome = self.0.query(&request, |_, body| {
                 if let Some(answer) = Answer::read(body)
                     && answer.state == TCP_LISTEN
-                    && answer.local.port() == port
+                    && (port == 0 || answer.local.port() == port)
                 {
                     found.push(answer.listener());
                 }

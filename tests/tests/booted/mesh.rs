@@ -125,11 +125,12 @@ pub(crate) fn install_rpm(machine: &Machine) {
     ));
 }
 
-/// Directories of shells that on a host with rpm other packages own.
+/// Directories that on a host with rpm other packages own.
 #[track_caller]
 pub(crate) fn rpm_system(machine: &Machine) {
     machine.ok(
-        "mkdir -p /usr/share/licenses /usr/share/fish/vendor_completions.d /usr/share/zsh/site-functions",
+        "mkdir -p /usr/share/licenses /usr/share/fish/vendor_completions.d /usr/share/zsh/site-functions \
+         /usr/lib/NetworkManager/conf.d /usr/lib/systemd/networkd.conf.d",
     );
 }
 
