@@ -21,6 +21,7 @@ use crate::capture::sockdiag::{Listener, SockDiag};
 use crate::config::Config;
 use crate::control::SessionStatus;
 use crate::dns;
+use crate::drained::Drained;
 use crate::explicit::Closed;
 use crate::health::Verdicts;
 use crate::holder::protocol::Arming;
@@ -35,6 +36,7 @@ use crate::status::{
 use crate::view::{View, ViewReader};
 use crate::workloads::WorkloadSet;
 
+mod drained;
 mod explain;
 mod peers;
 
@@ -53,6 +55,8 @@ pub(crate) struct Sources {
     pub(crate) session: watch::Receiver<Arc<SessionStatus>>,
     pub(crate) standings: watch::Receiver<Arc<Standings>>,
     pub(crate) owners: watch::Receiver<Arc<OwnerStatus>>,
+    /// Services that the operator has taken out.
+    pub(crate) drained: Drained,
     /// Local ports and sockets that could not be opened.
     pub(crate) closed: watch::Receiver<Arc<Closed>>,
     pub(crate) dns: Option<Arc<dns::Counters>>,
@@ -90,18 +94,22 @@ impl Sources {
                 Ok(text) => Answer::text(text),
                 Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
             },
+            ("GET", "/drained") => Answer::json(&self.open_calls()),
+            ("PUT", "/drain") => self.drain(query, true),
+            ("PUT", "/undrain") => self.drain(query, false),
             ("PUT", "/log-level") => set_level(query),
             (
                 _,
                 "/health" | "/ready" | "/metrics" | "/state" | "/explain" | "/peers" | "/config"
-                | "/log-level",
+                | "/drained" | "/drain" | "/undrain" | "/log-level",
             ) => Answer::error(
                 StatusCode::METHOD_NOT_ALLOWED,
-                "use GET, or PUT for /log-level",
+                "use GET, or PUT for /drain, /undrain and /log-level",
             ),
             _ => Answer::error(
                 StatusCode::NOT_FOUND,
-                "there are /health, /ready, /metrics, /state, /explain, /peers, /config and /log-level",
+                "there are /health, /ready, /metrics, /state, /explain, /peers, /config, /drained, /drain, /undrain and \
+                 /log-level",
             ),
         }
     }
@@ -183,6 +191,8 @@ impl Sources {
                 repaired: owners.door.repaired,
                 error: owners.door.error.clone(),
             },
+            draining_workers: owners.draining,
+            reload_given_up: owners.given_up.clone(),
             host_leaf: leaf(&host_identity, standings.get(&host_identity), &spaces),
             workloads: Vec::new(),
             file_problems: set.problems.iter().map(ToString::to_string).collect(),

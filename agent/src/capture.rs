@@ -6,6 +6,7 @@
 //! `cgroup` follows the owners, `app_socket` is the way to a local app. Only the holder opens [`Capture`]; the worker uses
 //! the last three.
 
+mod advice;
 pub(crate) mod app_socket;
 pub(crate) mod cgroup;
 pub(crate) mod door;
@@ -18,18 +19,22 @@ pub(crate) mod real;
 mod routes;
 pub(crate) mod rules;
 pub(crate) mod sockdiag;
+mod table;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::BorrowedFd;
 
 use mesh_core::policy::Cidr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use advice::{advice, delete_advice, table_advice};
 use door::{Arm, DoorPort, Seen};
 use guard::Guard;
 use real::Real;
 use rules::Shed;
+pub(crate) use table::{Contents, LeftTable};
 
 /// The number of listeners that workloads may have; twelve bits of the mark.
 pub(crate) const NUMBER_MAX: u16 = 4095;
@@ -331,33 +336,6 @@ fn guard_table(settings: &CaptureSettings) -> String {
     format!("{}_guard", settings.table)
 }
 
-fn advice(error: &io::Error) -> &'static str {
-    match netlink::errno_of(error) {
-        Some(libc::EPERM) => "; the agent needs CAP_NET_ADMIN",
-        Some(libc::EOPNOTSUPP) => "; is the kernel's module `bridge` missing?",
-        _ => "",
-    }
-}
-
-fn table_advice(error: &io::Error) -> &'static str {
-    match netlink::errno_of(error) {
-        Some(libc::EEXIST | libc::EPERM) => {
-            "; does another agent run here? else the name is taken: set `table` or delete it"
-        }
-        Some(libc::ENOENT | libc::EOPNOTSUPP) => {
-            "; the kernel lacks nf_tables with `socket` and `tproxy` (Linux 5.13 or newer)"
-        }
-        _ => "",
-    }
-}
-
-fn delete_advice(error: &io::Error) -> &'static str {
-    match netlink::errno_of(error) {
-        Some(libc::EPERM) => "; a running agent owns it: stop that first",
-        _ => "",
-    }
-}
-
 /// The host's traffic to virtual addresses, taken over. It ends with this value: the kernel takes the table with the
 /// socket, and what is left (link and routes) lets nothing out.
 #[derive(Debug)]
@@ -370,7 +348,7 @@ pub(crate) struct Capture {
 
 #[derive(Debug)]
 struct Tables {
-    own: rules::Table,
+    own: table::Table,
     guard: Guard,
 }
 
@@ -399,7 +377,7 @@ impl Capture {
     ) -> Result<Self, CaptureError> {
         let make = || -> Result<Tables, CaptureError> {
             let guard = prepare_guard(settings, ranges, confirmed, reals)?;
-            let own = rules::Table::create(settings, ranges).map_err(|source| {
+            let own = table::Table::create(settings, ranges).map_err(|source| {
                 CaptureError::MakeTable {
                     table: settings.table.clone(),
                     source,
@@ -412,6 +390,40 @@ impl Capture {
             ranges: *ranges,
             tables: settings.enabled.then(make).transpose()?,
         })
+    }
+
+    /// Takes on what another program left; the guard refuses what is `strict` of `confirmed` and is so in `contents`, too.
+    pub(crate) fn take_on(
+        settings: &CaptureSettings,
+        ranges: &VipRanges,
+        left: Option<LeftTable>,
+        confirmed: &[DoorPort],
+        contents: Contents<'_>,
+    ) -> Result<Self, CaptureError> {
+        let make = |left| -> Result<Tables, CaptureError> {
+            let between = match contents.arm {
+                Arm::ForGood => confirmed.to_vec(),
+                Arm::For(_) | Arm::Not => guard::meanwhile(confirmed, contents.doors),
+            };
+            let guard = prepare_guard(settings, ranges, &between, contents.reals)?;
+            let own = table::Table::take_on(settings, ranges, left, contents);
+            let own = own.map_err(|source| CaptureError::MakeTable {
+                table: settings.table.clone(),
+                source,
+            })?;
+            Ok(Tables { own, guard })
+        };
+        Ok(Self {
+            settings: settings.clone(),
+            ranges: *ranges,
+            tables: left.map(make).transpose()?,
+        })
+    }
+
+    /// For the program that takes our place: the socket that owns the table, its last request, and the levels in it.
+    pub(crate) fn to_hand_over(&self) -> Option<(BorrowedFd<'_>, u32, &[u8])> {
+        let tables = self.tables.as_ref();
+        tables.map(|tables| tables.own.to_hand_over())
     }
 
     /// Makes the kernel know exactly these workloads, real addresses and doors, all at once.
@@ -498,7 +510,16 @@ impl Capture {
         let Some(tables) = tables else {
             return Ok(());
         };
-        drop(tables);
+        // The service manager may have the socket, too: the table does not go by itself then.
+        match tables.own.remove() {
+            Err(source) if netlink::errno_of(&source) != Some(libc::ENOENT) => {
+                return Err(CaptureError::DeleteTable {
+                    table: settings.table,
+                    source,
+                });
+            }
+            _ => {}
+        }
         routes::remove_rules(&settings)?;
         if !keep_link {
             routes::remove_link(&settings)?;
@@ -539,7 +560,7 @@ fn prepare_guard(
 /// Removes every trace, whoever left it. A running holder must have ended before.
 pub(crate) fn remove_all(settings: &CaptureSettings) -> Result<(), CaptureError> {
     settings.check()?;
-    match rules::delete(settings) {
+    match table::delete(settings) {
         Err(source) if netlink::errno_of(&source) != Some(libc::ENOENT) => {
             return Err(CaptureError::DeleteTable {
                 table: settings.table.clone(),

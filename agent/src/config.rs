@@ -81,6 +81,7 @@ pub(crate) struct Timeouts {
     pub(crate) half_closed_s: u64,
     pub(crate) hold_s: u64,
     pub(crate) drain_s: u64,
+    pub(crate) handover_s: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,6 +162,7 @@ impl Default for Timeouts {
             half_closed_s: 60,
             hold_s: 5,
             drain_s: 30,
+            handover_s: 3600,
         }
     }
 }
@@ -239,6 +241,7 @@ impl Config {
             ),
             ("timeouts.hold_s", times.hold_s, 1, SECONDS_MAX),
             ("timeouts.drain_s", times.drain_s, 1, SECONDS_MAX),
+            ("timeouts.handover_s", times.handover_s, 1, SECONDS_MAX),
             ("keepalive.idle_s", keepalive.idle_s, 1, KEEPALIVE_S_MAX),
             (
                 "keepalive.interval_s",
@@ -305,6 +308,16 @@ impl Config {
     /// How long a worker lets open calls end.
     pub(crate) fn drain(&self) -> Duration {
         Duration::from_secs(self.timeouts.drain_s)
+    }
+
+    /// How long open connections go on when another worker has taken over.
+    pub(crate) fn handover(&self) -> Duration {
+        Duration::from_secs(self.timeouts.handover_s)
+    }
+
+    /// How long the holder lets such a worker end.
+    pub(crate) fn holder_handover(&self) -> Duration {
+        self.handover() + DRAIN_MARGIN
     }
 
     /// How long the holder lets a worker end.
@@ -419,6 +432,7 @@ mod tests {
             ("timeouts", "half_closed_s", 1, DAY),
             ("timeouts", "hold_s", 1, DAY),
             ("timeouts", "drain_s", 1, DAY),
+            ("timeouts", "handover_s", 1, DAY),
             ("keepalive", "idle_s", 1, 60),
             ("keepalive", "interval_s", 1, 60),
             ("keepalive", "probes", 1, 100),

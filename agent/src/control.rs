@@ -6,6 +6,7 @@
 //! subscription.
 
 mod dial;
+mod heed;
 mod keep;
 mod mirror;
 mod rejoin;
@@ -41,9 +42,10 @@ use keep::Persisted;
 use mirror::Mirror;
 pub(crate) use status::SessionStatus;
 
+use crate::handing::Handing;
 use crate::health::Verdicts;
 use crate::leaves::now_ms;
-use crate::state::{Membership, State};
+use crate::state::{Kept, Membership, Stamp, State};
 use crate::view::ViewWriter;
 use crate::workloads::WorkloadSet;
 
@@ -77,6 +79,8 @@ pub(crate) struct Links {
     pub(crate) judged: watch::Sender<u64>,
     pub(crate) status: watch::Sender<Arc<SessionStatus>>,
     pub(crate) mesh_port: u16,
+    /// Another worker may take over: only one talks to control and writes.
+    pub(crate) handing: Handing,
 }
 
 /// The owner of the session.
@@ -97,6 +101,8 @@ pub(crate) struct Shell {
     generation: u64,
     status: SessionStatus,
     skewed: bool,
+    /// What was there of another worker's files at the last look.
+    heeded: [Option<Stamp>; Kept::ALL.len()],
 }
 
 impl Shell {
@@ -131,6 +137,7 @@ impl Shell {
             reported: Vec::new(),
             generation: 0,
             skewed: false,
+            heeded: Default::default(),
             links,
             membership,
         };
@@ -157,10 +164,13 @@ impl Shell {
             persisted_by,
             keep_stop.clone(),
         ));
+        let handing = self.links.handing.clone();
+        let mut handed = false;
         tokio::select! {
             // First: those whom we follow end with us, and that would look like a failure.
             biased;
             () = stop.cancelled() => (),
+            () = handing.begun() => handed = true,
             ended = &mut keeping => {
                 ended??;
                 anyhow::bail!("the task that keeps control's state ended");
@@ -171,7 +181,13 @@ impl Shell {
             self.mirror.contact(now_ms());
         }
         keep_stop.cancel();
-        keeping.await?
+        if !handed {
+            return keeping.await?;
+        }
+        drop(handing);
+        self.hand_over(keeping).await?;
+        self.heed(stop).await;
+        Ok(())
     }
 
     async fn follow(

@@ -5,10 +5,10 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, TcpListener as StdListener};
+use std::net::TcpListener as StdListener;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mesh_api::workload_file::CallAt;
 use mesh_core::names::{Account, ServiceName};
@@ -37,12 +37,17 @@ use crate::inbound::front::Fronts;
 use crate::inbound::http2::app::Connections;
 use crate::inbound::{Hands, Shares, certificates};
 use crate::limits::{self, Limit, ShedLog};
-use crate::live::{self, Live};
+use crate::live::Live;
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
 use crate::places::Party;
 use crate::quiet::Quiet;
 use crate::view::{View, ViewReader};
+
+pub(crate) use strangers::{Handshakes, LogGate};
+
+mod strangers;
+mod upkeep;
 
 /// Commands to a thread that wait: listeners at the start, one a workload.
 const COMMANDS_MAX: usize = 1024;
@@ -115,7 +120,18 @@ enum Command {
     KeepLocal(Arc<BTreeSet<CallAt>>),
     /// Accept for these workloads and the common listener only.
     Keep(Arc<BTreeSet<Account>>),
-    Drain(Duration, oneshot::Sender<()>),
+    /// Accept nothing more, from nobody.
+    StopAccepting(oneshot::Sender<()>),
+    Drain(Ending, Duration, oneshot::Sender<()>),
+}
+
+/// How the calls of a worker end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// Nobody serves here afterwards: whoever can go elsewhere is told to.
+    Stop,
+    /// Another worker serves: nobody notices.
+    HandOver,
 }
 
 impl DataPlane {
@@ -216,12 +232,23 @@ impl DataPlane {
         }
     }
 
-    /// Stops accepting, lets open calls end until `deadline`, then cuts them.
-    pub(crate) async fn drain(&self, deadline: Duration) {
+    /// Takes no connection any more, on any thread, when this returns. What was taken goes on.
+    pub(crate) async fn stop_accepting(&self) {
+        self.tell_all(Command::StopAccepting).await;
+    }
+
+    /// Takes no new calls, lets open ones end until `deadline`, then cuts them.
+    pub(crate) async fn drain(&self, ending: Ending, deadline: Duration) {
+        self.tell_all(|done| Command::Drain(ending, deadline, done))
+            .await;
+    }
+
+    /// Returns when all threads have done it.
+    async fn tell_all(&self, command: impl Fn(oneshot::Sender<()>) -> Command) {
         let mut waits = Vec::new();
         for thread in &self.threads {
             let (done, wait) = oneshot::channel();
-            if thread.send(Command::Drain(deadline, done)).await.is_ok() {
+            if thread.send(command(done)).await.is_ok() {
                 waits.push(wait);
             }
         }
@@ -275,6 +302,8 @@ pub(crate) struct Thread {
     pub(crate) spare: RefCell<Option<File>>,
     /// True when this thread takes no new calls.
     pub(crate) draining: watch::Sender<bool>,
+    /// Whether another worker serves then.
+    pub(crate) handed_over: Cell<bool>,
 }
 
 impl Thread {
@@ -309,6 +338,11 @@ impl Thread {
             return None;
         }
         Some(admission)
+    }
+
+    /// Whether this thread takes no new calls, and nobody else here does.
+    pub(crate) fn stops(&self) -> bool {
+        *self.draining.borrow() && !self.handed_over.get()
     }
 
     /// Connections that a drain waits for.
@@ -393,62 +427,6 @@ impl Drop for Admission {
     }
 }
 
-/// TLS handshakes under way: who has not shown who it is gets little.
-#[derive(Debug, Default)]
-pub(crate) struct Handshakes {
-    all: usize,
-    by_address: HashMap<IpAddr, usize>,
-}
-
-impl Handshakes {
-    /// At once, a thread: half a second's work of a core.
-    const MAX: usize = 1024;
-    /// At once from one address: a gateway that brings many peers has so many new ones at once.
-    const PER_ADDRESS_MAX: usize = 256;
-
-    pub(crate) fn begin(&mut self, from: IpAddr) -> bool {
-        let here = self.by_address.get(&from).copied().unwrap_or(0);
-        if self.all >= Self::MAX || here >= Self::PER_ADDRESS_MAX {
-            return false;
-        }
-        self.all += 1;
-        self.by_address.insert(from, here + 1);
-        true
-    }
-
-    pub(crate) fn end(&mut self, from: IpAddr) {
-        self.all -= 1;
-        if let Some(here) = self.by_address.get_mut(&from) {
-            *here -= 1;
-            if *here == 0 {
-                self.by_address.remove(&from);
-            }
-        }
-    }
-}
-
-/// Lets some log lines pass a second; what a stranger causes must not fill the log.
-#[derive(Debug, Default)]
-pub(crate) struct LogGate {
-    second: Option<Instant>,
-    passed: u32,
-}
-
-impl LogGate {
-    const A_SECOND: u32 = 10;
-
-    pub(crate) fn passes(&mut self) -> bool {
-        let fresh = self
-            .second
-            .is_none_or(|at| at.elapsed() >= Duration::from_secs(1));
-        if fresh {
-            (self.second, self.passed) = (Some(Instant::now()), 0);
-        }
-        self.passed += 1;
-        self.passed <= Self::A_SECOND
-    }
-}
-
 /// What each of callers, peers, apps and connections to other agents may have of the process's descriptors, and how
 /// many connections to apps may be kept beside them, a thread.
 fn shares_of_descriptors(threads: usize) -> (usize, usize) {
@@ -511,11 +489,11 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         shed_log: RefCell::default(),
         spare: RefCell::new(accept::spare_descriptor()),
         draining: watch::Sender::new(false),
+        handed_over: Cell::new(false),
     });
-    spawn_local(sweep(Rc::clone(&thread)));
-    spawn_local(live::heed(Rc::clone(&thread)));
-    let clock = Rc::clone(&thread);
-    spawn_local(async move { clock.quiet.run().await });
+    upkeep::begin(&thread);
+    // Of no workload: the mesh port and the common listener.
+    let mut always: Vec<AbortHandle> = Vec::new();
     let mut accepting: Vec<(Account, AbortHandle)> = Vec::new();
     let mut local: Vec<(CallAt, AbortHandle)> = Vec::new();
     while let Some(command) = inbox.recv().await {
@@ -539,38 +517,43 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
                 kept
             }),
             Command::Mesh(listener) => {
-                spawn_local(accept::peers(
-                    Rc::clone(&thread),
-                    TcpListener::from_std(listener)?,
-                ));
+                let task = accept::peers(Rc::clone(&thread), TcpListener::from_std(listener)?);
+                always.push(spawn_local(task).abort_handle());
             }
             Command::Callers(whose, listener) => {
                 // What it accepts inherits this.
                 crate::relay::prepare_listener(&listener, &thread.settings.keepalive)?;
                 let listener = TcpListener::from_std(listener)?;
                 let task = accept::callers(Rc::clone(&thread), whose.clone(), listener);
-                let task = spawn_local(task);
-                accepting.extend(whose.map(|account| (account, task.abort_handle())));
+                let task = spawn_local(task).abort_handle();
+                match whose {
+                    Some(account) => accepting.push((account, task)),
+                    None => always.push(task),
+                }
             }
-            Command::Drain(deadline, done) => {
-                drain::drain(&thread, deadline).await;
-                let _ = done.send(());
+            Command::StopAccepting(done) => {
+                let workloads = accepting.drain(..).map(|(_, task)| task);
+                let local = local.drain(..).map(|(_, task)| task);
+                stop_accepting(always.drain(..).chain(workloads).chain(local), done);
             }
+            Command::Drain(ending, deadline, done) => end_calls(&thread, ending, deadline, done),
         }
     }
     Ok(())
 }
 
-/// Gives up what nobody used for a while.
-async fn sweep(thread: Rc<Thread>) {
-    const EVERY: Duration = Duration::from_secs(15);
-    loop {
-        tokio::time::sleep(EVERY).await;
-        thread.peers.sweep();
-        thread.shares.sweep();
-        thread.apps.sweep();
-        thread.fronts.sweep(&thread.view().workloads);
-        thread.http2_apps.sweep();
-        thread.balancers.sweep(&thread.view(), &thread.wants);
-    }
+/// Each task waits for a connection and nothing else: none is lost with it.
+fn stop_accepting(tasks: impl Iterator<Item = AbortHandle>, done: oneshot::Sender<()>) {
+    tasks.for_each(|task| task.abort());
+    let _ = done.send(());
+}
+
+/// Drains in a task of its own: another drain, with less time, may follow.
+fn end_calls(thread: &Rc<Thread>, ending: Ending, deadline: Duration, done: oneshot::Sender<()>) {
+    thread.handed_over.set(ending == Ending::HandOver);
+    let thread = Rc::clone(thread);
+    spawn_local(async move {
+        drain::drain(&thread, deadline).await;
+        let _ = done.send(());
+    });
 }

@@ -22,6 +22,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::handing::Handing;
+
 pub(crate) use answer::ZoneError;
 use answer::{Decision, Zone};
 pub(crate) use counters::Counters;
@@ -94,7 +96,13 @@ impl Dns {
     }
 
     /// Answers until `stop`. Fails when one of the sockets does.
-    pub(crate) async fn run(self, sockets: Sockets, stop: CancellationToken) -> io::Result<()> {
+    /// When another worker takes over, it reads on in the sockets, and what was asked here is answered here.
+    pub(crate) async fn run(
+        self,
+        sockets: Sockets,
+        handing: Handing,
+        stop: CancellationToken,
+    ) -> io::Result<()> {
         let mut shared = self.shared;
         let mut servers = JoinSet::new();
         let (mut udp, mut tcp) = (Vec::new(), Vec::new());
@@ -110,10 +118,12 @@ impl Dns {
         }
         let shared = Arc::new(shared);
         for socket in udp {
-            servers.spawn(serve_udp(Arc::clone(&shared), socket, stop.clone()));
+            let served = serve_udp(Arc::clone(&shared), socket, handing.clone(), stop.clone());
+            servers.spawn(served);
         }
         for listener in tcp {
-            servers.spawn(serve_tcp(Arc::clone(&shared), listener, stop.clone()));
+            let served = serve_tcp(Arc::clone(&shared), listener, handing.clone(), stop.clone());
+            servers.spawn(served);
         }
         while let Some(ended) = servers.join_next().await {
             ended.map_err(io::Error::other)??;
@@ -125,6 +135,7 @@ impl Dns {
 async fn serve_udp(
     shared: Arc<Shared>,
     socket: UdpSocket,
+    handing: Handing,
     stop: CancellationToken,
 ) -> io::Result<()> {
     let socket = Arc::new(socket);
@@ -133,6 +144,10 @@ async fn serve_udp(
     loop {
         let received = tokio::select! {
             () = stop.cancelled() => return Ok(()),
+            () = handing.begun() => {
+                finish(forwards, &stop).await;
+                return Ok(());
+            }
             Some(_) = forwards.join_next() => continue,
             received = socket.recv_from(&mut buffer) => received,
         };
@@ -172,12 +187,17 @@ async fn serve_udp(
 async fn serve_tcp(
     shared: Arc<Shared>,
     listener: TcpListener,
+    handing: Handing,
     stop: CancellationToken,
 ) -> io::Result<()> {
     let mut clients = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return Ok(()),
+            () = handing.begun() => {
+                finish(clients, &stop).await;
+                return Ok(());
+            }
             Some(_) = clients.join_next() => continue,
             accepted = listener.accept() => accepted,
         };
@@ -200,6 +220,15 @@ async fn serve_tcp(
             drop(serve_client(&shared, stream).await);
             drop(permit);
         });
+    }
+}
+
+/// Lets what was asked be answered; each has its own bound.
+async fn finish(mut asked: JoinSet<()>, stop: &CancellationToken) {
+    let all = async { while asked.join_next().await.is_some() {} };
+    tokio::select! {
+        () = all => (),
+        () = stop.cancelled() => (),
     }
 }
 

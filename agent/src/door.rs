@@ -235,9 +235,9 @@ impl Door {
         }
         self.status.arming = looked.arming;
         self.status.repaired = looked.repaired;
-        self.status.error = looked.error.or_else(|| self.too_many.clone());
         self.metrics
             .door(looked.arming == Arming::Disarmed, looked.repaired);
+        self.status.error = looked.error.or_else(|| self.too_many.clone());
         self.tell(now_ms);
     }
 

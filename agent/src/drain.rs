@@ -11,6 +11,9 @@ use crate::limits::Limit;
 /// How long the word that a call is cut may take to leave. The holder waits for longer.
 const CUT_MAX: Duration = Duration::from_secs(1);
 
+/// Between two looks at what is open.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
 /// Lets open calls end until `deadline`, then cuts them: who waits for one is told why.
 pub(crate) async fn drain(thread: &Rc<Thread>, deadline: Duration) {
     thread.draining.send_replace(true);
@@ -40,6 +43,6 @@ async fn emptied(thread: &Thread, time: Duration) -> bool {
         if Instant::now() >= until {
             return false;
         }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::time::sleep(LOOK_EVERY).await;
     }
 }

@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::data::DataPlane;
+use crate::handing::Handing;
 use crate::workloads::WorkloadSet;
 
 /// How often what could not be opened is tried again: a directory that is not there yet, a port that another has.
@@ -62,12 +63,18 @@ impl Explicit {
     }
 
     /// Follows the workload files until `stop`.
-    pub(crate) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
+    pub(crate) async fn run(
+        mut self,
+        handing: Handing,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
         loop {
             self.follow().await?;
             let retry = !self.status.borrow().is_empty();
             tokio::select! {
                 () = stop.cancelled() => break,
+                // The other worker opens its own in their places.
+                () = handing.begun() => return Ok(()),
                 changed = self.sets.changed() => match changed {
                     Ok(()) => (),
                     // All end at once, and it may be the first.

@@ -7,18 +7,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_api::workload_file::{Check, CheckKind};
 use mesh_core::health::{HealthMachine, Thresholds, Verdict};
 use mesh_core::names::{Account, ServiceName};
+use mesh_runtime::files;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
+use crate::drained;
 use crate::workloads::WorkloadSet;
 
 /// Verdicts on their way from the tasks to the one that publishes; a task waits when it is full.
@@ -36,9 +40,28 @@ pub(crate) type Unfit = BTreeSet<(Served, SocketAddr)>;
 /// `::` for all.
 pub(crate) type Listening = Arc<dyn Fn(u16) -> io::Result<Vec<IpAddr>> + Send + Sync>;
 
+/// The verdicts of the worker before this one, for one that takes its place under the same holder: what is healthy must
+/// not be unlisted until its first check. A worker of another holder comes after a stop, and knows nothing.
+pub(crate) const KEPT: &str = "health.json";
+/// Every service of a host with its verdict.
+const KEPT_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// What the file has.
+#[derive(Debug, Serialize, Deserialize)]
+struct KeptVerdicts {
+    /// Process number of the holder.
+    holder: u32,
+    /// By workload, service and, if it is another's, the server.
+    verdicts: Vec<(String, String, Option<SocketAddr>, bool)>,
+}
+
 /// Where verdicts go.
 pub(crate) struct Publish {
     pub(crate) verdicts: watch::Sender<Arc<Verdicts>>,
+    /// What the operator has taken out, whatever the checks say.
+    pub(crate) drained: watch::Receiver<Arc<drained::Set>>,
+    /// Where they are kept for the next worker.
+    pub(crate) file: PathBuf,
     /// Called with each change.
     pub(crate) unfit: Box<dyn Fn(Arc<Unfit>) + Send>,
 }
@@ -47,7 +70,7 @@ pub(crate) struct Publish {
 pub(crate) async fn run(
     mut sets: watch::Receiver<Arc<WorkloadSet>>,
     listening: Listening,
-    publish: Publish,
+    mut publish: Publish,
     stop: CancellationToken,
 ) -> io::Result<()> {
     let (report, mut reports) = mpsc::channel(VERDICTS_QUEUE);
@@ -57,6 +80,8 @@ pub(crate) async fn run(
         tasks: JoinSet::new(),
         running: BTreeMap::new(),
         generation: 0,
+        kept: read_kept(&publish.file),
+        written: BTreeMap::new(),
         verdicts: BTreeMap::new(),
         unfit: Unfit::new(),
     };
@@ -72,6 +97,10 @@ pub(crate) async fn run(
                     // Nobody can change the workloads any more: the daemon ends.
                     Err(_) => return Ok(()),
                 },
+                Ok(()) = publish.drained.changed() => {
+                    publish.drained.mark_unchanged();
+                    checks.publish(&publish);
+                }
                 Some(found) = reports.recv() => {
                     checks.found(found);
                     checks.publish(&publish);
@@ -93,6 +122,10 @@ struct Checks {
     tasks: JoinSet<()>,
     running: BTreeMap<Asked, Running>,
     generation: u64,
+    /// Of the worker before this one.
+    kept: BTreeMap<Asked, Verdict>,
+    /// For the worker after this one.
+    written: BTreeMap<Asked, Verdict>,
     verdicts: BTreeMap<Asked, Verdict>,
     /// As published.
     unfit: Unfit,
@@ -168,9 +201,8 @@ impl Checks {
     fn start(&mut self, asked: Asked, check: &Check) {
         self.generation += 1;
         // One whose check was edited keeps its verdict until the first result of the new check.
-        self.verdicts
-            .entry(asked.clone())
-            .or_insert(Verdict::Unknown);
+        let before = self.kept.remove(&asked).unwrap_or(Verdict::Unknown);
+        self.verdicts.entry(asked.clone()).or_insert(before);
         let task = self.tasks.spawn(check_forever(
             asked.clone(),
             check.clone(),
@@ -194,7 +226,17 @@ impl Checks {
     }
 
     fn publish(&mut self, publish: &Publish) {
-        let verdicts = services(&self.verdicts);
+        if self.verdicts != self.written {
+            keep(&publish.file, &self.verdicts);
+            self.written.clone_from(&self.verdicts);
+        }
+        let mut verdicts = services(&self.verdicts);
+        let drained = Arc::clone(&publish.drained.borrow());
+        for ((_, service), verdict) in &mut verdicts {
+            if drained.contains(service) {
+                *verdict = Verdict::Draining;
+            }
+        }
         publish.verdicts.send_if_modified(|current| {
             let changed = **current != verdicts;
             if changed {
@@ -207,6 +249,50 @@ impl Checks {
             self.unfit = unfit;
             (publish.unfit)(Arc::new(self.unfit.clone()));
         }
+    }
+}
+
+fn read_kept(file: &Path) -> BTreeMap<Asked, Verdict> {
+    let read = || -> anyhow::Result<BTreeMap<Asked, Verdict>> {
+        let text = files::read_bounded(file, KEPT_BYTES_MAX)?;
+        let kept: KeptVerdicts = serde_json::from_slice(&text)?;
+        if kept.holder != std::os::unix::process::parent_id() {
+            return Ok(BTreeMap::new());
+        }
+        let verdicts = kept.verdicts.into_iter();
+        let verdicts = verdicts.map(|(account, service, beyond, healthy)| {
+            let asked = Asked {
+                served: (Account::parse(&account)?, ServiceName::parse(&service)?),
+                beyond,
+            };
+            let verdict = match healthy {
+                true => Verdict::Healthy,
+                false => Verdict::Unhealthy,
+            };
+            Ok((asked, verdict))
+        });
+        verdicts.collect()
+    };
+    // The first worker of a holder finds none, or one of before.
+    read().unwrap_or_default()
+}
+
+fn keep(file: &Path, verdicts: &BTreeMap<Asked, Verdict>) {
+    let known = verdicts.iter().filter(|(_, v)| **v != Verdict::Unknown);
+    let verdicts = known.map(|(asked, verdict)| {
+        let (account, service) = &asked.served;
+        let (account, service) = (account.to_string(), service.to_string());
+        (account, service, asked.beyond, verdict.is_healthy())
+    });
+    let kept = KeptVerdicts {
+        holder: std::os::unix::process::parent_id(),
+        verdicts: verdicts.collect(),
+    };
+    let written = serde_json::to_vec(&kept)
+        .map_err(anyhow::Error::from)
+        .and_then(|text| Ok(files::write_private(file, &text)?));
+    if let Err(error) = written {
+        log::warn!("what is healthy can not be kept for the next worker: {error:#}");
     }
 }
 
@@ -527,6 +613,8 @@ mod tests {
             let (verdicts_by, verdicts) = watch::channel(Arc::default());
             let (unfit_by, unfit) = watch::channel(Arc::default());
             let publish = Publish {
+                drained: watch::channel(Arc::default()).1,
+                file: std::env::temp_dir().join(format!("health-{}.json", std::process::id())),
                 verdicts: verdicts_by,
                 unfit: Box::new(move |unfit| drop(unfit_by.send_replace(unfit))),
             };

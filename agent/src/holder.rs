@@ -7,13 +7,20 @@
 
 pub(crate) mod client;
 mod confirmed;
+mod converge;
 mod desired;
+pub(crate) mod handover;
 mod privileges;
 pub(crate) mod protocol;
+mod reload;
+mod restart;
 mod sockets;
+mod stored;
+mod trial;
 mod worker_process;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
@@ -29,20 +36,21 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::capture::door::{Arm, DoorPort};
-use crate::capture::{Capture, CaptureSettings, VipRanges, Workload};
+use crate::alone::Alone;
+use crate::capture::door::Arm;
+use crate::capture::{Capture, CaptureSettings, Contents, LeftTable, VipRanges};
 pub(crate) use confirmed::Confirmed;
 pub(crate) use desired::{DOORS_MAX, RANGES_MAX};
-use protocol::{Desired, Looked, Sockets, ToHolder, Wire, WorkloadListener};
+use handover::Left;
+use protocol::{DesiredWorkload, Sockets, ToHolder, WorkloadListener};
+use reload::{Asked, TakenOver};
+use restart::{BACKOFF_LAST, Restart};
+use stored::Stored;
 use worker_process::WorkerProcess;
 
 pub(crate) const MESH_PORT: u16 = 7441;
 /// The listener of callers that belong to no workload.
 const COMMON: u16 = 0;
-/// A worker that lived so long did not die of what it finds at its start: it is replaced at once.
-const STEADY: Duration = Duration::from_secs(10);
-const BACKOFF_FIRST: Duration = Duration::from_millis(100);
-const BACKOFF_LAST: Duration = Duration::from_secs(5);
 /// Between the end of a worker's link and its own end lies only its exit.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often it is looked whether other programs took away what is ours.
@@ -62,6 +70,14 @@ pub(crate) struct HolderConfig {
     pub(crate) worker_arguments: Vec<OsString>,
     /// How long a worker may go on serving after SIGTERM.
     pub(crate) drain: Duration,
+    /// How long after another has taken over from it.
+    pub(crate) handover: Duration,
+    /// The file that was named, what it says, and where a copy of that is kept for a program that goes on.
+    pub(crate) config: Option<PathBuf>,
+    pub(crate) config_text: String,
+    pub(crate) config_copy: PathBuf,
+    /// Where it is told how a reload ended.
+    pub(crate) outcome_file: PathBuf,
     /// Where the input door is kept that was confirmed last.
     pub(crate) door_file: PathBuf,
     /// Leave the link and the routes to it when we stop, so that calls by name fail instead of leaving the host.
@@ -76,56 +92,128 @@ impl HolderConfig {
     }
 }
 
-/// Sets everything up, keeps a worker running until SIGTERM or SIGINT, and takes everything down; `served` is called when
-/// there was a worker and is none any more, so not after a start that failed.
-pub(crate) fn run(config: &HolderConfig, served: impl FnOnce()) -> anyhow::Result<ExitCode> {
+/// What the process has for as long as it lives, whichever program it runs.
+struct Lasting {
+    signals: SignalFd,
+    lock: Alone,
+    program: PathBuf,
+}
+
+/// Sets everything up, or goes on with what another program left, keeps a worker running until SIGTERM or SIGINT, and takes
+/// everything down; `served` is called when there was a worker and is none any more, so not after a start that failed.
+pub(crate) fn run(
+    config: &HolderConfig,
+    lock: Alone,
+    left: Option<Left>,
+    served: impl FnOnce(),
+) -> anyhow::Result<ExitCode> {
     let signals = catch_signals().context("could not catch signals")?;
     privileges::raise_open_files().context("could not raise the limit of open files")?;
-    let confirmed = Confirmed::load(config);
-    let (doors, reals) = (confirmed.doors(), confirmed.reals());
-    let mut capture = Capture::open(&config.capture, &config.ranges, doors, reals)?;
-    // From here on the table is ours, so whatever fails, it is we who clean up.
-    let outcome = hold(config, signals, &mut capture, confirmed, served);
+    let program = match &left {
+        Some(left) => left.state.program.clone(),
+        None => handover::program().context("where this program is can not be told")?,
+    };
+    let lasting = Lasting {
+        signals,
+        lock,
+        program,
+    };
+    let Some(left) = left else {
+        let confirmed = Confirmed::load(config);
+        let mut stored = Stored::take();
+        let mut capture = open(config, &confirmed, &mut stored)?;
+        // From here on the table is ours, so whatever fails, it is we who clean up.
+        let begun = begin(config, lasting, &mut capture, confirmed, stored);
+        let outcome = begun.and_then(|mut holder| {
+            let outcome = holder.serve();
+            served();
+            outcome
+        });
+        capture.close(config.keep_link)?;
+        return outcome.map(|()| ExitCode::SUCCESS);
+    };
+    let begun = match TakenOver::begin(config, &lasting.signals, &left) {
+        Ok(begun) => begun,
+        // That it can go on from there it has shown before it handed over.
+        Err(error) if left.given_up.is_some() => return Err(error),
+        Err(error) => return Err(left.go_back(&format!("{error:#}"))),
+    };
+    let (mut capture, taken) = begun;
+    let outcome = taken.finish(config, lasting, &mut capture, left).serve();
+    served();
     capture.close(config.keep_link)?;
     outcome.map(|()| ExitCode::SUCCESS)
 }
 
-fn hold(
+/// Takes the table of a holder that died on, or makes one.
+fn open(
     config: &HolderConfig,
-    signals: SignalFd,
-    capture: &mut Capture,
+    confirmed: &Confirmed,
+    stored: &mut Stored,
+) -> anyhow::Result<Capture> {
+    let (doors, reals) = (confirmed.doors(), confirmed.reals());
+    if let Some(socket) = stored.rules()
+        && config.capture.enabled
+    {
+        let left = LeftTable {
+            socket,
+            sequence: 0,
+            levels: None,
+        };
+        // Until the listeners are known every SYN is reset, as in a new table.
+        let contents = Contents {
+            workloads: &[],
+            reals,
+            doors,
+            arm: Arm::ForGood,
+        };
+        match Capture::take_on(&config.capture, &config.ranges, Some(left), doors, contents) {
+            Ok(capture) => return Ok(capture),
+            Err(error) => {
+                let error = anyhow::Error::new(error);
+                log::warn!(
+                    "the table of the holder before this one can not be taken on: {error:#}"
+                );
+                // It is the service manager's as well.
+                notify::unstore(stored::RULES);
+            }
+        }
+    }
+    Ok(Capture::open(
+        &config.capture,
+        &config.ranges,
+        doors,
+        reals,
+    )?)
+}
+
+fn begin<'a>(
+    config: &'a HolderConfig,
+    lasting: Lasting,
+    capture: &'a mut Capture,
     confirmed: Confirmed,
-    served: impl FnOnce(),
-) -> anyhow::Result<()> {
+    mut stored: Stored,
+) -> anyhow::Result<Holder<'a>> {
     let captures = config.capture.enabled;
-    let sockets = sockets::bind(&config.mesh, captures.then_some(&config.ranges))?;
-    let common = sockets::workload(COMMON, "", captures)?;
+    let ranges = captures.then_some(&config.ranges);
+    let sockets = sockets::bind(&config.mesh, ranges, &mut stored)?;
+    let mut listeners = stored.listeners();
+    if !captures {
+        listeners.clear();
+    }
+    if let Entry::Vacant(place) = listeners.entry(COMMON) {
+        place.insert(sockets::workload(COMMON, "", captures)?);
+    }
+    stored::store(&sockets, capture.to_hand_over().map(|(socket, ..)| socket));
+    listeners.values().for_each(stored::store_listener);
     privileges::confine_holder().context("could not give up capabilities")?;
-    let mut holder = Holder {
-        config,
-        signals,
-        capture,
-        sockets,
-        listeners: BTreeMap::from([(COMMON, common)]),
-        worker: None,
-        restart: Restart::default(),
-        stop_by: None,
-        confirmed,
-        repair_at: Instant::now() + REPAIR_EVERY,
-        repaired: 0,
-        repair_error: None,
-        settle_error: None,
-        watchdog: Watchdog::new(Instant::now()),
-        ready: false,
-    };
+    let holder = Holder::new(config, lasting, capture, confirmed, sockets, listeners);
     // Before the first worker is asked: the common listener takes the SYNs meanwhile.
-    let common = holder.common_workload();
+    let common = converge::workloads(&[], |number| holder.listeners.get(number));
     let (doors, reals) = (holder.confirmed.doors(), holder.confirmed.reals());
     let arm = holder.confirmed.arm();
-    holder.capture.apply(&[common], reals, doors, arm)?;
-    let outcome = holder.serve();
-    served();
-    outcome
+    holder.capture.apply(&common, reals, doors, arm)?;
+    Ok(holder)
 }
 
 fn catch_signals() -> nix::Result<SignalFd> {
@@ -142,41 +230,31 @@ fn catch_signals() -> nix::Result<SignalFd> {
     SignalFd::with_flags(&caught, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
 }
 
-/// When the next worker may start.
-#[derive(Debug, Default)]
-struct Restart {
-    not_before: Option<Instant>,
-    pause: Duration,
-}
-
-impl Restart {
-    /// Tells that a worker ended which had lived for `life`; returns the pause.
-    fn ended(&mut self, life: Duration, now: Instant) -> Duration {
-        let pause = if life >= STEADY {
-            Duration::ZERO
-        } else {
-            self.pause
-        };
-        self.not_before = Some(now + pause);
-        self.pause = (pause * 2).clamp(BACKOFF_FIRST, BACKOFF_LAST);
-        pause
-    }
-
-    fn wait(&self, now: Instant) -> Duration {
-        self.not_before
-            .map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
-    }
+/// A worker that another has taken over from: its open connections go on until they end, or until then.
+struct Draining {
+    worker: WorkerProcess,
+    until: Instant,
 }
 
 struct Holder<'a> {
     config: &'a HolderConfig,
-    signals: SignalFd,
+    lasting: Lasting,
     capture: &'a mut Capture,
     sockets: Sockets,
     /// By number; the common one is always there.
     listeners: BTreeMap<u16, WorkloadListener>,
     worker: Option<WorkerProcess>,
+    /// The oldest first.
+    draining: Vec<Draining>,
     restart: Restart,
+    /// What the kernel knows of workloads.
+    applied: Vec<DesiredWorkload>,
+    /// The program that is to take our place is being asked.
+    asked: Option<Asked>,
+    /// Reloads that came to an end, whichever.
+    reloads: u64,
+    /// Why the last one was given up.
+    given_up: Option<String>,
     /// Set once we are to stop: when the worker is killed.
     stop_by: Option<Instant>,
     confirmed: Confirmed,
@@ -191,16 +269,54 @@ struct Holder<'a> {
     ready: bool,
 }
 
-impl Holder<'_> {
+impl<'a> Holder<'a> {
+    fn new(
+        config: &'a HolderConfig,
+        lasting: Lasting,
+        capture: &'a mut Capture,
+        confirmed: Confirmed,
+        sockets: Sockets,
+        listeners: BTreeMap<u16, WorkloadListener>,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            config,
+            lasting,
+            capture,
+            sockets,
+            listeners,
+            worker: None,
+            draining: Vec::new(),
+            restart: Restart::default(),
+            applied: Vec::new(),
+            asked: None,
+            reloads: 0,
+            given_up: None,
+            stop_by: None,
+            confirmed,
+            repair_at: now + REPAIR_EVERY,
+            repaired: 0,
+            repair_error: None,
+            settle_error: None,
+            watchdog: Watchdog::new(now),
+            ready: false,
+        }
+    }
+
     fn serve(&mut self) -> anyhow::Result<()> {
+        self.write_outcome();
+        // One may have ended while nobody looked.
+        self.reap_workers()?;
         loop {
             let now = Instant::now();
             if self.worker.is_none() {
-                if self.stop_by.is_some() {
+                if self.stop_by.is_none() {
+                    if self.restart.wait(now).is_zero() {
+                        self.start_worker();
+                    }
+                } else if self.draining.is_empty() {
+                    stored::unstore(self.listeners.values());
                     return Ok(());
-                }
-                if self.restart.wait(now).is_zero() {
-                    self.start_worker();
                 }
             }
             self.watchdog.alive(now);
@@ -211,6 +327,7 @@ impl Holder<'_> {
             if worker_is_ready {
                 self.read_worker();
             }
+            self.follow_reload();
         }
     }
 
@@ -218,25 +335,29 @@ impl Holder<'_> {
     fn wait(&self) -> anyhow::Result<bool> {
         let now = Instant::now();
         let has_mail = self.worker.as_ref().is_some_and(WorkerProcess::has_mail);
-        let timeout = match &self.worker {
-            Some(_) if has_mail => Some(Duration::ZERO),
-            None => Some(self.restart.wait(now)),
-            Some(worker) => [worker.kill_at, self.stop_by]
-                .into_iter()
-                .flatten()
-                .min()
-                .map(|at| at.saturating_duration_since(now)),
+        let restart = match (&self.worker, self.stop_by) {
+            (None, None) => Some(now + self.restart.wait(now)),
+            (Some(_), _) if has_mail => Some(now),
+            _ => None,
         };
-        let repair = self.repair_at.saturating_duration_since(now);
-        let timeout = Some(timeout.map_or(repair, |timeout| timeout.min(repair)));
-        let timeout = match timeout {
-            // A millisecond more than the rounded-down rest, else the last one would be spun through.
-            Some(rest) => {
-                PollTimeout::try_from(rest + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-            }
-            None => PollTimeout::NONE,
+        let draining = self.draining.iter().map(|draining| draining.until);
+        let next = [
+            Some(self.repair_at),
+            restart,
+            self.stop_by,
+            self.worker.as_ref().and_then(|worker| worker.kill_at),
+            self.asked.as_ref().map(Asked::until),
+        ];
+        let next = next.into_iter().flatten().chain(draining).min();
+        let rest = next.map_or(REPAIR_EVERY, |at| at.saturating_duration_since(now));
+        // A millisecond more than the rounded-down rest, else the last one would be spun through.
+        let rest = if rest.is_zero() {
+            rest
+        } else {
+            rest + Duration::from_millis(1)
         };
-        let mut waiting = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(rest).unwrap_or(PollTimeout::MAX);
+        let mut waiting = vec![PollFd::new(self.lasting.signals.as_fd(), PollFlags::POLLIN)];
         if let Some(worker) = &self.worker
             && worker.kill_at.is_none()
         {
@@ -252,6 +373,7 @@ impl Holder<'_> {
 
     fn read_signals(&mut self) -> anyhow::Result<()> {
         while let Some(info) = self
+            .lasting
             .signals
             .read_signal()
             .context("could not read signals")?
@@ -264,27 +386,40 @@ impl Holder<'_> {
                     log::info!("stopping");
                     notify::stopping();
                     self.stop_by = Some(Instant::now() + self.config.drain);
-                    self.tell_worker(Signal::SIGTERM);
+                    self.tell_workers(Signal::SIGTERM);
                 }
-                Some(Signal::SIGHUP) => self.tell_worker(Signal::SIGHUP),
-                Some(Signal::SIGCHLD) => self.reap_worker()?,
+                Some(Signal::SIGHUP) => self.begin_reload(),
+                Some(Signal::SIGCHLD) => self.reap_workers()?,
                 _ => {}
             }
         }
         Ok(())
     }
 
-    fn tell_worker(&self, signal: Signal) {
-        if let Some(worker) = &self.worker {
+    fn tell_workers(&self, signal: Signal) {
+        let draining = self.draining.iter().map(|draining| &draining.worker);
+        for worker in self.worker.iter().chain(draining) {
             worker.signal(signal);
         }
     }
 
-    fn reap_worker(&mut self) -> anyhow::Result<()> {
+    fn reap_workers(&mut self) -> anyhow::Result<()> {
+        const FAILED: &str = "could not wait for a worker";
+        let mut left = Vec::new();
+        for draining in self.draining.drain(..) {
+            match draining.worker.ended().context(FAILED)? {
+                None => left.push(draining),
+                Some(status) => {
+                    let id = draining.worker.id();
+                    log::info!(worker = id, status:% = status; "the worker that drained ended");
+                }
+            }
+        }
+        self.draining = left;
         let Some(worker) = &mut self.worker else {
             return Ok(());
         };
-        let Some(status) = worker.ended().context("could not wait for the worker")? else {
+        let Some(status) = worker.ended().context(FAILED)? else {
             return Ok(());
         };
         let (id, life) = (worker.id(), worker.started.elapsed());
@@ -323,7 +458,7 @@ impl Holder<'_> {
 
     /// Gives a new worker all sockets, and the numbers that are in force.
     fn greet(&self, worker: &mut WorkerProcess) -> io::Result<()> {
-        let (wire, descriptors) = protocol::sockets_message(&self.sockets);
+        let (wire, descriptors) = protocol::sockets_message(&self.sockets, false);
         worker.send(&wire, &descriptors)?;
         let all: Vec<_> = self.listeners.values().collect();
         send_listeners(worker, &all)
@@ -341,6 +476,7 @@ impl Holder<'_> {
                     self.reached(generation);
                     Ok(())
                 }
+                Ok(ToHolder::StandsBy) => Err(protocol::malformed("nobody asked it to stand by")),
                 Err(error) => Err(error),
             };
             let done = outcome.is_err();
@@ -356,190 +492,29 @@ impl Holder<'_> {
         }
     }
 
-    fn look(&mut self, worker: &mut WorkerProcess) -> io::Result<()> {
-        let mut looked = Looked {
-            arming: self.confirmed.arming(),
-            repaired: self.repaired,
-            error: self
-                .repair_error
-                .as_ref()
-                .or(self.settle_error.as_ref())
-                .cloned(),
-            ..Looked::default()
-        };
-        match self.capture.seen() {
-            Ok((seen, shed)) => (looked.seen, looked.shed) = (seen, shed),
-            Err(error) => looked.error = Some(format!("{:#}", anyhow::Error::new(error))),
-        }
-        worker.send(&Wire::Looked(looked), &[])
-    }
-
-    fn reached(&mut self, generation: u64) {
-        self.confirmed.reached(generation);
-        self.settle();
-    }
-
-    /// Makes what was confirmed hold for good, and keeps it. What fails is tried again with the next look at the rules.
-    fn settle(&mut self) {
-        let error = self.confirmed.settle(self.capture).err();
-        let error = error.map(|error| format!("{error:#}"));
-        if let Some(error) = &error
-            && self.settle_error.as_ref() != Some(error)
-        {
-            log::error!(
-                "{error}; it is tried again every {} s",
-                REPAIR_EVERY.as_secs()
-            );
-        }
-        self.settle_error = error;
-    }
-
-    /// Puts back what other programs took away: a reload of a firewall, a network manager that starts anew.
-    fn repair_if_due(&mut self, now: Instant) {
-        if now < self.repair_at {
-            return;
-        }
-        self.repair_at = now + REPAIR_EVERY;
-        self.settle();
-        let error = match self.capture.repair() {
-            Ok(missing) => {
-                if !missing.is_empty() {
-                    self.repaired += 1;
-                    let missing = missing.join(", ");
-                    log::warn!(missing = missing.as_str(); "another program took away what is the mesh's; it was put back");
-                }
-                None
-            }
-            Err(error) => Some(format!("{:#}", anyhow::Error::new(error))),
-        };
-        if let Some(error) = &error
-            && self.repair_error.as_ref() != Some(error)
-        {
-            log::error!(
-                "{error}; it is tried again every {} s",
-                REPAIR_EVERY.as_secs()
-            );
-        }
-        self.repair_error = error;
-    }
-
     fn kill_if_late(&mut self, now: Instant) {
-        let Some(worker) = &mut self.worker else {
-            return;
-        };
         let late = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-        if late(self.stop_by) || late(worker.kill_at) {
-            log::warn!(worker = worker.id(); "the worker did not end in time and is killed");
-            worker.signal(Signal::SIGKILL);
+        let stopped = late(self.stop_by);
+        let mut killed = Vec::new();
+        if let Some(worker) = &mut self.worker
+            && (stopped || late(worker.kill_at))
+        {
             // Only a process stuck in the kernel survives that; it is said again then.
             worker.kill_at = Some(now + BACKOFF_LAST);
-            self.stop_by = self.stop_by.map(|_| now + BACKOFF_LAST);
+            killed.push(&*worker);
         }
-    }
-
-    /// Makes listeners and rules what the worker wants, or leaves all as it is and says why.
-    fn converge(&mut self, worker: &mut WorkerProcess, desired: &Desired) -> io::Result<()> {
-        let generation = desired.generation;
-        match self.apply(desired) {
-            Ok(new) => {
-                let new: Vec<_> = new.iter().filter_map(|n| self.listeners.get(n)).collect();
-                send_listeners(worker, &new)?;
-                let trial = self.confirmed.arm() != Arm::ForGood;
-                worker.send(&Wire::Applied { generation, trial }, &[])?;
-                // What a worker wants comes when it has wired in names and takes calls.
-                if !std::mem::replace(&mut self.ready, true) {
-                    log::info!("ready");
-                    notify::ready();
-                }
-                Ok(())
-            }
-            Err(error) => {
-                // The worker logs it with what it wanted.
-                let error = format!("{error:#}");
-                worker.send(&Wire::Failed { generation, error }, &[])
+        for Draining { worker, until } in &mut self.draining {
+            if stopped || *until <= now {
+                *until = now + BACKOFF_LAST;
+                killed.push(&*worker);
             }
         }
-    }
-
-    /// Returns the numbers whose listeners are new.
-    fn apply(&mut self, desired: &Desired) -> anyhow::Result<Vec<u16>> {
-        desired::check(desired, &self.config.ranges)?;
-        let doors = match &desired.doors {
-            Some(doors) => {
-                let mut doors = desired::doors(doors, &self.config.keep_open())?;
-                let is_kept = |door: &&DoorPort| desired.kept_doors.contains(&door.port);
-                let kept = self.confirmed.wanted().iter().filter(is_kept).cloned();
-                let kept: Vec<_> = kept
-                    .filter(|old| doors.iter().all(|new| new.port != old.port))
-                    .collect();
-                doors.extend(kept);
-                desired::bound(&doors)?;
-                doors
-            }
-            None => self.confirmed.wanted().to_vec(),
-        };
-        let reals = match &desired.reals {
-            Some(reals) => {
-                let (keep_open, ranges) = (self.config.keep_open(), &self.config.ranges);
-                desired::reals(reals, &keep_open, ranges)?
-            }
-            None => self.confirmed.reals().to_vec(),
-        };
-        let mut made = BTreeMap::new();
-        for wanted in &desired.workloads {
-            let stands = self
-                .listeners
-                .get(&wanted.number)
-                .is_some_and(|l| l.label == wanted.label);
-            if !stands {
-                let listener =
-                    sockets::workload(wanted.number, &wanted.label, self.config.capture.enabled)?;
-                made.insert(wanted.number, listener);
-            }
+        for worker in killed {
+            log::warn!(worker = worker.id(); "the worker did not end in time and is killed");
+            worker.signal(Signal::SIGKILL);
         }
-        let mut workloads = vec![self.common_workload()];
-        for wanted in &desired.workloads {
-            let number = wanted.number;
-            let listener = made.get(&number).or_else(|| self.listeners.get(&number));
-            let (port4, port6) = listener.map_or((None, None), ports);
-            workloads.push(Workload {
-                number,
-                cgroups: wanted.cgroups.clone(),
-                uids: wanted.uids.clone(),
-                port4,
-                port6,
-            });
-        }
-        let arm = self.confirmed.arm_of(&doors);
-        let confirmed = self.confirmed.doors();
-        self.capture.prepare_guard(confirmed, &doors, &reals)?;
-        if let Err(error) = self.capture.apply(&workloads, &reals, &doors, arm) {
-            // The door stands as it was, and so should the guard; if that fails too, it is the next wish's to mend.
-            let reals = self.confirmed.reals();
-            if let Err(error) = self.capture.prepare_guard(confirmed, confirmed, reals) {
-                log::error!("{:#}", anyhow::Error::new(error));
-            }
-            return Err(error.into());
-        }
-        self.confirmed
-            .applied(desired.generation, doors, reals, arm);
-        self.settle();
-        let new = made.keys().copied().collect();
-        self.listeners.extend(made);
-        // Closing our copy of what is no more wanted leaves the worker's, until it closes that too.
-        self.listeners
-            .retain(|number, _| workloads.iter().any(|w| w.number == *number));
-        Ok(new)
-    }
-
-    fn common_workload(&self) -> Workload {
-        let (port4, port6) = self.listeners.get(&COMMON).map_or((None, None), ports);
-        Workload {
-            number: COMMON,
-            cgroups: Vec::new(),
-            uids: Vec::new(),
-            port4,
-            port6,
+        if stopped {
+            self.stop_by = Some(now + BACKOFF_LAST);
         }
     }
 }
@@ -564,30 +539,4 @@ fn send_listeners(worker: &mut WorkerProcess, listeners: &[&WorkloadListener]) -
         worker.send(&wire, &descriptors)?;
     }
     Ok(())
-}
-
-fn ports(listener: &WorkloadListener) -> (Option<u16>, Option<u16>) {
-    let port = |socket: &Option<std::net::TcpListener>| {
-        let address = socket.as_ref()?.local_addr().ok()?;
-        Some(address.port())
-    };
-    (port(&listener.v4), port(&listener.v6))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_worker_is_replaced_at_once_and_then_ever_later() {
-        let now = Instant::now();
-        let mut restart = Restart::default();
-        let pauses: Vec<u128> = (0..9)
-            .map(|_| restart.ended(Duration::from_secs(1), now).as_millis())
-            .collect();
-        assert_eq!(pauses, [0, 100, 200, 400, 800, 1_600, 3_200, 5_000, 5_000]);
-        assert_eq!(restart.wait(now), BACKOFF_LAST);
-        assert_eq!(restart.ended(STEADY, now), Duration::ZERO);
-        assert_eq!(restart.ended(Duration::ZERO, now), BACKOFF_FIRST);
-    }
 }

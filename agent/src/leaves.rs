@@ -5,6 +5,8 @@
 //! for as long as their workload does: a key and its certificate can not come apart when the agent dies between two
 //! writes.
 
+mod heed;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::sync::Arc;
@@ -30,6 +32,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
+use crate::handing::Handing;
 use crate::keys;
 use crate::state::{Membership, Pair, State};
 use crate::view::{Leaf, ViewWriter};
@@ -70,6 +73,8 @@ pub(crate) struct Links {
     /// The agent's own credential.
     pub(crate) credential: watch::Sender<Option<Arc<CertifiedKey>>>,
     pub(crate) standings: watch::Sender<Arc<Standings>>,
+    /// Another worker may take over: only one asks for certificates and writes them.
+    pub(crate) handing: Handing,
 }
 
 /// The owner of all leaves.
@@ -129,6 +134,13 @@ impl Keeper {
             let sleep = self.sleep();
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
+                () = self.links.handing.begun() => {
+                    // What is asked for and not answered yet, the other worker asks for again.
+                    calls.shutdown().await;
+                    self.links.handing.let_go();
+                    self.heed(stop).await;
+                    return Ok(());
+                }
                 changed = self.links.sets.changed() => {
                     changed.context("the owner of the workloads is gone")?;
                     self.converge()?;
@@ -636,6 +648,7 @@ mod tests {
             judged: watch::channel(0).1,
             credential: credential_by,
             standings: standings_by,
+            handing: crate::handing::Hander::new().watching(),
         };
         Bench {
             keeper: Keeper::new(links, &membership()).unwrap(),

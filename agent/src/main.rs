@@ -12,6 +12,7 @@ mod explain;
 mod join;
 mod keys;
 mod leave;
+mod reload;
 mod state;
 mod status;
 mod units;
@@ -24,7 +25,9 @@ mod control;
 mod dns;
 mod door;
 mod drain;
+mod drained;
 mod explicit;
+mod handing;
 mod health;
 mod leaves;
 mod owners;
@@ -64,11 +67,12 @@ use mesh_core::names::Label;
 use mesh_runtime::log::Target;
 use mesh_runtime::{files, manual};
 
+use alone::Alone;
 use capture::cgroup::OwnerPath;
 use config::Config;
+use holder::handover::Left;
 use holder::{Confirmed, HolderConfig};
 use join::Joined;
-use leave::Left;
 use state::State;
 use status::Status;
 
@@ -140,6 +144,22 @@ enum Command {
     },
     /// Stop the agent and remove every trace of the mesh from this host
     Leave,
+    /// Take a service of this host out of the mesh: it is listed no more, and what is open ends by itself
+    #[command(
+        after_help = "Exit codes: 0 no call is open; 1 some still are, and it is not listed all the same; 2 what was typed is wrong."
+    )]
+    Drain {
+        /// NAMESPACE/SERVICE [default: all of this host]
+        service: Option<String>,
+        /// How long to wait until no call is open
+        #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
+        wait: Duration,
+    },
+    /// Put a drained service back
+    Undrain {
+        /// NAMESPACE/SERVICE [default: all of this host]
+        service: Option<String>,
+    },
     /// Say how the agent stands
     Status {
         #[arg(long, short, value_enum, default_value_t = Output::Table)]
@@ -171,6 +191,11 @@ enum Command {
     },
     /// Run the agent in the foreground
     Run,
+    /// Go over to the program and the configuration on disk; open connections go on
+    #[command(
+        after_help = "Exit codes: 0 the agent has gone over; 1 it could not and goes on as before; 2 what was typed is wrong."
+    )]
+    Reload,
     /// Make what must stand before the network does, without an agent: the link, its routes and the guard
     Guard {
         /// Take all of that away instead, and the resolver's line; this host stays a member. The agent must not run
@@ -180,6 +205,9 @@ enum Command {
     /// Started by `run`
     #[command(hide = true)]
     Worker,
+    /// Asked by `run` before it hands over
+    #[command(hide = true)]
+    TakesOver,
     /// Write manual pages and completions below a directory, for packages
     #[command(hide = true)]
     Manual { dir: PathBuf },
@@ -198,9 +226,13 @@ pub(crate) struct Mistyped(pub(crate) String);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    let runs = matches!(cli.command, Command::Run);
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
+            if runs {
+                holder::handover::go_back(&error);
+            }
             // A closed stderr must not hide the exit code.
             let _ = writeln!(std::io::stderr(), "mesh-agent: {error:#}");
             match error.downcast_ref::<Mistyped>() {
@@ -212,7 +244,8 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
-    let config = Config::load(cli.config.as_deref())?;
+    let kept = holder::handover::kept_config().filter(|_| matches!(cli.command, Command::Run));
+    let config = Config::load(kept.as_deref().or(cli.config.as_deref()))?;
     if matches!(
         cli.command,
         Command::Run
@@ -221,6 +254,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             | Command::Leave
             | Command::Discover { .. }
             | Command::Check { .. }
+            | Command::Reload
     ) {
         ensure!(
             nix::unistd::geteuid().is_root() || !config.capture.enabled,
@@ -230,7 +264,16 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Run => {
             log_to(&config.log.level, config.log.to)?;
-            run(&config, cli.config)
+            run(&config, cli.config, kept)
+        }
+        Command::Reload => reload::reload(&config).and_then(|()| {
+            say("the agent has gone over to the program and the configuration on disk\n")
+        }),
+        Command::TakesOver => {
+            let Some(holder) = holder_config(&config, cli.config, None)? else {
+                bail!("this host has not joined a mesh");
+            };
+            holder::handover::answer(&holder).map(|()| ExitCode::SUCCESS)
         }
         Command::Guard { remove } => {
             log_to(&config.log.level, config.log.to)?;
@@ -293,6 +336,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             }
             say(&left(&leave::leave(&config)?))
         }
+        Command::Drain { service, wait } => drain(&config, service.as_deref(), Some(wait)),
+        Command::Undrain { service } => drain(&config, service.as_deref(), None),
         Command::Status { output } => status(&config, output),
         Command::Check { wait, output } => check(&config, wait, output),
         Command::Explain {
@@ -310,23 +355,31 @@ fn log_to(level: &str, target: Target) -> anyhow::Result<()> {
     mesh_runtime::log::init(level, target).map_err(|error| anyhow::anyhow!(error))
 }
 
-/// Runs the holder. No thread may be started before it.
-fn run(config: &Config, config_path: Option<PathBuf>) -> anyhow::Result<ExitCode> {
-    let holder = holder_config(config, config_path)?;
+/// Runs the holder. No thread may be started before it. `kept` is the configuration of a program that goes on.
+fn run(
+    config: &Config,
+    config_path: Option<PathBuf>,
+    kept: Option<PathBuf>,
+) -> anyhow::Result<ExitCode> {
+    let holder = holder_config(config, config_path, kept)?;
     let Some(holder) = holder else {
         bail!("this host has not joined a mesh; run `mesh-agent join <token>`");
     };
     files::create_private_dir(&config.runtime_dir)?;
+    let left = Left::take()?;
     // Before anything is touched: what a running agent set up is not ours to take down.
-    let _alone = alone::alone(config)?;
+    let lock = match &left {
+        Some(left) => Alone::handed_over(left.lock()?),
+        None => alone::alone(config)?,
+    };
     // Also when the worker could not do it.
-    holder::run(&holder, || leave::unwire(config))
+    holder::run(&holder, lock, left, || leave::unwire(config))
 }
 
 /// At boot, before the agent and the network: a host that is in no mesh has nothing to guard.
 fn guard(config: &Config) -> anyhow::Result<ExitCode> {
     if config.capture.enabled
-        && let Some(holder) = holder_config(config, None)?
+        && let Some(holder) = holder_config(config, None, None)?
     {
         let confirmed = Confirmed::load(&holder);
         let (doors, reals) = (confirmed.doors(), confirmed.reals());
@@ -339,6 +392,7 @@ fn guard(config: &Config) -> anyhow::Result<ExitCode> {
 fn holder_config(
     config: &Config,
     config_path: Option<PathBuf>,
+    kept: Option<PathBuf>,
 ) -> anyhow::Result<Option<HolderConfig>> {
     let state = State::new(&config.state_dir);
     state.check_owner()?;
@@ -348,7 +402,7 @@ fn holder_config(
     let vips = membership.host.vips;
     let ranges = capture::VipRanges::new(&vips.v4().to_string(), &vips.v6().to_string())?;
     let mut worker_arguments = vec![OsString::from("worker")];
-    if let Some(path) = config_path {
+    if let Some(path) = kept.or_else(|| config_path.clone()) {
         worker_arguments.extend(["--config".into(), path.into_os_string()]);
     }
     Ok(Some(HolderConfig {
@@ -357,6 +411,11 @@ fn holder_config(
         mesh: config.mesh_addresses(),
         worker_arguments,
         drain: config.holder_drain(),
+        handover: config.holder_handover(),
+        config: config_path,
+        config_text: toml::to_string(config)?,
+        config_copy: config.runtime_dir.join(reload::CONFIG_COPY),
+        outcome_file: config.runtime_dir.join(reload::NAME),
         door_file: state.door_file(),
         keep_link: true,
     }))
@@ -427,19 +486,30 @@ fn discovered(config: &Config, namespace: &Label, write: bool) -> anyhow::Result
     say(&discovered.render(config, write))
 }
 
-fn left(left: &Left) -> String {
+fn left(left: &leave::Left) -> String {
     let name = match left {
-        Left::Nothing => {
+        leave::Left::Nothing => {
             return "nothing to leave: this host is in no mesh; nothing of an agent is left on it\n"
                 .to_owned();
         }
-        Left::Host(name) => name,
-        Left::Unnamed => "NAME",
+        leave::Left::Host(name) => name,
+        leave::Left::Unnamed => "NAME",
     };
     format!(
         "nothing of the mesh is left on this host; control still lists it: the operator removes it with\n  \
          meshctl delete host {name}\n"
     )
+}
+
+fn drain(
+    config: &Config,
+    service: Option<&str>,
+    wait: Option<Duration>,
+) -> anyhow::Result<ExitCode> {
+    match drained::ask(config, service, wait)? {
+        Some(said) => say(&said),
+        None => Err(no_agent(config)?),
+    }
 }
 
 fn status(config: &Config, output: Output) -> anyhow::Result<ExitCode> {

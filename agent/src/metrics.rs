@@ -25,12 +25,14 @@ use tokio::sync::watch;
 pub(crate) use decisions::DecisionCount;
 use decisions::Edges;
 
+use crate::holder::protocol::Looked;
 use crate::leaves::Standings;
 use crate::limits::Limits;
 use crate::peers::unix_now_s;
 use crate::workloads::WorkloadSet;
 
 mod decisions;
+mod open;
 
 /// Different flows that are told apart; later ones are counted together under `overflow`. A peer can make us see
 /// as many identities as it has certificates.
@@ -286,6 +288,8 @@ pub(crate) struct Metrics {
     plaintext_callers: Family<PlaintextCallerLabels, Counter>,
     door_disarmed: Gauge,
     repairs: Gauge,
+    draining_workers: Gauge,
+    reload_given_up: Gauge,
 }
 
 impl Metrics {
@@ -314,6 +318,8 @@ impl Metrics {
             plaintext_callers: Family::default(),
             door_disarmed: Gauge::default(),
             repairs: Gauge::default(),
+            draining_workers: Gauge::default(),
+            reload_given_up: Gauge::default(),
         };
         metrics.register_flows();
         metrics.register(|registry| {
@@ -362,6 +368,10 @@ impl Metrics {
                 "How often other programs took away links, routes, rules or tables of ours since the holder started",
                 metrics.repairs.clone(),
             );
+            let of_before = "Workers of before, which carry what was open when another took over";
+            registry.register("draining_workers", of_before, metrics.draining_workers.clone());
+            let given_up = "1: the last reload was given up, so the program of before runs";
+            registry.register("reload_given_up", given_up, metrics.reload_given_up.clone());
         });
         Arc::new(metrics)
     }
@@ -495,6 +505,13 @@ impl Metrics {
     pub(crate) fn door(&self, disarmed: bool, repairs: u64) {
         self.door_disarmed.set(disarmed.into());
         self.repairs.set(i64::try_from(repairs).unwrap_or(i64::MAX));
+    }
+
+    /// Shows what became of the workers before this one.
+    pub(crate) fn reloaded(&self, looked: &Looked) {
+        let draining = i64::try_from(looked.draining).unwrap_or(i64::MAX);
+        self.draining_workers.set(draining);
+        self.reload_given_up.set(looked.given_up.is_some().into());
     }
 
     /// Counts an attempt to connect to a server without an agent. As many labels as the workload files have endpoints.

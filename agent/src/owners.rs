@@ -23,9 +23,11 @@ use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch, Directory, Ow
 use crate::capture::real::Real;
 use crate::data::DataPlane;
 use crate::door::{Door, DoorStatus, WantedDoors};
+use crate::handing::Handing;
 use crate::holder::client::{HolderLink, HolderSender};
 use crate::holder::protocol::{Desired, DesiredWorkload, FromHolder, WorkloadListener};
 use crate::leaves::now_ms;
+use crate::metrics::Metrics;
 use crate::reals::{self, Spared};
 use crate::state::State;
 use crate::view::{Endpoints, View, ViewWriter};
@@ -51,6 +53,9 @@ pub(crate) struct OwnerStatus {
     /// Workloads whose owner is not there now; it may come at any time.
     pub(crate) absent: BTreeMap<Account, String>,
     pub(crate) door: DoorStatus,
+    /// Workers that this one or others have taken over from, and what became of the last reload.
+    pub(crate) draining: usize,
+    pub(crate) given_up: Option<String>,
     /// Real addresses at which calls are taken over, and how many more there are than can be.
     pub(crate) reals: usize,
     pub(crate) reals_left_out: usize,
@@ -69,12 +74,14 @@ struct Wish {
 pub(crate) struct Links {
     pub(crate) view: ViewWriter,
     pub(crate) sets: watch::Receiver<Arc<WorkloadSet>>,
-    pub(crate) holder: HolderLink,
-    pub(crate) sender: HolderSender,
+    /// `None` when another worker has taken over.
+    pub(crate) holder: Option<(HolderLink, HolderSender)>,
+    pub(crate) handing: Handing,
     pub(crate) plane: Arc<DataPlane>,
     pub(crate) status: watch::Sender<Arc<OwnerStatus>>,
     pub(crate) door: Door,
     pub(crate) state: State,
+    pub(crate) metrics: Arc<Metrics>,
     /// Where control answers, and what else is never taken over.
     pub(crate) spared: Spared,
 }
@@ -96,6 +103,8 @@ pub(crate) struct Owners {
     endpoints: Arc<Endpoints>,
     /// Whether a look at the door was not answered yet.
     looking: bool,
+    /// Another worker takes over: owners are followed, and the holder is told nothing.
+    follows_only: bool,
     /// The generation with which control is being reached.
     reaching: Option<AbortOnDropHandle<u64>>,
     status: OwnerStatus,
@@ -123,6 +132,7 @@ impl Owners {
             policies: None,
             endpoints: Arc::default(),
             looking: false,
+            follows_only: false,
             reaching: None,
             status: OwnerStatus::default(),
         })
@@ -147,7 +157,14 @@ impl Owners {
                     moved?;
                     self.tell(false).await?;
                 }
-                message = self.links.holder.recv() => {
+                () = self.links.handing.begun(), if !self.follows_only => {
+                    self.follows_only = true;
+                    self.reaching = None;
+                }
+                () = self.links.handing.done(), if self.links.holder.is_some() => {
+                    self.links.holder = None;
+                }
+                message = heard(self.links.holder.as_mut()) => {
                     let message = message.context("the holder is gone")?;
                     self.heard(message).await?;
                 }
@@ -161,15 +178,18 @@ impl Owners {
                         self.tell(false).await?;
                     }
                 }
-                _ = look.tick(), if !self.looking => {
+                _ = look.tick(), if !self.looking && !self.follows_only => {
                     self.looking = true;
-                    let sent = self.links.sender.look().await;
-                    sent.context("the holder takes no messages")?;
+                    if let Some((_, sender)) = &mut self.links.holder {
+                        sender.look().await.context("the holder takes no messages")?;
+                    }
                 }
                 reached = finished(self.reaching.as_mut()) => {
                     self.reaching = None;
-                    let sent = self.links.sender.reached(reached?).await;
-                    sent.context("the holder takes no messages")?;
+                    if let Some((_, sender)) = &mut self.links.holder {
+                        let sent = sender.reached(reached?).await;
+                        sent.context("the holder takes no messages")?;
+                    }
                 }
                 () = tokio::time::sleep(RETRY), if retry => {
                     let again = self.status.error.is_some();
@@ -220,7 +240,9 @@ impl Owners {
             self.status.reals_left_out = wanted.left_out;
             if *view.reals != wanted.reals {
                 let reals = Arc::new(wanted.reals.clone());
-                if let Err(error) = self.links.state.set_reals(&reals) {
+                if !self.follows_only
+                    && let Err(error) = self.links.state.set_reals(&reals)
+                {
                     log::error!(
                         "cannot keep for the next start which real addresses are taken over: {error:#}"
                     );
@@ -233,9 +255,12 @@ impl Owners {
             doors: self.links.door.wanted(&view, now_ms()),
             reals: reals.map(|wanted| wanted.told),
         };
-        if self.generation != 0 && !again && wish == self.sent {
+        if self.follows_only || (self.generation != 0 && !again && wish == self.sent) {
             return Ok(());
         }
+        let Some((_, sender)) = &mut self.links.holder else {
+            return Ok(());
+        };
         self.generation += 1;
         self.status.applied = false;
         self.sent.clone_from(&wish);
@@ -252,7 +277,7 @@ impl Owners {
             vip4: self.vips.v4().to_string(),
             vip6: self.vips.v6().to_string(),
         };
-        match self.links.sender.send(desired).await {
+        match sender.send(desired).await {
             // Not sent at all: what was before goes on.
             Err(error) if error.kind() == ErrorKind::InvalidData => {
                 let error = error.to_string();
@@ -367,7 +392,9 @@ impl Owners {
     async fn heard(&mut self, message: FromHolder) -> anyhow::Result<()> {
         match message {
             // Sent once, before this task begins.
-            FromHolder::Sockets(_) => anyhow::bail!("the holder sent its sockets twice"),
+            FromHolder::Sockets { .. } | FromHolder::Serve => {
+                anyhow::bail!("the holder sent its sockets twice")
+            }
             FromHolder::Listeners(listeners) => {
                 take_listeners(&self.links.plane, listeners).await?
             }
@@ -387,6 +414,9 @@ impl Owners {
             FromHolder::Applied { .. } | FromHolder::Failed { .. } => (),
             FromHolder::Looked(looked) => {
                 self.looking = false;
+                self.status.draining = looked.draining;
+                self.status.given_up.clone_from(&looked.given_up);
+                self.links.metrics.reloaded(&looked);
                 self.links.door.looked(looked, now_ms());
                 self.status.door = self.links.door.status.clone();
             }
@@ -508,6 +538,14 @@ fn uid(owner: &Owner) -> Result<u32, String> {
     match owner {
         Owner::User(name) => uid_of(name).map_err(|error| error.to_string()),
         _ => Err("its owner is no user".to_owned()),
+    }
+}
+
+/// The next word of the holder; none comes where another worker has taken over.
+async fn heard(holder: Option<&mut (HolderLink, HolderSender)>) -> std::io::Result<FromHolder> {
+    match holder {
+        Some((link, _)) => link.recv().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -129,8 +129,11 @@ pub(crate) enum Kept {
     Revocations,
 }
 
+/// Inode and time of a file: each writing makes another.
+pub(crate) type Stamp = (u64, i64, i64);
+
 impl Kept {
-    const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::Bundle,
         Self::Index,
         Self::Endpoints,
@@ -279,6 +282,7 @@ impl State {
             "contact",
             DOOR_FILE,
             REALS_FILE,
+            crate::drained::FILE,
             "leaves",
             "agent.crt",
         ]) {
@@ -378,6 +382,14 @@ impl State {
 
     pub(crate) fn keep(&self, what: Kept, message: &impl Message) -> Result<(), FileError> {
         files::write_private(&self.file(what), &stored::seal(message))
+    }
+
+    /// What tells each file of what control sent from the one that was there before; a missing one is `None`.
+    pub(crate) fn stamps(&self) -> [Option<Stamp>; Kept::ALL.len()] {
+        Kept::ALL.map(|what| {
+            let facts = fs::metadata(self.file(what)).ok()?;
+            Some((facts.ino(), facts.mtime(), facts.mtime_nsec()))
+        })
     }
 
     /// When control was last heard; Unix time, milliseconds.

@@ -41,6 +41,12 @@ pub(crate) struct Status {
     pub(crate) endpoints_known: usize,
     pub(crate) capture: CaptureStatus,
     pub(crate) door: DoorStatus,
+    /// Workers of before, which carry what was open when another took over.
+    #[serde(default)]
+    pub(crate) draining_workers: usize,
+    /// Why the last reload was given up: then the program of before runs.
+    #[serde(default)]
+    pub(crate) reload_given_up: Option<String>,
     /// Identity of programs that match no workload.
     pub(crate) host_leaf: LeafStatus,
     pub(crate) workloads: Vec<WorkloadStatus>,
@@ -220,6 +226,19 @@ impl Status {
             None if self.capture.applied => writeln!(page, "capture      in force")?,
             None => writeln!(page, "capture      being set up")?,
         }
+        if let Some(why) = &self.reload_given_up {
+            writeln!(
+                page,
+                "reload       GIVEN UP, the program of before runs: {why}"
+            )?;
+        }
+        if self.draining_workers > 0 {
+            let workers = self.draining_workers;
+            writeln!(
+                page,
+                "draining     {workers} workers of before carry what was open then"
+            )?;
+        }
         if let Some(left) = self.autonomy_s
             && !self.is_removed()
         {
@@ -257,6 +276,7 @@ impl Status {
             + usize::from(self.capture.error.is_some())
             + usize::from(self.policies.is_none())
             + usize::from(self.revocations_unknown)
+            + usize::from(self.reload_given_up.is_some())
             + usize::from(self.host_leaf.refused.is_some());
         let workloads = self.workloads.iter().map(|w| w.problems().len());
         host + workloads.sum::<usize>()
@@ -439,6 +459,15 @@ pub(crate) fn table<const N: usize>(page: &mut String, rows: &[[String; N]]) -> 
 
 /// Asks the running daemon for what it answers at `path`; `None` when none runs.
 pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<Option<T>> {
+    request(socket, "GET", path)
+}
+
+/// The same by another method.
+pub(crate) fn request<T: DeserializeOwned>(
+    socket: &Path,
+    method: &str,
+    path: &str,
+) -> anyhow::Result<Option<T>> {
     let name = socket.display();
     let mut stream = match UnixStream::connect(socket) {
         Ok(stream) => stream,
@@ -450,7 +479,7 @@ pub(crate) fn ask<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Res
     let mut get = || -> std::io::Result<String> {
         stream.set_read_timeout(Some(ANSWER_MAX))?;
         // HTTP/1.0: the answer ends with the connection and is never chunked.
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: agent\r\n\r\n")?;
+        write!(stream, "{method} {path} HTTP/1.0\r\nHost: agent\r\n\r\n")?;
         let mut text = String::new();
         (&stream).take(BYTES_MAX).read_to_string(&mut text)?;
         Ok(text)

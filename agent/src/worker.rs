@@ -5,7 +5,7 @@
 //! when one fails the worker ends, and the holder starts another.
 
 use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,10 +25,12 @@ use tokio_util::sync::CancellationToken;
 use crate::capture::sockdiag::SockDiag;
 use crate::config::Config;
 use crate::control::{self, SessionStatus};
-use crate::data::{DataPlane, DataShared};
+use crate::data::{DataPlane, DataShared, Ending};
 use crate::dns::{self, Dns, resolv_conf};
 use crate::door::Door;
+use crate::drained::Drained;
 use crate::explicit::Explicit;
+use crate::handing::{Hander, Handing};
 use crate::health::{self, Listening, Verdicts};
 use crate::holder::client::{HolderLink, HolderSender};
 use crate::holder::protocol::{FromHolder, Sockets};
@@ -68,6 +70,7 @@ struct Worker {
     config: Config,
     plane: Arc<DataPlane>,
     tasks: Tasks,
+    hander: Hander,
 }
 
 /// Named tasks that all end by one token.
@@ -99,6 +102,20 @@ impl Tasks {
         }
     }
 
+    /// The first that failed. One that ended has let go of what it did.
+    async fn broke(&mut self) -> anyhow::Error {
+        loop {
+            match self.set.join_next().await {
+                Some(Ok((_, Ok(())))) => {}
+                Some(Ok((name, Err(error)))) => {
+                    return error.context(format!("the task `{name}` failed"));
+                }
+                Some(Err(error)) => return anyhow::Error::new(error).context("a task panicked"),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
     async fn end(mut self) {
         self.stop.cancel();
         let all = async { while self.set.join_next().await.is_some() {} };
@@ -112,7 +129,7 @@ impl Worker {
     async fn assemble(config: Config) -> anyhow::Result<Self> {
         let (mut holder, sender) =
             HolderLink::connect_from_fd3().context("the link to the holder can not be taken")?;
-        let FromHolder::Sockets(sockets) = holder
+        let FromHolder::Sockets { sockets, standby } = holder
             .recv()
             .await
             .context("no sockets came from the holder")?
@@ -124,12 +141,15 @@ impl Worker {
             bail!("this host has not joined a mesh; run `mesh-agent join <token>`");
         };
         let parts = Parts::load(&config, state, membership)?;
-        parts.start(config, sockets, holder, sender).await
+        parts
+            .start(config, (sockets, standby), holder, sender)
+            .await
     }
 
     async fn serve(mut self) -> anyhow::Result<()> {
-        // Files are followed by themselves: a reload has nothing to do, and must not end us.
+        // A reload is the holder's, and must not end us.
         let mut reload = signal(SignalKind::hangup())?;
+        let mut taken_over = signal(SignalKind::user_defined2())?;
         let shutdown = signals::shutdown();
         tokio::pin!(shutdown);
         loop {
@@ -138,7 +158,22 @@ impl Worker {
                     ended?;
                     break;
                 }
-                _ = reload.recv() => log::info!("files are followed by themselves; nothing is to be reloaded"),
+                _ = reload.recv() => {}
+                _ = taken_over.recv() => {
+                    self.hand_over().await;
+                    let carried = tokio::select! {
+                        () = self.plane.drain(Ending::HandOver, self.config.handover()) => Ok(()),
+                        ended = &mut shutdown => {
+                            ended?;
+                            self.plane.drain(Ending::HandOver, self.config.drain()).await;
+                            Ok(())
+                        }
+                        // Without it a change of policy would not reach what is open.
+                        error = self.tasks.broke() => Err(error),
+                    };
+                    self.tasks.end().await;
+                    return carried;
+                }
                 error = self.tasks.failed() => return Err(error),
             }
         }
@@ -146,9 +181,17 @@ impl Worker {
         // The resolver first: names must go where they went before.
         self.tasks.draining.cancel();
         leave::unwire(&self.config);
-        self.plane.drain(self.config.drain()).await;
+        self.plane.drain(Ending::Stop, self.config.drain()).await;
         self.tasks.end().await;
         Ok(())
+    }
+
+    /// Another worker takes over: what is new is its own from now on.
+    async fn hand_over(&mut self) {
+        log::info!("another worker takes over; what is open here goes on");
+        self.tasks.draining.cancel();
+        self.plane.stop_accepting().await;
+        self.hander.hand_over().await;
     }
 }
 
@@ -207,11 +250,12 @@ impl Parts {
     async fn start(
         self,
         config: Config,
-        sockets: Sockets,
-        holder: HolderLink,
-        sender: HolderSender,
+        (sockets, standby): (Sockets, bool),
+        mut holder: HolderLink,
+        mut sender: HolderSender,
     ) -> anyhow::Result<Worker> {
         let mut tasks = Tasks::default();
+        let hander = Hander::new();
         let (wants_by, wants) = mpsc::channel(WANTS_MAX);
         let (verdicts_by, verdicts) = watch::channel(Arc::new(Verdicts::new()));
         let (session_by, session) = watch::channel(Arc::new(SessionStatus::default()));
@@ -235,6 +279,7 @@ impl Parts {
                 judged,
                 credential: credential_by,
                 standings: standings_by,
+                handing: hander.holding(),
             },
             &self.membership,
         )?;
@@ -254,6 +299,7 @@ impl Parts {
                 judged: judged_by,
                 status: session_by,
                 mesh_port: config.mesh.listen_port,
+                handing: hander.holding(),
             },
             self.membership.clone(),
         )?;
@@ -266,17 +312,25 @@ impl Parts {
             metrics: Arc::clone(&metrics),
             settings: config.data(),
         };
-        let plane = start_plane(&shared, sockets.mesh).await?;
+        let plane = DataPlane::start(&shared)?;
+        if standby {
+            stand_by(&mut holder, &mut sender).await?;
+        }
+        for listener in sockets.mesh {
+            plane.add_mesh_listener(listener).await?;
+        }
+        let plane = Arc::new(plane);
         let owners = Owners::new(
             owners::Links {
                 view: self.view.clone(),
                 sets: self.sets.clone(),
-                holder,
-                sender,
+                holder: Some((holder, sender)),
+                handing: hander.watching(),
                 plane: Arc::clone(&plane),
                 status: owners_by,
                 door: Door::new(self.state.clone(), &metrics, edges_by, config.keep_open()),
                 state: self.state,
+                metrics: Arc::clone(&metrics),
                 spared: Spared {
                     everything: !config.capture.enabled,
                     keep_open: config.keep_open(),
@@ -289,16 +343,23 @@ impl Parts {
             udp: sockets.dns_udp,
             tcp: sockets.dns_tcp,
         };
-        let counters = start_dns(&config, names, self.view.reader(), &mut tasks)?;
+        let watching = hander.watching();
+        let counters = start_dns(&config, names, self.view.reader(), &watching, &mut tasks)?;
         let stop = tasks.stop.clone();
         let (closed_by, closed) = watch::channel(Arc::default());
         let explicit = Explicit::new(self.sets.clone(), Arc::clone(&plane), closed_by);
-        tasks.spawn("local ports and sockets", explicit.run(stop.clone()));
+        tasks.spawn(
+            "local ports and sockets",
+            explicit.run(watching.clone(), stop.clone()),
+        );
         tasks.spawn("control", shell.run(stop.clone()));
         tasks.spawn("leaves", keeper.run(stop.clone()));
         tasks.spawn("owners", owners.run(stop.clone()));
         tasks.spawn("workload files", self.files.run(stop));
-        start_health(&self.sets, self.view.clone(), verdicts_by, &mut tasks)?;
+        let verdicts_file = config.runtime_dir.join(health::KEPT);
+        let drained = Drained::load(&config.state_dir);
+        let publish = publish(self.view.clone(), verdicts_by, verdicts_file, &drained);
+        start_health(&self.sets, publish, &mut tasks)?;
         start_admin(
             admin::Sources {
                 config: config.clone(),
@@ -310,18 +371,21 @@ impl Parts {
                 session,
                 standings,
                 owners: owner_status,
+                drained,
                 closed,
                 dns: counters,
                 diag: Mutex::new(sockdiag()?),
                 wants: wants_by,
                 channel,
             },
+            watching,
             &mut tasks,
         )?;
         Ok(Worker {
             config,
             plane,
             tasks,
+            hander,
         })
     }
 }
@@ -339,21 +403,23 @@ fn make_metrics(
     metrics
 }
 
-async fn start_plane(
-    shared: &DataShared,
-    mesh: Vec<TcpListener>,
-) -> anyhow::Result<Arc<DataPlane>> {
-    let plane = DataPlane::start(shared)?;
-    for listener in mesh {
-        plane.add_mesh_listener(listener).await?;
+/// All is loaded and nothing is served yet: returns when the worker before this one has let go.
+async fn stand_by(holder: &mut HolderLink, sender: &mut HolderSender) -> anyhow::Result<()> {
+    sender
+        .stands_by()
+        .await
+        .context("the holder takes no messages")?;
+    match holder.recv().await.context("the holder is gone")? {
+        FromHolder::Serve => Ok(()),
+        _ => bail!("the holder did not say when to serve"),
     }
-    Ok(Arc::new(plane))
 }
 
 fn start_dns(
     config: &Config,
     sockets: dns::Sockets,
     view: ViewReader,
+    handing: &Handing,
     tasks: &mut Tasks,
 ) -> anyhow::Result<Option<Arc<dns::Counters>>> {
     if !config.dns.enabled {
@@ -381,7 +447,8 @@ fn start_dns(
         Box::new(move || view.borrow().index.clone()),
     )?;
     let counters = dns.counters();
-    tasks.spawn("dns", dns.run(sockets, tasks.stop.clone()));
+    let task = dns.run(sockets, handing.clone(), tasks.stop.clone());
+    tasks.spawn("dns", task);
     Ok(Some(counters))
 }
 
@@ -433,22 +500,31 @@ fn own_address(sockets: &dns::Sockets) -> Option<IpAddr> {
     addresses.map(|a| a.ip()).min_by_key(IpAddr::is_ipv6)
 }
 
-fn start_health(
-    sets: &watch::Receiver<Arc<WorkloadSet>>,
+fn publish(
     view: ViewWriter,
     verdicts: watch::Sender<Arc<Verdicts>>,
+    file: PathBuf,
+    drained: &Drained,
+) -> health::Publish {
+    health::Publish {
+        verdicts,
+        file,
+        drained: drained.watch(),
+        unfit: Box::new(move |unfit| view.change(|view| view.unfit = unfit)),
+    }
+}
+
+fn start_health(
+    sets: &watch::Receiver<Arc<WorkloadSet>>,
+    publish: health::Publish,
     tasks: &mut Tasks,
 ) -> anyhow::Result<()> {
-    let publish = health::Publish {
-        verdicts,
-        unfit: Box::new(move |unfit| view.change(|view| view.unfit = unfit)),
-    };
     let checks = health::run(sets.clone(), listening()?, publish, tasks.stop.clone());
     tasks.spawn("health", checks);
     Ok(())
 }
 
-fn start_admin(sources: admin::Sources, tasks: &mut Tasks) -> anyhow::Result<()> {
+fn start_admin(sources: admin::Sources, handing: Handing, tasks: &mut Tasks) -> anyhow::Result<()> {
     let path = sources.config.admin_socket();
     let listener = admin_socket::bind(&path)
         .with_context(|| format!("cannot serve the admin socket {}", path.display()))?;
@@ -458,6 +534,8 @@ fn start_admin(sources: admin::Sources, tasks: &mut Tasks) -> anyhow::Result<()>
         tokio::select! {
             () = admin_socket::serve(listener, handler) => bail!("it takes no more connections"),
             () = stop.cancelled() => Ok(()),
+            // The other worker binds its own.
+            () = handing.begun() => Ok(()),
         }
     });
     Ok(())

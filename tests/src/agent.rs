@@ -4,13 +4,14 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
 use crate::binary;
 use crate::host::Host;
+use crate::manager::Manager;
 use crate::metrics::Metrics;
 use crate::process::{Cmd, Output, Process};
 use crate::wait::{SOON, check, wait_until};
@@ -102,6 +103,37 @@ impl Agent {
         self.process = Some(self.to_run().spawn("agent"));
     }
 
+    /// Starts it under a service manager, with what that keeps, and does not wait.
+    #[track_caller]
+    pub fn spawn_under(&mut self, manager: &Manager) {
+        let (names, descriptors): (Vec<_>, Vec<_>) = manager.kept().into_iter().unzip();
+        // Whoever executes the program has its number already.
+        let mut words = vec!["sh".to_owned(), "-c".to_owned()];
+        words.push("LISTEN_PID=$$ exec \"$@\"".to_owned());
+        words.push("sh".to_owned());
+        words.extend(self.words());
+        let command = self.host.program(words).cgroup("agent");
+        let mut command = command.env("NOTIFY_SOCKET", &manager.socket().to_string_lossy());
+        if !descriptors.is_empty() {
+            command = command
+                .env("LISTEN_FDS", &descriptors.len().to_string())
+                .env("LISTEN_FDNAMES", &names.join(":"))
+                .descriptors(descriptors);
+        }
+        self.process = Some(command.spawn("agent"));
+    }
+
+    /// Kills the holder; its worker dies with it.
+    #[track_caller]
+    pub fn kill_holder(&mut self) {
+        self.process.take().expect("the agent runs").kill9();
+        let procs = self.host.cgroup("agent").join("cgroup.procs");
+        wait_until("the worker to die with its holder", SOON, || {
+            let left = fs::read_to_string(&procs).unwrap_or_default();
+            check(left.is_empty(), left)
+        });
+    }
+
     /// Starts it with a wall clock that is so many seconds off; nothing else of the host is.
     #[track_caller]
     pub fn start_off_clock(&mut self, seconds: i64) {
@@ -160,8 +192,55 @@ impl Agent {
         self.host.program(self.words()).cgroup("agent")
     }
 
+    /// The program that this host runs: its own, where one was installed.
+    pub fn program(&self) -> PathBuf {
+        let own = self.host.dir().join("bin/mesh-agent");
+        if own.exists() {
+            own
+        } else {
+            binary("mesh-agent")
+        }
+    }
+
+    /// Puts a program in the place of the host's own in one moment, as a package does. It is another file than any before.
+    #[track_caller]
+    pub fn install(&self, program: &Path) {
+        let dir = self.host.dir().join("bin");
+        fs::create_dir_all(&dir).expect("a directory");
+        let new = dir.join("mesh-agent.new");
+        drop(fs::remove_file(&new));
+        fs::copy(program, &new).expect("a copy of a program");
+        fs::rename(new, dir.join("mesh-agent")).expect("its name");
+    }
+
+    /// The file that a process of the agent runs.
+    #[track_caller]
+    pub fn runs(&self, pid: u32) -> u64 {
+        let exe = fs::metadata(format!("/proc/{pid}/exe")).expect("a process");
+        std::os::unix::fs::MetadataExt::ino(&exe)
+    }
+
+    /// The process that stays.
+    #[track_caller]
+    pub fn holder(&self) -> u32 {
+        self.process.as_ref().map(Process::pid).expect("it runs")
+    }
+
+    /// `mesh-agent reload`, by the program that is installed now, unless that is none.
+    #[track_caller]
+    pub fn reload(&self) -> Output {
+        let config = self.config();
+        let words = [
+            binary("mesh-agent").display().to_string(),
+            "--config".to_owned(),
+            config.display().to_string(),
+            "reload".to_owned(),
+        ];
+        self.host.program(words).deadline(SOON * 3).output()
+    }
+
     fn words(&self) -> [String; 4] {
-        let program = binary("mesh-agent").display().to_string();
+        let program = self.program().display().to_string();
         let config = self.config().display().to_string();
         [program, "--config".to_owned(), config, "run".to_owned()]
     }
@@ -236,7 +315,8 @@ impl Agent {
         text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
-    fn workers(&self) -> Vec<u32> {
+    /// All of its workers, also those that drain.
+    pub fn workers(&self) -> Vec<u32> {
         let holder = self.process.as_ref().map(Process::pid);
         self.pids()
             .into_iter()
@@ -352,7 +432,7 @@ fn faketime() -> String {
 }
 
 /// `GET path` over a unix socket.
-pub(crate) fn get(socket: &std::path::Path, path: &str) -> Result<(u16, String), String> {
+pub(crate) fn get(socket: &Path, path: &str) -> Result<(u16, String), String> {
     let fault = |e: std::io::Error| format!("{}: {e}", socket.display());
     let mut stream = UnixStream::connect(socket).map_err(fault)?;
     let limit = Some(Duration::from_secs(5));

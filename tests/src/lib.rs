@@ -16,6 +16,7 @@ pub mod fuzz;
 pub mod host;
 pub mod load;
 pub mod machine;
+pub mod manager;
 pub mod mesh;
 pub mod metrics;
 pub mod process;

@@ -1,6 +1,7 @@
 //! Processes on a host: commands that end, and servers that stay.
 
 use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -18,6 +19,9 @@ const ENTER: &str = r#"echo $$ > "$1/cgroup.procs" &&
     for own in "$3"/*; do [ ! -d "$own" ] || mount --bind "$own" "/${own##*/}" || exit; done &&
     mount --bind "$2" /etc/resolv.conf && shift 3 && exec "$@""#;
 
+/// Descriptors that a child can be given.
+const DESCRIPTORS_MAX: usize = 64;
+
 /// A command to be run on a host.
 #[derive(Debug)]
 #[must_use]
@@ -28,6 +32,8 @@ pub struct Cmd {
     cgroup: String,
     deadline: Duration,
     environment: Vec<(String, String)>,
+    /// It finds them from 3 on.
+    descriptors: Vec<OwnedFd>,
 }
 
 /// What a command left behind.
@@ -57,6 +63,7 @@ impl Cmd {
             cgroup: "shell".to_owned(),
             deadline: SOON,
             environment: Vec::new(),
+            descriptors: Vec::new(),
         }
     }
 
@@ -74,6 +81,12 @@ impl Cmd {
 
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Is given these descriptors, from 3 on.
+    pub fn descriptors(mut self, descriptors: Vec<OwnedFd>) -> Self {
+        self.descriptors = descriptors;
         self
     }
 
@@ -128,7 +141,9 @@ impl Cmd {
         let log = self.host.log(name);
         let file = open_log(&log);
         let errors = file.try_clone().expect("a descriptor");
-        let child = self.command().stdout(file).stderr(errors).spawn();
+        let mut command = self.command();
+        give(&mut command, &self.descriptors);
+        let child = command.stdout(file).stderr(errors).spawn();
         Process {
             child: child.expect("nsenter of util-linux"),
             name: format!("{} on {}", name, self.host.name()),
@@ -180,6 +195,37 @@ impl Output {
         self.status
             .code()
             .unwrap_or_else(|| 128 + self.status.signal().unwrap_or_default())
+    }
+}
+
+/// Has the child find these at 3 and the numbers behind.
+#[expect(unsafe_code, reason = "code between fork and exec")]
+fn give(command: &mut Command, descriptors: &[OwnedFd]) {
+    if descriptors.is_empty() {
+        return;
+    }
+    let given: Vec<i32> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let step = move || {
+        // First out of the way of each other.
+        let away: [i32; DESCRIPTORS_MAX] = std::array::from_fn(|at| {
+            let from = given.get(at).copied();
+            // SAFETY: takes numbers only.
+            from.map_or(-1, |from| unsafe {
+                nix::libc::fcntl(from, nix::libc::F_DUPFD_CLOEXEC, 200)
+            })
+        });
+        for (from, to) in away.into_iter().zip(3..).filter(|(from, _)| *from >= 0) {
+            // SAFETY: takes numbers only.
+            if unsafe { nix::libc::dup2(from, to) } < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    assert!(descriptors.len() <= DESCRIPTORS_MAX, "too many descriptors");
+    // SAFETY: the step makes system calls and allocates nothing.
+    unsafe {
+        std::os::unix::process::CommandExt::pre_exec(command, step);
     }
 }
 

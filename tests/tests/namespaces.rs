@@ -105,3 +105,5 @@ mod torture_http2;
 mod torture_many;
 #[path = "namespaces/unjoined.rs"]
 mod unjoined;
+#[path = "namespaces/upgrade.rs"]
+mod upgrade;

@@ -2,7 +2,7 @@
 //! each of the three knows only its own attributes.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd as _, IntoRawFd as _, OwnedFd};
 use std::time::Duration;
 
 use netlink_sys::{Socket, SocketAddr};
@@ -156,6 +156,27 @@ impl Connection {
         })
     }
 
+    /// One that another program opened, of the same family, and used up to this request.
+    pub(super) fn handed_over(socket: OwnedFd, sequence: u32) -> Self {
+        Self {
+            socket: from_owned(socket),
+            sequence,
+        }
+    }
+
+    /// Takes what the kernel answered to requests that nobody waits for any more.
+    pub(super) fn forget_answers(&mut self) {
+        let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
+        while matches!(self.socket.recv(&mut buffer, libc::MSG_DONTWAIT), Ok(1..)) {
+            buffer.clear();
+        }
+    }
+
+    /// For the program that takes our place.
+    pub(super) fn to_hand_over(&self) -> (BorrowedFd<'_>, u32) {
+        (self.socket.as_fd(), self.sequence)
+    }
+
     /// Makes room for one datagram of `bytes`; needs CAP_NET_ADMIN to go over the host's limit.
     pub(super) fn reserve_send(&self, bytes: usize) -> io::Result<()> {
         use nix::sys::socket::{setsockopt, sockopt::SndBufForce};
@@ -267,6 +288,12 @@ impl Connection {
         self.sequence = self.sequence.wrapping_add(1);
         self.sequence
     }
+}
+
+#[expect(unsafe_code, reason = "the library takes a number only")]
+fn from_owned(socket: OwnedFd) -> Socket {
+    // SAFETY: the descriptor is open, and from here on nobody's but the socket's.
+    unsafe { Socket::from_raw_fd(socket.into_raw_fd()) }
 }
 
 /// Reads the messages of one datagram. What does not parse ends it: the kernel wrote it, so it can only be cut off.

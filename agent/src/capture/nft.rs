@@ -419,6 +419,11 @@ impl Scribe<'_> {
         message(DELETE_RULE, 0, &attributes)
     }
 
+    /// Empties all chains of the table.
+    pub(super) fn empty_chains(self) -> Message {
+        message(DELETE_RULE, 0, &Attributes::default().string(1, self.table))
+    }
+
     pub(super) fn new_rule(self, chain: &str, steps: &Steps) -> Message {
         let attributes = Attributes::default()
             .string(1, self.table)

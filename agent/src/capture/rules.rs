@@ -18,19 +18,15 @@
 //!
 //! There is no `nat` chain and no `ct` expression: either would turn connection tracking on for the whole host.
 
-use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use mesh_core::policy::Cidr;
 use serde::{Deserialize, Serialize};
 
-use super::door::{self, Arm, DoorPort, Seen};
-use super::netlink::{Connection, Message};
-use super::nft::{
-    Base, Compare, Hook, Meta, R0, Register, Scribe, SetShape, Steps, Type, batch_bounds,
-    elements_of,
-};
-use super::real::{self, Real};
+use super::door;
+use super::netlink::Message;
+use super::nft::{Base, Compare, Hook, Meta, R0, Register, Scribe, SetShape, Steps, Type};
+use super::real;
 use super::{CaptureSettings, Marks, VipRanges, Workload};
 
 /// A flow is forgotten this long after our last packet; the keepalive of `app_socket` comes twice in it at least.
@@ -39,10 +35,6 @@ const FLOW_LIFETIME_MS: u64 = 120_000;
 pub(super) const FLOWS_MAX: u32 = 262_144;
 /// Behind all filters of the host: only what would really leave is looked at.
 const LEAVING_PRIORITY: i32 = 300;
-/// One datagram must hold a whole batch: 16,384 elements of maps and 4,096 real addresses of at most 64 bytes, 16,384
-/// ranges of at most 96, and the rules.
-const BATCH_BYTES: usize = 4 * 1024 * 1024;
-
 const OUTPUT: &str = "output";
 const PREROUTING: &str = "prerouting";
 const VIP: &str = "vip";
@@ -71,7 +63,7 @@ const DNS_PORT: u16 = 53;
 pub(super) const IPV4: u8 = 2;
 pub(super) const IPV6: u8 = 10;
 pub(super) const TCP: u8 = 6;
-const UDP: u8 = 17;
+pub(super) const UDP: u8 = 17;
 /// `ARPHRD_LOOPBACK`.
 pub(super) const LOOPBACK: u16 = 772;
 pub(super) const TCP_FLAGS_OFFSET: u32 = 13;
@@ -127,113 +119,12 @@ pub(crate) struct Shed {
     pub(crate) names: u64,
 }
 
-/// The owned table. It lives as long as this value: the kernel removes it with the socket.
-#[derive(Debug)]
-pub(super) struct Table {
-    connection: Connection,
-    name: String,
-    marks: Marks,
-    /// Levels for which a map stands; maps are never taken away, only emptied.
-    levels: Vec<u8>,
-}
-
-impl Table {
-    /// Makes the table with no workload in it: every SYN to a virtual address is reset.
-    pub(super) fn create(settings: &CaptureSettings, ranges: &VipRanges) -> io::Result<Self> {
-        let connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
-        connection.reserve_send(BATCH_BYTES)?;
-        let mut table = Self {
-            connection,
-            name: settings.table.clone(),
-            marks: settings.marks(),
-            levels: Vec::new(),
-        };
-        table.commit(&frame(settings, ranges))?;
-        Ok(table)
-    }
-
-    /// Makes the kernel know exactly these workloads and doors, all at once.
-    pub(super) fn apply(
-        &mut self,
-        workloads: &[Workload],
-        reals: &[Real],
-        doors: &[DoorPort],
-        arm: Arm,
-    ) -> io::Result<()> {
-        let mut levels: Vec<u8> = workloads
-            .iter()
-            .flat_map(|w| w.cgroups.iter().map(|c| c.level))
-            .collect();
-        levels.sort_unstable();
-        levels.dedup();
-        let known = self.levels.clone();
-        let mut messages = contents(&self.name, self.marks, &known, &levels, workloads);
-        let scribe = Scribe { table: &self.name };
-        messages.extend(real::contents(scribe, reals));
-        messages.extend(door::contents(scribe, doors, arm));
-        self.commit(&messages)?;
-        self.levels
-            .extend(levels.iter().filter(|level| !known.contains(level)));
-        Ok(())
-    }
-
-    /// Arms what stands for good.
-    pub(super) fn arm(&mut self) -> io::Result<()> {
-        let messages = door::armed(Scribe { table: &self.name }, Arm::ForGood);
-        self.commit(&messages)
-    }
-
-    /// Plaintext callers that came lately, and what was shed.
-    pub(super) fn seen(&mut self) -> io::Result<(Seen, Shed)> {
-        let scribe = Scribe { table: &self.name };
-        let seen = door::seen(scribe, &mut self.connection)?;
-        let mut shed = Shed::default();
-        self.connection
-            .query(&scribe.get_elements(SHED), |_, body| {
-                for (key, packets) in elements_of(body) {
-                    match key {
-                        [TCP, ..] => shed.dials = packets,
-                        [UDP, ..] => shed.names = packets,
-                        _ => {}
-                    }
-                }
-            })?;
-        Ok((seen, shed))
-    }
-
-    /// The flows in a set: connections to real addresses that are led to the agent.
-    pub(super) fn flows(&mut self, set: &str) -> io::Result<Vec<Vec<u8>>> {
-        let scribe = Scribe { table: &self.name };
-        let mut flows = Vec::new();
-        self.connection
-            .query(&scribe.get_elements(set), |_, body| {
-                flows.extend(elements_of(body).map(|(key, _)| key.to_vec()));
-            })?;
-        Ok(flows)
-    }
-
-    fn commit(&mut self, messages: &[Message]) -> io::Result<()> {
-        let (begin, end) = batch_bounds();
-        self.connection.batch(&begin, messages, &end)
-    }
-}
-
-/// Removes a table that nobody owns; an owned one answers with EPERM.
-pub(super) fn delete(settings: &CaptureSettings) -> io::Result<()> {
-    let mut connection = Connection::open(netlink_sys::protocols::NETLINK_NETFILTER)?;
-    let (begin, end) = batch_bounds();
-    let scribe = Scribe {
-        table: &settings.table,
-    };
-    connection.batch(&begin, &[scribe.delete_table()], &end)
-}
-
-fn map_of_level(level: u8) -> String {
+pub(super) fn map_of_level(level: u8) -> String {
     format!("cgroup_mark_{level}")
 }
 
-/// What does not change while the table lives.
-fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
+/// What does not change while the table lives, all but the table.
+pub(super) fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
     let scribe = Scribe {
         table: &settings.table,
     };
@@ -250,7 +141,6 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
         })
     };
     let mut messages = vec![
-        scribe.new_table(),
         map(UID_MARK, 1, &[Type::Uid], Type::Mark),
         map(PORT_OF_4, 2, &[Type::Mark], Type::Port),
         map(PORT_OF_6, 3, &[Type::Mark], Type::Port),
@@ -295,7 +185,7 @@ fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Message> {
 }
 
 /// What follows the workloads: maps and the order in which they are asked.
-fn contents(
+pub(super) fn contents(
     table: &str,
     marks: Marks,
     known_levels: &[u8],

@@ -66,6 +66,11 @@ fn agent(facts: &Facts) -> Check {
         ),
         (_, Err(error)) => Check::failed(NAME, error, start),
         (Ok(Some(_)), Ok(None)) => Check::failed(NAME, "no agent runs", start),
+        (_, Ok(Some(status))) if let Some(why) = &status.reload_given_up => Check::failed(
+            NAME,
+            format!("the last reload was given up, and the program of before runs: {why}"),
+            "mend the cause, then `systemctl reload mesh-agent`",
+        ),
         (Ok(Some(_)), Ok(Some(status))) => Check::ok(
             NAME,
             format!("version {} runs as host {}", status.version, status.host),

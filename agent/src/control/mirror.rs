@@ -102,6 +102,33 @@ impl Mirror {
         self.use_revocations();
     }
 
+    /// Another worker has written this: it is used as if control had said it. What is bad, or not there, changes nothing.
+    pub(super) fn heed(&mut self, state: &State, what: Kept) -> anyhow::Result<()> {
+        match what {
+            Kept::Revocations => {
+                let written = read_revocations(state)?;
+                // What we know was said to us, and is never taken back.
+                let mut all = Revocations::clone(self.revocations.all());
+                for one in written.all().iter() {
+                    all.add(one.clone());
+                }
+                self.revocations = Known::new(all, written.at());
+                self.unreadable &= written.at().is_none();
+                self.use_revocations();
+            }
+            Kept::Bundle => {
+                if let Some(bundle) = state.kept(Kept::Bundle) {
+                    self.bundle(bundle)?;
+                }
+            }
+            Kept::Policies => self.load_policies(state)?,
+            Kept::Index => self.load_index(state)?,
+            Kept::Endpoints => self.load_endpoints(state)?,
+            Kept::Edges => {}
+        }
+        Ok(())
+    }
+
     fn load_index(&mut self, state: &State) -> Result<(), SyncError> {
         let Some(stored) = state.kept::<StoredIndex>(Kept::Index) else {
             return Ok(());

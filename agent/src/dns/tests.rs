@@ -121,7 +121,11 @@ impl Running {
             udp: udp_address,
             tcp: tcp_address,
             counters,
-            task: tokio::spawn(dns.run(sockets, stop.clone())),
+            task: tokio::spawn(dns.run(
+                sockets,
+                crate::handing::Hander::new().watching(),
+                stop.clone(),
+            )),
             stop,
         }
     }

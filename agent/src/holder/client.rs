@@ -84,6 +84,11 @@ impl HolderSender {
         self.say(&ToHolder::Reached { generation }).await
     }
 
+    /// Says that this worker takes over when it is told. Not cancel safe.
+    pub(crate) async fn stands_by(&mut self) -> io::Result<()> {
+        self.say(&ToHolder::StandsBy).await
+    }
+
     async fn say(&mut self, message: &ToHolder) -> io::Result<()> {
         let bytes = encode(message)?;
         let mut sent = 0;

@@ -47,7 +47,47 @@ struct Written {
     reals: Vec<Real>,
 }
 
+/// How it stands, for the program that takes our place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Standing {
+    doors: Vec<DesiredDoor>,
+    wanted: Vec<DesiredDoor>,
+    reals: Vec<Real>,
+    /// What is left of the trial, in milliseconds; `None`: what is wanted is confirmed.
+    trial_left_ms: Option<u64>,
+    unwritten: bool,
+}
+
 impl Confirmed {
+    pub(super) fn to_hand_over(&self) -> Standing {
+        let left = |until: Instant| until.saturating_duration_since(Instant::now()).as_millis();
+        Standing {
+            doors: written(&self.doors),
+            wanted: written(&self.wanted),
+            reals: self.reals.clone(),
+            trial_left_ms: self
+                .trial_until
+                .map(|until| u64::try_from(left(until)).unwrap_or(u64::MAX)),
+            unwritten: self.unwritten,
+        }
+    }
+
+    /// As the program before this one left it.
+    pub(super) fn handed_over(config: &HolderConfig, standing: &Standing) -> anyhow::Result<Self> {
+        let keep_open = config.keep_open();
+        let left = standing.trial_left_ms.map(Duration::from_millis);
+        Ok(Self {
+            file: config.door_file.clone(),
+            doors: desired::doors(&standing.doors, &keep_open)?,
+            wanted: desired::doors(&standing.wanted, &keep_open)?,
+            reals: desired::reals(&standing.reals, &keep_open, &config.ranges)?,
+            generation: 0,
+            trial_until: left.map(|left| Instant::now() + left.min(TRIAL)),
+            reached: false,
+            unwritten: standing.unwritten,
+        })
+    }
+
     /// What is kept. A file that can not be read is as none: then only the agent says what is refused.
     pub(crate) fn load(config: &HolderConfig) -> Self {
         let kept = read(&config.door_file, config).unwrap_or_else(|error| {
@@ -202,6 +242,11 @@ mod tests {
             mesh: Vec::new(),
             worker_arguments: Vec::new(),
             drain: Duration::ZERO,
+            handover: Duration::ZERO,
+            config: None,
+            config_text: String::new(),
+            config_copy: directory.join("agent.toml"),
+            outcome_file: directory.join("reload.json"),
             door_file: directory.join("door.json"),
             keep_link: true,
         }

@@ -84,13 +84,17 @@ pub(crate) enum ToHolder {
     Reached {
         generation: u64,
     },
+    /// A worker that was started to stand by has all that it needs, and takes over when it is told.
+    StandsBy,
 }
 
 /// Holder to worker, with descriptors.
 #[derive(Debug)]
 pub(crate) enum FromHolder {
-    /// First message: what was bound at the start.
-    Sockets(Sockets),
+    /// First message: what was bound at the start. One that is to stand by uses it when it hears [`Self::Serve`].
+    Sockets { sockets: Sockets, standby: bool },
+    /// The worker before this one has let go of everything that only one may do.
+    Serve,
     /// Listeners that are new to this worker; number 0 is the common one. A number that comes again replaces the
     /// earlier.
     Listeners(Vec<WorkloadListener>),
@@ -112,6 +116,10 @@ pub(crate) struct Looked {
     pub(crate) arming: Arming,
     /// What other programs took away of link, routes, rules and guard, and was put back, since this holder started.
     pub(crate) repaired: u64,
+    /// Workers that others have taken over from, and whose open connections go on.
+    pub(crate) draining: usize,
+    /// Why the last reload was given up; `None` after one that was not.
+    pub(crate) given_up: Option<String>,
     /// Why something of it can not be done now.
     pub(crate) error: Option<String>,
 }
@@ -154,7 +162,9 @@ pub(super) enum Wire {
         mesh: usize,
         dns_udp: usize,
         dns_tcp: usize,
+        standby: bool,
     },
+    Serve,
     Listeners {
         workloads: Vec<WireListener>,
     },
@@ -193,18 +203,21 @@ impl FromHolder {
                 mesh,
                 dns_udp,
                 dns_tcp,
+                standby,
             } => {
                 // What is missing is noticed after at most DESCRIPTORS_MAX.
                 let mut tcp = |n| (0..n).map(|_| next().map(TcpListener::from)).collect();
                 let mesh: io::Result<Vec<_>> = tcp(mesh);
                 let (mesh, dns_tcp) = (mesh?, tcp(dns_tcp)?);
                 let udp = (0..dns_udp).map(|_| next().map(UdpSocket::from));
-                Self::Sockets(Sockets {
+                let sockets = Sockets {
                     mesh,
                     dns_tcp,
                     dns_udp: udp.collect::<io::Result<_>>()?,
-                })
+                };
+                Self::Sockets { sockets, standby }
             }
+            Wire::Serve => Self::Serve,
             Wire::Listeners { workloads } => {
                 let mut take =
                     |there: bool| there.then(|| next().map(TcpListener::from)).transpose();
@@ -330,6 +343,11 @@ pub(super) struct FrameReader {
 }
 
 impl FrameReader {
+    /// Whether nothing of a frame was read that is not whole yet.
+    pub(super) fn is_between_frames(&self) -> bool {
+        self.length_read == 0
+    }
+
     /// The next frame; `WouldBlock` if it is not all there yet, `UnexpectedEof` if the other side is gone.
     pub(super) fn read(&mut self, socket: BorrowedFd<'_>) -> io::Result<Frame> {
         while self.length_read < LENGTH_BYTES {
@@ -395,11 +413,12 @@ pub(super) fn malformed(what: &'static str) -> io::Error {
 }
 
 /// The descriptors of `sockets` in the order in which [`FromHolder::read`] takes them.
-pub(super) fn sockets_message(sockets: &Sockets) -> (Wire, Vec<BorrowedFd<'_>>) {
+pub(super) fn sockets_message(sockets: &Sockets, standby: bool) -> (Wire, Vec<BorrowedFd<'_>>) {
     let wire = Wire::Sockets {
         mesh: sockets.mesh.len(),
         dns_udp: sockets.dns_udp.len(),
         dns_tcp: sockets.dns_tcp.len(),
+        standby,
     };
     let tcp = sockets.mesh.iter().chain(&sockets.dns_tcp).map(AsFd::as_fd);
     let udp = sockets.dns_udp.iter().map(AsFd::as_fd);
@@ -470,7 +489,7 @@ mod tests {
                 v6: (number % 2 == 0).then(listener),
             })
             .collect();
-        let (wire, descriptors) = sockets_message(&sockets);
+        let (wire, descriptors) = sockets_message(&sockets, true);
         put(&ours, &wire, &descriptors).unwrap();
         let all: Vec<_> = workloads.iter().collect();
         for (wire, descriptors) in listener_messages(&all) {
@@ -487,7 +506,7 @@ mod tests {
         .unwrap();
 
         let mut reader = FrameReader::default();
-        let FromHolder::Sockets(got) = read(&mut reader, &theirs).unwrap() else {
+        let FromHolder::Sockets { sockets: got, .. } = read(&mut reader, &theirs).unwrap() else {
             panic!("sockets come first");
         };
         let address = |l: &TcpListener| l.local_addr().unwrap();
@@ -561,6 +580,7 @@ mod tests {
             mesh: usize::MAX,
             dns_udp: 0,
             dns_tcp: 0,
+            standby: false,
         };
         put(&ours, &two, &[extra.as_fd()]).unwrap();
         assert!(read(&mut reader, &theirs).is_err());

@@ -9,6 +9,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use thiserror::Error;
 
 use super::protocol::{Sockets, WorkloadListener};
+use super::stored::Stored;
 use crate::capture::VipRanges;
 
 /// Connections that may wait while a worker is replaced; the host's `somaxconn` bounds it too.
@@ -63,15 +64,23 @@ fn limit(error: &io::Error) -> &'static str {
 }
 
 /// Binds what every worker needs: the mesh port and, where there is the link with these ranges, its DNS addresses.
-pub(super) fn bind(mesh: &[SocketAddr], ranges: Option<&VipRanges>) -> Result<Sockets, BindError> {
+/// What is `stored` of that is taken on.
+pub(super) fn bind(
+    mesh: &[SocketAddr],
+    ranges: Option<&VipRanges>,
+    stored: &mut Stored,
+) -> Result<Sockets, BindError> {
     let mut sockets = Sockets {
         mesh: Vec::new(),
         dns_udp: Vec::new(),
         dns_tcp: Vec::new(),
     };
     for address in mesh.iter().copied() {
-        let bound = present(listen(address, false))
-            .map_err(|source| BindError::Mesh { address, source })?;
+        let bound = match stored.mesh(address) {
+            Some(socket) => Some(socket),
+            None => present(listen(address, false))
+                .map_err(|source| BindError::Mesh { address, source })?,
+        };
         sockets.mesh.extend(bound);
     }
     if sockets.mesh.is_empty() {
@@ -83,12 +92,16 @@ pub(super) fn bind(mesh: &[SocketAddr], ranges: Option<&VipRanges>) -> Result<So
     for ip in ranges.own_addresses() {
         let address = SocketAddr::new(ip, DNS_PORT);
         let failed = |source| BindError::Dns { address, source };
-        sockets
-            .dns_tcp
-            .extend(present(listen(address, false)).map_err(failed)?);
-        sockets
-            .dns_udp
-            .extend(present(datagrams(address)).map_err(failed)?);
+        let tcp = match stored.names_tcp(address) {
+            Some(socket) => Some(socket),
+            None => present(listen(address, false)).map_err(failed)?,
+        };
+        let udp = match stored.names_udp(address) {
+            Some(socket) => Some(socket),
+            None => present(datagrams(address)).map_err(failed)?,
+        };
+        sockets.dns_tcp.extend(tcp);
+        sockets.dns_udp.extend(udp);
     }
     if sockets.dns_udp.is_empty() || sockets.dns_tcp.is_empty() {
         return Err(BindError::NoDns);

@@ -3,16 +3,19 @@
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command};
 use std::time::Instant;
 
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::Serialize;
 
+use super::handover::forget_handover;
 use super::privileges;
 use super::protocol::{self, Frame, FrameReader, ToHolder, malformed};
 
@@ -26,13 +29,49 @@ const INBOX_MAX: usize = 8;
 /// A running worker.
 #[derive(Debug)]
 pub(super) struct WorkerProcess {
-    child: Child,
+    pid: Pid,
     link: UnixStream,
     reader: FrameReader,
     inbox: VecDeque<Frame>,
     pub(super) started: Instant,
     /// Set when nothing more is to be heard of it: when it is killed, if it has not ended by itself.
     pub(super) kill_at: Option<Instant>,
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    With(i32),
+    By(Signal),
+    /// Another part of this program has waited for it.
+    Unseen,
+}
+
+impl Ended {
+    pub(super) fn is_success(self) -> bool {
+        self == Self::With(0)
+    }
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::With(code) => write!(f, "exit code {code}"),
+            Self::By(signal) => write!(f, "{signal}"),
+            Self::Unseen => f.write_str("unseen"),
+        }
+    }
+}
+
+/// Whether our child has ended, and how.
+pub(super) fn ended(pid: Pid) -> io::Result<Option<Ended>> {
+    match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
+        Ok(WaitStatus::Exited(_, code)) => Ok(Some(Ended::With(code))),
+        Ok(WaitStatus::Signaled(_, signal, _)) => Ok(Some(Ended::By(signal))),
+        Ok(_) | Err(Errno::EINTR) => Ok(None),
+        Err(Errno::ECHILD) => Ok(Some(Ended::Unseen)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 impl WorkerProcess {
@@ -43,22 +82,48 @@ impl WorkerProcess {
         // Not the path: after an upgrade that is another program, and it may speak another protocol.
         let mut command = Command::new("/proc/self/exe");
         command.arg0("mesh-agent").args(arguments);
+        forget_handover(&mut command);
         let holder = Pid::this();
         let descriptor = theirs.as_raw_fd();
         prepare(&mut command, move || become_worker(descriptor, holder));
         let child = command.spawn()?;
-        Ok(Self {
-            child,
+        let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
+        Ok(Self::of(Pid::from_raw(pid), link, Instant::now()))
+    }
+
+    /// One that the program before this one has started: it is our child all the same.
+    pub(super) fn handed_over(pid: i32, link: OwnedFd, started: Instant) -> Self {
+        Self::of(Pid::from_raw(pid), link.into(), started)
+    }
+
+    fn of(pid: Pid, link: UnixStream, started: Instant) -> Self {
+        Self {
+            pid,
             link,
             reader: FrameReader::default(),
             inbox: VecDeque::new(),
-            started: Instant::now(),
+            started,
             kill_at: None,
-        })
+        }
     }
 
-    pub(super) fn id(&self) -> u32 {
-        self.child.id()
+    pub(super) fn id(&self) -> i32 {
+        self.pid.as_raw()
+    }
+
+    /// Whether nothing that it said is half read: then another program can go on reading.
+    pub(super) fn is_between_messages(&self) -> bool {
+        self.inbox.is_empty() && self.reader.is_between_frames()
+    }
+
+    /// Whether its end of the link is closed. What it still said is of no interest.
+    pub(super) fn has_let_go(&mut self) -> bool {
+        loop {
+            match self.reader.read(self.link.as_fd()) {
+                Ok(_) => {}
+                Err(error) => return error.kind() != io::ErrorKind::WouldBlock,
+            }
+        }
     }
 
     pub(super) fn link(&self) -> BorrowedFd<'_> {
@@ -111,24 +176,31 @@ impl WorkerProcess {
     }
 
     /// Whether it has ended, and how.
-    pub(super) fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
-        self.child.try_wait()
+    pub(super) fn ended(&self) -> io::Result<Option<Ended>> {
+        ended(self.pid)
     }
 
     pub(super) fn signal(&self, signal: Signal) {
-        let Ok(id) = i32::try_from(self.child.id()) else {
-            return;
-        };
         // It is our child and not yet waited for, so the number is still its own.
-        if let Err(error) = kill(Pid::from_raw(id), signal) {
-            log::warn!(worker = id, signal:% = signal, error:% = error; "could not signal the worker");
+        if let Err(error) = kill(self.pid, signal) {
+            log::warn!(worker = self.id(), signal:% = signal, error:% = error; "could not signal the worker");
         }
     }
 }
 
+/// Starts a program that is asked whether it could take our place: with no privileges, and it dies with us.
+pub(super) fn ask(mut command: Command) -> io::Result<Child> {
+    let holder = Pid::this();
+    prepare(&mut command, move || {
+        confine_child(holder)?;
+        privileges::confine_worker()
+    });
+    command.spawn()
+}
+
 #[expect(unsafe_code, reason = "code between fork and exec")]
 fn prepare(command: &mut Command, step: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
-    // SAFETY: `become_worker`, the only step there is, makes system calls and allocates nothing.
+    // SAFETY: both steps that there are make system calls and allocate nothing.
     unsafe {
         command.pre_exec(step);
     }
@@ -136,6 +208,13 @@ fn prepare(command: &mut Command, step: impl FnMut() -> io::Result<()> + Send + 
 
 /// Runs in the child, between fork and exec: system calls only.
 fn become_worker(link: RawFd, holder: Pid) -> io::Result<()> {
+    confine_child(holder)?;
+    place_link(link)?;
+    privileges::confine_worker()
+}
+
+/// The same.
+fn confine_child(holder: Pid) -> io::Result<()> {
     // The holder waits for its signals by descriptor and has them blocked; that is inherited.
     SigSet::empty().thread_set_mask()?;
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
@@ -143,8 +222,7 @@ fn become_worker(link: RawFd, holder: Pid) -> io::Result<()> {
     if nix::unistd::getppid() != holder {
         return Err(io::ErrorKind::BrokenPipe.into());
     }
-    place_link(link)?;
-    privileges::confine_worker()
+    Ok(())
 }
 
 #[expect(unsafe_code, reason = "a descriptor is wanted at a number")]

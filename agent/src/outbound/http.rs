@@ -24,6 +24,9 @@ use crate::limits::Limit;
 use crate::metrics::Flow;
 use crate::relay::{self, Activity, Open};
 
+/// The header line that ends a connection with this answer.
+const LAST: &str = "connection: close";
+
 /// What `auto` already has of the first request: its stream, how much of the buffer was sent on it, the buffer.
 #[derive(Debug, Default)]
 pub(super) struct Begun {
@@ -103,7 +106,13 @@ pub(super) async fn continue_with(
         heads: &thread.heads,
         name: &caller.id,
     };
-    let mut drained = pin!(draining.wait_for(|draining| *draining));
+    // Where another worker serves, a connection ends with its next answer: an end between two requests may meet a request.
+    let mut drained = pin!(async {
+        let told = draining.wait_for(|draining| *draining).await.is_ok();
+        if told && thread.handed_over.get() {
+            std::future::pending::<()>().await;
+        }
+    });
     let mut ceased = pin!(activity.ceased(thread.settings.idle));
     loop {
         let (mut reader, mut writer) = client.split();
@@ -113,7 +122,7 @@ pub(super) async fn continue_with(
         let head = tokio::select! {
             biased;
             // A caller that always has a next request ready does not hold up the end.
-            () = async {}, if exchange.input.is_empty() && *thread.draining.borrow() => Ok(None),
+            () = async {}, if exchange.input.is_empty() && thread.stops() => Ok(None),
             head = read_head(&mut reader, &mut exchange.input, activity, sender, parse) => {
                 ended_by_caller = true;
                 head
@@ -121,7 +130,7 @@ pub(super) async fn continue_with(
             // The app ended what was this caller's.
             () = ended(exchange.bound.as_ref()), if exchange.input.is_empty() => Ok(None),
             () = &mut ceased => Ok(None),
-            _ = &mut drained, if exchange.input.is_empty() => Ok(None),
+            () = &mut drained, if exchange.input.is_empty() => Ok(None),
         };
         let request = match head {
             Ok(Some(request)) => request,
@@ -438,7 +447,7 @@ async fn respond(
     let mut stream: &MuxStream = &call.stream;
     output.clear();
     let max = thread.settings.head_max;
-    let (response, mut body): (Response, Body) = loop {
+    let (response, mut body, last): (Response, Body, bool) = loop {
         let parse = (max, |bytes: &[u8]| {
             http1::parse_response(bytes, request, max)
         });
@@ -464,9 +473,15 @@ async fn respond(
             let begun = answer.begun.map(|begun| begun.elapsed().as_secs_f64());
             flow.response(response.status, begun.unwrap_or(since_open));
         }
-        let written = if response.has_ours {
-            let mut rewritten = Vec::with_capacity(first);
-            http1::rewrite(&output[..response.len], None, &mut rewritten);
+        // Its caller comes again to the worker that serves now.
+        let last = thread.handed_over.get()
+            && !response.is_interim()
+            && response.framing != Framing::Tunnel
+            && answer.begun.is_none();
+        let written = if response.has_ours || last {
+            let mut rewritten = Vec::with_capacity(first + 2 * LAST.len());
+            let insert = last.then_some(LAST);
+            http1::rewrite(&output[..response.len], insert, &mut rewritten);
             rewritten.extend_from_slice(&output[response.len..first]);
             writer.put(&rewritten).await
         } else {
@@ -478,7 +493,7 @@ async fn respond(
         flow.received.inc_by(first as u64);
         output.drain(..first);
         if !response.is_interim() {
-            break (response, body);
+            break (response, body, last);
         }
     };
     if response.framing == Framing::Tunnel {
@@ -486,7 +501,7 @@ async fn respond(
     }
     let count = (&flow.received, activity);
     match pump(&mut stream, writer, output, &mut body, count).await {
-        Ok(()) if response.keep_alive && request.keep_alive && output.is_empty() => {
+        Ok(()) if response.keep_alive && request.keep_alive && output.is_empty() && !last => {
             Ok(Answered::KeepAlive)
         }
         Ok(()) => Ok(Answered::Close),

@@ -81,6 +81,8 @@ pub(super) struct Head {
     pub(super) word: String,
     pub(super) framing: Framing,
     pub(super) taken: Option<String>,
+    /// The connection ends with this message.
+    pub(super) last: bool,
 }
 
 /// Reads a head. `None` is an end before its first byte.
@@ -97,6 +99,7 @@ pub(super) async fn head<R: AsyncBufRead + Unpin>(
         word,
         framing: otherwise,
         taken: None,
+        last: false,
     };
     loop {
         let field = line(reader).await?;
@@ -110,6 +113,7 @@ pub(super) async fn head<R: AsyncBufRead + Unpin>(
                 head.framing = Framing::Length(bytes);
             }
             "transfer-encoding" => head.framing = Framing::Chunked,
+            "connection" => head.last |= value.eq_ignore_ascii_case("close"),
             "x-taken" => head.taken = Some(value.to_owned()),
             // The mesh answers in the app's place: that is never what a caller here wants.
             "x-meshwork-reason" => return Err(Error::other(format!("refused: {value}"))),
@@ -129,7 +133,7 @@ pub(super) fn framing_field(framing: Framing) -> String {
 
 /// A caller's connection over HTTP/1.1.
 #[derive(Debug)]
-pub(super) struct Http(BufReader<TcpStream>);
+pub(super) struct Http(BufReader<TcpStream>, bool);
 
 /// What one exchange brought: what the server took of us, and what we took of it.
 #[derive(Debug)]
@@ -140,7 +144,12 @@ pub(super) struct Answer {
 
 impl Http {
     pub(super) fn new(socket: TcpStream) -> Self {
-        Self(BufReader::with_capacity(64 * 1024, socket))
+        Self(BufReader::with_capacity(64 * 1024, socket), false)
+    }
+
+    /// Whether its last answer said that it ends with it.
+    pub(super) fn is_over(&self) -> bool {
+        self.1
     }
 
     pub(super) async fn ask(
@@ -168,6 +177,7 @@ impl Http {
         if head.word != "200" {
             return Err(Error::other(format!("status {}", head.word)));
         }
+        self.1 |= head.last;
         let got = take(&mut self.0, head.framing, progress).await?;
         let taken = head.taken.unwrap_or_default();
         Ok(Answer { taken, got })

@@ -75,7 +75,7 @@ async fn connection(to: To, rng: &mut Rng, requests: u64) -> io::Result<u64> {
         return Ok(1);
     }
     let mut http = Http::new(connect(to.http).await?);
-    for _ in 0..requests {
+    for done in 1..=requests {
         let (up, down) = (size(rng), size(rng));
         let framing = |rng: &mut Rng, bytes| {
             if rng.below(2) == 0 {
@@ -90,6 +90,9 @@ async fn connection(to: To, rng: &mut Rng, requests: u64) -> io::Result<u64> {
         });
         let answer = wanted(framing(rng, down), down, rng.next_u64() >> 1);
         http.exchange(sent, answer).await?;
+        if http.is_over() {
+            return Ok(done);
+        }
     }
     Ok(requests)
 }

@@ -11,8 +11,8 @@ use crate::limits::{ECHO, HTTP, Open, PORTS, Rig, answer, app};
 use crate::pair::owner;
 
 /// What is open to the server: a connection of bytes, an HTTP/1 request that waits for its answer, an HTTP/2 tunnel.
-struct Calls {
-    bytes: Open,
+pub(crate) struct Calls {
+    pub(crate) bytes: Open,
     request: Process,
     tunnel: Process,
 }
@@ -33,7 +33,7 @@ print('ended', *c.read(stream)[1::3], flush=True)
 
 impl Calls {
     #[track_caller]
-    fn begin(rig: &Rig, goes_on: bool) -> Self {
+    pub(crate) fn begin(rig: &Rig, goes_on: bool) -> Self {
         let bytes = rig.open("bytes", "client");
         let request = rig.curl("/wait/drained").spawn("request");
         rig.wait_said("GET /wait/drained", 1);
@@ -53,7 +53,7 @@ impl Calls {
     }
 
     #[track_caller]
-    fn wait_ends(&self, bytes: &str, request: &str, tunnel: &str) {
+    pub(crate) fn wait_ends(&self, bytes: &str, request: &str, tunnel: &str) {
         self.bytes.wait(bytes);
         wait_until("the request to end", SOON, || {
             let got = answer(&self.request.log());
@@ -138,4 +138,47 @@ fn what_is_open_after_the_drain_is_reset_with_its_reason() {
     rig.answer("drained");
     rig.wait_said("cut", 1);
     assert_eq!(rig.app.log().matches("GET /wait/drained").count(), 1);
+}
+
+/// The operator takes a service of one host out: others answer in its place, what is open ends by itself, and it stays out over a
+/// restart until it is put back.
+#[test]
+fn a_drained_service_is_called_no_more_and_what_is_open_ends_whole() {
+    let (mut rig, _h2) = rig("drain_service", 60);
+    let second = rig.pair.site.host("second");
+    let second = rig.pair.control.join(&second, &TokenOptions::default());
+    let _app = app(&second.host, "app", ECHO, HTTP);
+    let bytes = rig.open("bytes", "client");
+    let request = rig.curl("/wait/drained").spawn("request");
+    rig.wait_said("GET /wait/drained", 1);
+    second.serve("app", &owner("app"), &PORTS);
+    rig.pair.control.wait_endpoints("shop/app", 2);
+    let refused = rig.pair.server.command("drain shop/none");
+    assert_eq!(refused.code(), 2, "{refused}");
+    let late = rig.pair.server.command("drain shop/app --wait 1s");
+    assert_eq!(late.code(), 1, "{late}");
+    assert!(late.stderr.contains("2 calls are still open"), "{late}");
+    rig.pair.control.wait_endpoints("shop/app", 1);
+    wait_until("the second to answer alone", SOON, || {
+        let got = rig.get("/");
+        check(got == "second", got)
+    });
+    for _ in 0..10 {
+        assert_eq!(rig.get("/"), "second");
+    }
+    rig.answer("drained");
+    bytes.goes_on();
+    let said = rig.pair.server.command("drain shop/app --wait 20s").ok();
+    assert_eq!(said, "shop/app: not listed, and no call is open\n");
+    wait_until("the answer", SOON, || {
+        let got = answer(&request.log());
+        check(got == "server", got)
+    });
+    rig.pair.server.stop();
+    rig.pair.server.start();
+    let status = rig.pair.server.command("status").ok();
+    assert!(status.contains("draining"), "{status}");
+    rig.pair.control.wait_endpoints("shop/app", 1);
+    rig.pair.server.command("undrain").ok();
+    rig.pair.control.wait_endpoints("shop/app", 2);
 }

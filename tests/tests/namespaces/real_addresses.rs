@@ -146,15 +146,15 @@ fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
         check(guarded(), "it does not")
     });
     assert_eq!(call(&pair, &server), "hello\n0\n", "by the mesh");
-    pair.client.kill_worker_now();
-    pair.client.wait_ready();
-    assert_eq!(call(&pair, &server), "hello\n0\n", "by a new worker");
     let kept = client.dir().join("state/endpoints");
     wait_until("the endpoints to be on disk", SOON, || {
         let kept = std::fs::read(&kept).unwrap_or_default();
         let has = kept.windows(3).any(|word| word == b"web");
         check(has, "the service is not among them")
     });
+    pair.client.kill_worker_now();
+    pair.client.wait_ready();
+    assert_eq!(call(&pair, &server), "hello\n0\n", "by a new worker");
 
     pair.control.kill9();
     pair.client.kill9();

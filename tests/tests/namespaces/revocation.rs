@@ -38,7 +38,8 @@ while True:
     print('asked', flush=True)
 ";
 
-fn held(name: &str) -> String {
+/// A program with an open call that says how it ends.
+pub(crate) fn held(name: &str) -> String {
     format!(
         "
 import socket
@@ -56,7 +57,7 @@ except OSError:
 }
 
 #[track_caller]
-fn wait_log(process: &Process, word: &str) {
+pub(crate) fn wait_log(process: &Process, word: &str) {
     wait_until(&format!("`{word}` of a program"), SOON, || {
         let log = process.log();
         check(log.contains(word), log)
