@@ -316,18 +316,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             name,
             remove,
             print,
-        } => {
-            let OwnerPath::Unit(name) =
-                OwnerPath::unit(&name).context(Mistyped("that can not be ordered".to_owned()))?
-            else {
-                bail!("that can not be ordered");
-            };
-            say(&match (remove, print) {
-                (true, _) => units::unordered(&name)?,
-                (_, true) => units::order(&name),
-                _ => units::ordered(&name)?,
-            })
-        }
+        } => unit(&name, remove, print),
         Command::Leave => {
             log_to("warn", Target::Stderr)?;
             if cli.config.is_none() && units::there() {
@@ -349,6 +338,20 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             .map(|()| ExitCode::SUCCESS)
             .with_context(|| format!("cannot write below {}", dir.display())),
     }
+}
+
+/// Orders a unit behind the agent, or no longer; or only says how it would.
+fn unit(name: &str, remove: bool, print: bool) -> anyhow::Result<ExitCode> {
+    const NO_UNIT: &str = "that can not be ordered";
+    let owner = OwnerPath::unit(name).context(Mistyped(NO_UNIT.to_owned()))?;
+    let OwnerPath::Unit(name) = owner else {
+        bail!(NO_UNIT);
+    };
+    say(&match (remove, print) {
+        (true, _) => units::unordered(&name)?,
+        (_, true) => units::order(&name),
+        _ => units::ordered(&name)?,
+    })
 }
 
 fn log_to(level: &str, target: Target) -> anyhow::Result<()> {
