@@ -103,6 +103,8 @@ pub(crate) struct Shell {
     skewed: bool,
     /// What was there of another worker's files at the last look.
     heeded: [Option<Stamp>; Kept::ALL.len()],
+    /// Of what could not be used, and was said.
+    unheeded: [Option<Stamp>; Kept::ALL.len()],
 }
 
 impl Shell {
@@ -110,6 +112,8 @@ impl Shell {
     pub(crate) fn new(links: Links, membership: Membership) -> anyhow::Result<Self> {
         let boot_id = std::fs::read_to_string(BOOT_ID)
             .with_context(|| format!("cannot read {BOOT_ID}; is /proc mounted?"))?;
+        // What is written from here on may not be in what is read.
+        let heeded = links.state.stamps();
         let mirror = Mirror::load(
             &links.state,
             &membership.host,
@@ -137,7 +141,8 @@ impl Shell {
             reported: Vec::new(),
             generation: 0,
             skewed: false,
-            heeded: Default::default(),
+            heeded,
+            unheeded: Default::default(),
             links,
             membership,
         };

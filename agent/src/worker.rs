@@ -283,7 +283,7 @@ impl Parts {
             },
             &self.membership,
         )?;
-        let shell = control::Shell::new(
+        let mut shell = control::Shell::new(
             control::Links {
                 state: self.state.clone(),
                 view: self.view.clone(),
@@ -315,6 +315,7 @@ impl Parts {
         let plane = DataPlane::start(&shared)?;
         if standby {
             stand_by(&mut holder, &mut sender).await?;
+            shell.catch_up();
         }
         for listener in sockets.mesh {
             plane.add_mesh_listener(listener).await?;

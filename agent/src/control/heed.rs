@@ -33,19 +33,37 @@ impl Shell {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(HEED_EVERY) => (),
             }
-            let now = self.links.state.stamps();
-            for (index, what) in Kept::ALL.into_iter().enumerate() {
-                if now[index].is_none() || now[index] == self.heeded[index] {
-                    continue;
-                }
-                if let Err(error) = self.mirror.heed(&self.links.state, what) {
-                    log::warn!(
-                        file:% = self.links.state.file(what).display(), error:% = format!("{error:#}");
-                        "what the worker that took over wrote is of no use here; what was good stays in use"
-                    );
+            self.heed_what_changed(|_| true);
+        }
+    }
+
+    /// Of a worker that stood by while the one before it was told more: by whom calls may be made is known before the
+    /// first is taken. All else control says again.
+    pub(crate) fn catch_up(&mut self) {
+        self.heed_what_changed(|what| {
+            matches!(what, Kept::Revocations | Kept::Bundle | Kept::Policies)
+        });
+    }
+
+    fn heed_what_changed(&mut self, wanted: impl Fn(Kept) -> bool) {
+        let now = self.links.state.stamps();
+        for (index, what) in Kept::ALL.into_iter().enumerate() {
+            if !wanted(what) || now[index].is_none() || now[index] == self.heeded[index] {
+                continue;
+            }
+            match self.mirror.heed(&self.links.state, what) {
+                Ok(()) => self.heeded[index] = now[index],
+                // It is tried again at each look.
+                Err(error) => {
+                    if self.unheeded[index] != now[index] {
+                        log::warn!(
+                            file:% = self.links.state.file(what).display(), error:% = format!("{error:#}");
+                            "what another worker wrote is of no use here; what was good stays in use"
+                        );
+                    }
+                    self.unheeded[index] = now[index];
                 }
             }
-            self.heeded = now;
         }
     }
 }

@@ -117,9 +117,8 @@ impl Mirror {
                 self.use_revocations();
             }
             Kept::Bundle => {
-                if let Some(bundle) = state.kept(Kept::Bundle) {
-                    self.bundle(bundle)?;
-                }
+                let bundle = state.kept(Kept::Bundle);
+                self.bundle(bundle.context("it can not be read")?)?;
             }
             Kept::Policies => self.load_policies(state)?,
             Kept::Index => self.load_index(state)?,

@@ -26,8 +26,9 @@ use crate::reload::Outcome;
 
 /// Workers that drain at once: each has memory of its own. Of more, the oldest has the time that a stop gives it.
 const DRAINING_MAX: usize = 2;
-/// How long a worker may take to let go of what only one may do: it ends a session and writes a file or two.
-const LET_GO_MAX: Duration = Duration::from_secs(2);
+/// How long a worker may take to let go of what only one may do: it ends a session and writes a file or two, on a disk that
+/// may be busy with the upgrade. Who calls meanwhile waits.
+const LET_GO_MAX: Duration = Duration::from_secs(10);
 
 /// The program that is to take our place is being asked, or has agreed.
 #[derive(Debug)]
@@ -240,7 +241,13 @@ fn wait_until_it_lets_go(worker: &mut WorkerProcess) {
     while !worker.has_let_go() {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            log::warn!(worker = worker.id(); "the worker before this one does not let go in time");
+            // Two would speak for one host, and the one that is stuck would hear of no revocation.
+            log::error!(
+                worker = worker.id();
+                "the worker before this one does not let go in {} s and is killed: what it carried is cut",
+                LET_GO_MAX.as_secs()
+            );
+            worker.signal(Signal::SIGKILL);
             return;
         }
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
