@@ -23,6 +23,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ffi::OsString;
 use std::io;
+use std::iter;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -196,7 +197,10 @@ fn begin<'a>(
 ) -> anyhow::Result<Holder<'a>> {
     let captures = config.capture.enabled;
     let ranges = captures.then_some(&config.ranges);
-    let sockets = sockets::bind(&config.mesh, ranges, &mut stored)?;
+    let sockets = sockets::bind(&config.mesh, ranges, &mut stored).inspect_err(|_| {
+        // One that the configuration does not name any more may be in the way: the next start is without them.
+        stored::unstore(iter::empty());
+    })?;
     let mut listeners = stored.listeners();
     if !captures {
         listeners.clear();

@@ -68,6 +68,9 @@ impl Holder<'_> {
 
     /// Goes on with a reload that has begun.
     pub(super) fn follow_reload(&mut self) {
+        if self.stop_by.is_some() && self.asked.take().is_some() {
+            return self.end_reload(Some("the agent was told to end".to_owned()));
+        }
         let Some(asked) = &mut self.asked else {
             return;
         };
