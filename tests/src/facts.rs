@@ -7,7 +7,8 @@ pub const KERNEL: &[&str] = &[
     "nft list ruleset",
     // But for the number of its other end.
     "ip -o link | sed 's/@if[0-9]*//'",
-    "ip -o address",
+    // But for whether the kernel has asked others for it already.
+    "ip -o address | sed 's/ tentative//'",
     "ip rule",
     "ip -6 rule",
     "ip route show table all",
