@@ -128,6 +128,7 @@ impl Keeper {
     /// Renews and publishes until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) -> anyhow::Result<()> {
         let mut calls: JoinSet<Renewed> = JoinSet::new();
+        self.remove_unwanted();
         loop {
             self.wake(&mut calls)?;
             self.publish();
@@ -144,6 +145,7 @@ impl Keeper {
                 changed = self.links.sets.changed() => {
                     changed.context("the owner of the workloads is gone")?;
                     self.converge()?;
+                    self.remove_unwanted();
                 }
                 changed = self.links.channel.changed() => {
                     changed.context("the session with control is gone")?;
@@ -177,16 +179,22 @@ impl Keeper {
             self.entries.remove(&identity);
             self.withdraw(&identity);
         }
+        Ok(())
+    }
+
+    /// Removes leaves of workloads that are no more. Not before this worker serves: one that only stands by may have been
+    /// told of other workloads than the one that goes on if it is given up.
+    fn remove_unwanted(&self) {
         // A file that can not be read now may be good again soon: its leaf is kept.
-        if set.problems.is_empty() {
-            let files: BTreeSet<String> = wanted.iter().filter_map(file_name).collect();
-            for name in self.links.state.leaf_names() {
-                if !files.contains(&name) {
-                    self.links.state.remove_leaf(&name);
-                }
+        if !self.links.sets.borrow().problems.is_empty() {
+            return;
+        }
+        let files: BTreeSet<String> = self.entries.keys().filter_map(file_name).collect();
+        for name in self.links.state.leaf_names() {
+            if !files.contains(&name) {
+                self.links.state.remove_leaf(&name);
             }
         }
-        Ok(())
     }
 
     fn load(&mut self, identity: &Identity) -> anyhow::Result<Entry> {
@@ -771,6 +779,7 @@ mod tests {
         };
         bench.sets.send_replace(set(&[]));
         bench.keeper.converge().unwrap();
+        bench.keeper.remove_unwanted();
         assert!(!bench.in_use());
         assert!(state.leaf_names().is_empty());
         bench.keeper.renewed(late);
