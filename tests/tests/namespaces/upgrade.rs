@@ -282,6 +282,13 @@ fn who_calls_while_the_holder_is_dead_waits_for_the_next() {
         let output = pair.cmd(&line).output();
         check(output.stdout == "hello\n", output.to_string())
     });
+    // The next worker may have to answer from disk before control is reached.
+    let kept = pair.client.host.dir().join("state/endpoints");
+    wait_until("the endpoints to be on disk", SOON, || {
+        let bytes = std::fs::read(&kept).unwrap_or_default();
+        let there = bytes.windows(3).any(|part| part == b"web");
+        check(there, "the file does not have them")
+    });
     // By address: the resolver is dead, too.
     let [vip, _] = pair.vips("web");
     let call = format!("curl -sS -m 30 http://{vip}/");
