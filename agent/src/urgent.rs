@@ -20,16 +20,13 @@ use tokio::net::tcp::ReadHalf;
 #[derive(Debug)]
 pub(crate) struct Reader<'a> {
     half: ReadHalf<'a>,
-    /// It stood before a mark, and has not run dry since.
+    /// It stood before a mark, or may have when others read it, and has not run dry since.
     marked: bool,
 }
 
 impl<'a> Reader<'a> {
     pub(crate) fn new(half: ReadHalf<'a>) -> Self {
-        Self {
-            half,
-            marked: false,
-        }
+        Self { half, marked: true }
     }
 
     fn fd(&self) -> RawFd {
