@@ -285,7 +285,7 @@ fn who_calls_while_the_holder_is_dead_waits_for_the_next() {
     // The next worker may have to answer from disk before control is reached.
     let kept = pair.client.host.dir().join("state/endpoints");
     wait_until("the endpoints to be on disk", SOON, || {
-        let bytes = std::fs::read(&kept).unwrap_or_default();
+        let bytes = fs::read(&kept).unwrap_or_default();
         let there = bytes.windows(3).any(|part| part == b"web");
         check(there, "the file does not have them")
     });
