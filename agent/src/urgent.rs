@@ -20,19 +20,21 @@ use tokio::net::tcp::ReadHalf;
 #[derive(Debug)]
 pub(crate) struct Reader<'a> {
     half: ReadHalf<'a>,
-    /// It stood before a mark, or may have when others read it, and has not run dry since.
+    /// It stood before a mark, and has not run dry since.
     marked: bool,
 }
 
 impl<'a> Reader<'a> {
     pub(crate) fn new(half: ReadHalf<'a>) -> Self {
-        Self { half, marked: true }
+        // Whoever read it before may have stopped there.
+        let marked = at_mark(fd_of(&half));
+        Self { half, marked }
     }
+}
 
-    fn fd(&self) -> RawFd {
-        let connection: &TcpStream = self.half.as_ref();
-        connection.as_raw_fd()
-    }
+fn fd_of(half: &ReadHalf<'_>) -> RawFd {
+    let connection: &TcpStream = half.as_ref();
+    connection.as_raw_fd()
 }
 
 impl AsyncRead for Reader<'_> {
@@ -45,7 +47,7 @@ impl AsyncRead for Reader<'_> {
         // What tokio believes of the socket says nothing until it has run dry.
         while this.marked {
             match recv(
-                this.fd(),
+                fd_of(&this.half),
                 buffer.initialize_unfilled(),
                 MsgFlags::MSG_DONTWAIT,
             ) {
@@ -62,7 +64,7 @@ impl AsyncRead for Reader<'_> {
         let read = Pin::new(&mut this.half).poll_read(cx, buffer);
         let some = buffer.filled().len() > before;
         if read.is_ready() && some && buffer.remaining() > 0 {
-            this.marked = at_mark(this.fd());
+            this.marked = at_mark(fd_of(&this.half));
         }
         read
     }
@@ -127,5 +129,14 @@ mod tests {
         }
         let (near, _program) = marked();
         assert_eq!(read_all(near).await, b"before", "without it");
+    }
+
+    #[tokio::test]
+    async fn who_goes_on_where_another_stopped_at_a_mark_reads_on() {
+        let (mut near, _program) = marked();
+        let mut got = Vec::new();
+        assert_eq!(near.read_buf(&mut got).await.unwrap(), 6);
+        let (half, _) = near.split();
+        assert_eq!(read_all(Reader::new(half)).await, b"!after");
     }
 }

@@ -296,8 +296,13 @@ impl Agent {
     /// Kills the worker; the holder lives. The new one may not be ready yet.
     #[track_caller]
     pub fn kill_worker_now(&self) {
+        self.signal_worker(Signal::SIGKILL);
+    }
+
+    #[track_caller]
+    pub fn signal_worker(&self, signal: Signal) {
         let pid = i32::try_from(self.worker()).expect("a pid");
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).expect("ours");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("ours");
     }
 
     /// The pid of the worker.

@@ -20,6 +20,7 @@ use super::{http, http2, tcp};
 use crate::call::{self, Call, Caller, Tries};
 use crate::data::Thread;
 use crate::relay::{self, Activity};
+use crate::urgent::Reader;
 
 /// A call that was refused before the caller said a word: so long its first bytes may take to tell in which
 /// form the refusal is wanted.
@@ -99,6 +100,7 @@ async fn first(
     buffer: &mut Vec<u8>,
     sent: &mut usize,
 ) -> First {
+    let mut reader = Reader::new(client.split().0);
     loop {
         let seen = http1::sniff(buffer);
         match seen {
@@ -116,7 +118,7 @@ async fn first(
         if seen == Sniff::Other {
             return First::Bytes;
         }
-        match poll_fn(|cx| poll_either(cx, client, call, buffer)).await {
+        match poll_fn(|cx| poll_either(cx, &mut reader, call, buffer)).await {
             Ok(true) => (),
             Ok(false) => {
                 return match call.stream.reset_reason() {
@@ -136,7 +138,7 @@ async fn first(
 /// on behind it would take it for a proper end.
 fn poll_either(
     cx: &mut Context<'_>,
-    client: &mut TcpStream,
+    client: &mut Reader<'_>,
     call: &Call,
     buffer: &mut Vec<u8>,
 ) -> Poll<io::Result<bool>> {
@@ -156,12 +158,13 @@ async fn refuse(
     reason: Reason,
 ) {
     let speaks = async {
+        let mut reader = Reader::new(client.split().0);
         loop {
             let seen = http1::sniff(&buffer);
             if seen != Sniff::More {
                 return seen;
             }
-            let read = poll_fn(|cx| poll_read_buf(Pin::new(&mut client), cx, &mut buffer)).await;
+            let read = poll_fn(|cx| poll_read_buf(Pin::new(&mut reader), cx, &mut buffer)).await;
             if !matches!(read, Ok(1..)) {
                 return Sniff::Other;
             }

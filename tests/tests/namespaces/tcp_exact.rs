@@ -3,13 +3,14 @@
 
 use meshwork_tests::process::{Cmd, Process};
 use meshwork_tests::wait::{SOON, check, wait_until};
+use nix::sys::signal::Signal;
 
 use crate::pair::{Pair, mesh_name};
 
 /// A server whose ports do each what a test needs, and which says what it sees:
 /// 9000 hears and says `reset` or `end`; 9001 never reads, and knows by its socket alone; 9002 sends without end;
-/// 9003 takes a word, answers, and resets; 9004 echoes, 9005 is HTTP, and 9006 resets at once. Health checks say nothing. The same, 10 higher, is
-/// there with a protocol that is not declared.
+/// 9003 takes a word, answers, and resets; 9004 echoes, 9005 is HTTP, 9006 resets at once, and 9007 echoes twelve bytes when it
+/// has all of them. Health checks say nothing. The same, 10 higher, is there with a protocol that is not declared.
 const SERVER: &str = r#"
 import socket, struct, threading, time
 def say(*words): print(*words, flush=True)
@@ -51,6 +52,8 @@ def echo(c):
         if not b: break
         c.sendall(b)
     c.close()
+def whole(c):
+    while b := c.recv(12, socket.MSG_WAITALL): c.sendall(b)
 kept = []
 def serve(port, what):
     s = socket.create_server(("0.0.0.0", port))
@@ -58,7 +61,7 @@ def serve(port, what):
         c = s.accept()[0]
         kept.append(c)
         threading.Thread(target=what, args=(c,), daemon=True).start()
-for number, what in ((9000, hear), (9001, ignore), (9002, flood), (9003, answer), (9004, echo), (9006, reset)):
+for number, what in ((9000, hear), (9001, ignore), (9002, flood), (9003, answer), (9004, echo), (9006, reset), (9007, whole)):
     for more in (0, 10): threading.Thread(target=serve, args=(number + more, what)).start()
 serve(9005, echo)
 "#;
@@ -99,7 +102,9 @@ impl Exact {
         let server = host.python("exact", SERVER).cgroup("exact").spawn("exact");
         let mut ports = vec![(9005, "http")];
         for (more, protocol) in PROTOCOLS {
-            ports.extend([9000, 9001, 9002, 9003, 9004, 9006].map(|port| (port + more, protocol)));
+            ports.extend(
+                [9000, 9001, 9002, 9003, 9004, 9006, 9007].map(|port| (port + more, protocol)),
+            );
         }
         for (port, _) in &ports {
             host.wait_listening(*port, SOON);
@@ -254,21 +259,54 @@ print("ok")
 fn an_urgent_byte_is_not_lost() {
     let exact = Exact::new("an_urgent_byte");
     let script = r#"
-c = connect(9004)
-for _ in range(20):
+def told(c):
+    # What is before the mark may be a method of HTTP: what is behind it tells that it is none.
     c.sendall(b"before")
-    assert c.send(b"!", socket.MSG_OOB) == 1
+    assert c.send(b"\0", socket.MSG_OOB) == 1
     c.sendall(b"after")
+def answered(c):
     got = b""
     while len(got) < 12:
         part = c.recv(100)
         assert part, got
         got += part
-    assert got == b"before!after", got
-print("ok")
+    assert got == b"before\0after", got
+c = connect(9007)
+for _ in range(20):
+    told(c)
+    answered(c)
+c.close()
+# The agent waits for the first byte, stands still then, and finds all of them at once.
+c = connect(9007)
+print("connected", flush=True)
+while not os.path.exists(GO): time.sleep(0.01)
+told(c)
+print("told", flush=True)
+answered(c)
+print("ok", flush=True)
 "#;
+    let agent = &exact.pair.client;
     for (more, protocol) in PROTOCOLS {
-        assert_eq!(exact.client("urgent", more, script), "ok\n", "{protocol}");
+        let go = agent.host.dir().join(protocol);
+        let script = script.replace("GO", &format!("{go:?}"));
+        let client = exact.command("urgent", more, &script).spawn(protocol);
+        let wait = |word: &str| {
+            wait_until(&format!("{protocol}: the word {word}"), SOON, || {
+                check(client.log().contains(word), client.log())
+            });
+        };
+        wait("connected");
+        let port = 9007 + more;
+        wait_until("the connection to the app", SOON, || {
+            let filter = format!("ss -Htn state established dport = :{port}");
+            let found = exact.pair.server.host.ok(&filter);
+            check(!found.is_empty(), found)
+        });
+        agent.signal_worker(Signal::SIGSTOP);
+        std::fs::write(&go, "").unwrap();
+        wait("told");
+        agent.signal_worker(Signal::SIGCONT);
+        wait("ok");
     }
 }
 
