@@ -353,6 +353,18 @@ struct Tables {
 }
 
 impl Tables {
+    fn both(
+        settings: &CaptureSettings,
+        own: io::Result<table::Table>,
+        guard: Guard,
+    ) -> Result<Self, CaptureError> {
+        let own = own.map_err(|source| CaptureError::MakeTable {
+            table: settings.table.clone(),
+            source,
+        })?;
+        Ok(Self { own, guard })
+    }
+
     /// True if it was gone. What it knew of connections under way our own table knows.
     fn repair_guard(&mut self) -> io::Result<bool> {
         let gone = self.guard.repair()?;
@@ -377,13 +389,8 @@ impl Capture {
     ) -> Result<Self, CaptureError> {
         let make = || -> Result<Tables, CaptureError> {
             let guard = prepare_guard(settings, ranges, confirmed, reals)?;
-            let own = table::Table::create(settings, ranges).map_err(|source| {
-                CaptureError::MakeTable {
-                    table: settings.table.clone(),
-                    source,
-                }
-            })?;
-            Ok(Tables { own, guard })
+            let own = table::Table::create(settings, ranges);
+            Tables::both(settings, own, guard)
         };
         Ok(Self {
             settings: settings.clone(),
@@ -407,11 +414,7 @@ impl Capture {
             };
             let guard = prepare_guard(settings, ranges, &between, contents.reals)?;
             let own = table::Table::take_on(settings, ranges, left, contents);
-            let own = own.map_err(|source| CaptureError::MakeTable {
-                table: settings.table.clone(),
-                source,
-            })?;
-            Ok(Tables { own, guard })
+            Tables::both(settings, own, guard)
         };
         Ok(Self {
             settings: settings.clone(),

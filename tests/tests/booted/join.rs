@@ -15,14 +15,7 @@ const BROKEN: &str = "etc/systemd/system/mesh-agent.service.d/broken.conf";
 #[test]
 fn a_join_that_can_not_serve_leaves_the_host_as_it_was_and_may_be_repeated() {
     let mesh = Mesh::new("a_join_that_can_not_serve");
-    let (client, server) = (mesh.machine("client"), mesh.machine("server"));
-    for machine in [&client, &server] {
-        install_deb(machine);
-    }
-    run_client(&client);
-    serve_web(&server);
-    declare_web(&server);
-    declare_client(&client);
+    let (client, server) = mesh.installed();
     join(&server, &mesh.token()).ok();
 
     // Before control is asked: another program has the mesh port.

@@ -84,9 +84,9 @@ impl Mesh {
         token.trim().to_owned()
     }
 
-    /// A host that serves `shop/web` and one whose unit `client` may call it, both from the deb and joined.
+    /// A host that will serve `shop/web` and one whose unit `client` will call it, both from the deb; neither has joined.
     #[track_caller]
-    pub(crate) fn pair(&self) -> (Machine, Machine) {
+    pub(crate) fn installed(&self) -> (Machine, Machine) {
         let (client, server) = (self.machine("client"), self.machine("server"));
         for machine in [&client, &server] {
             install_deb(machine);
@@ -95,6 +95,13 @@ impl Mesh {
         serve_web(&server);
         declare_web(&server);
         declare_client(&client);
+        (client, server)
+    }
+
+    /// These two, joined.
+    #[track_caller]
+    pub(crate) fn pair(&self) -> (Machine, Machine) {
+        let (client, server) = self.installed();
         for machine in [&client, &server] {
             join(machine, &self.token()).ok();
         }
