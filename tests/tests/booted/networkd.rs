@@ -5,10 +5,10 @@ use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::mesh::{Mesh, wait_answer};
 
-/// A host whose networkd manages every link that it may.
+/// A host whose networkd manages every link that it may. On `lo` the address would make its whole network local.
 fn manage_all(machine: &Machine) {
     let text = format!(
-        "[Match]\nName=*\n[Network]\nAddress={}/24\nAddress={}/64\nIPv6AcceptRA=no\n",
+        "[Match]\nName=!lo\n[Network]\nAddress={}/24\nAddress={}/64\nIPv6AcceptRA=no\n",
         machine.host.v4(),
         machine.host.v6()
     );
