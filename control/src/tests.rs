@@ -1,6 +1,7 @@
 //! A whole control in this process, with agents and operators that speak to it over real TLS.
 
 mod edges;
+mod fields;
 mod harness;
 mod hostile;
 mod trust;

@@ -241,6 +241,11 @@ impl Agent {
     }
 
     pub(super) async fn client(&self, site: &Site) -> MeshClient<Channel> {
+        MeshClient::new(self.channel(site).await)
+    }
+
+    /// A connection that shows its certificate.
+    pub(super) async fn channel(&self, site: &Site) -> Channel {
         let chain = self.joined().certificate_chain.iter();
         let chain = chain
             .map(|der| CertificateDer::from(der.to_vec()))
@@ -251,7 +256,7 @@ impl Agent {
         let accept = Accept::Control("corp.example.com".parse().unwrap());
         let verifier = Verifier::new(trust.unwrap().shared(), accept);
         let config = tls::client_config(Some(key), verifier, &[b"h2"]).unwrap();
-        MeshClient::new(site.channel(config).await.unwrap())
+        site.channel(config).await.unwrap()
     }
 
     pub(super) async fn renew(&self, site: &Site, ids: &[String]) -> Vec<proto::LeafResponse> {

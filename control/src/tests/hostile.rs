@@ -1,232 +1,81 @@
 //! An agent whose host was taken over: it has a good credential and says what it likes, in any order. It gets refusals,
 //! changes nothing of others, leaves a trail, and control goes on.
 
+use std::sync::{Mutex, Once, PoisonError};
+
+use axum::body::Body;
+use http::Request;
 use mesh_api::proto;
 use mesh_api::proto::from_agent::Message as Say;
+use mesh_api::proto::mesh_client::MeshClient;
 use mesh_core::rng::Rng;
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
 use tonic::{Code, Status};
+use tower::ServiceExt as _;
 
+use super::fields::{Fields, Tried, messages, methods};
 use super::harness::{Agent, SOON, Session, Site};
 use super::*;
+use crate::refusal::REASON_HEADER;
 
-/// Calls and sessions of one run. `MESHWORK_SEED` replays a failed one.
-const STEPS: u64 = 150;
+/// Calls and sessions of one run.
+const STEPS: u64 = 40;
+/// Runs, each with the next seed. `MESHWORK_SEED` replays a failed one.
+const RUNS: u64 = 8;
 const SEED: u64 = 0x7a11_5eed;
+/// Routes are read from where they are served: one more is tried too.
+const OPERATOR_API: &str = include_str!("../api.rs");
 
-/// Everything that a field can be: what is right for somebody else, and what is right for nobody.
-struct Fields {
-    rng: Rng,
-    own: String,
-    other: String,
+/// The routes of the operator API, about a host that is there.
+fn routes() -> Vec<(Method, String)> {
+    let mut routes = Vec::new();
+    for rest in OPERATOR_API.split(".route(").skip(1) {
+        let mut depth = 1;
+        let end = rest.find(|c| {
+            depth += match c {
+                '(' => 1,
+                ')' => -1,
+                _ => 0,
+            };
+            depth == 0
+        });
+        let route = &rest[..end.unwrap()];
+        let path = route.split('"').nth(1).unwrap();
+        let path = path.replace("{kind}", "hosts");
+        let path = path.replace("{namespace}", "-").replace("{name}", "vm-2");
+        let known = [
+            ("get(", Method::GET),
+            ("post(", Method::POST),
+            ("delete(", Method::DELETE),
+            ("put(", Method::PUT),
+            ("patch(", Method::PATCH),
+        ];
+        let served = known.into_iter().filter(|(word, _)| route.contains(word));
+        routes.extend(served.map(|(_, method)| (method, path.clone())));
+    }
+    routes
 }
 
-impl Fields {
-    fn pick<'a>(&mut self, all: &[&'a str]) -> &'a str {
-        all[self.rng.below(all.len() as u64) as usize]
-    }
+/// Where code that is no test's panicked: a task that does takes down its session only, which from outside looks like an end.
+static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-    fn text(&mut self) -> String {
-        let long = "x".repeat(300);
-        let huge = "y".repeat(70_000);
-        let all = [
-            "",
-            "shop",
-            "data",
-            "web",
-            "db",
-            "-",
-            "*",
-            "shop/*",
-            "..",
-            "\0",
-            "\n",
-            "é",
-            "UP",
-            "a.b",
-            "10.0.0.1",
-            "10.0.0.2",
-            "127.0.0.1",
-            "::",
-            "255.255.255.255",
-            "252.64.0.2",
-            "strict",
-            "permissive",
-            "http",
-            "tcp",
-            "control",
-            &long,
-            &huge,
-        ];
-        self.pick(&all).to_owned()
-    }
-
-    fn uid(&mut self) -> String {
-        match self.rng.below(4) {
-            0 => self.own.clone(),
-            1 => self.other.clone(),
-            2 => "0".repeat(32),
-            _ => self.text(),
-        }
-    }
-
-    fn number(&mut self) -> u64 {
-        let all = [
-            0,
-            1,
-            80,
-            5432,
-            65_535,
-            65_536,
-            u64::from(u32::MAX),
-            u64::MAX - 1,
-            u64::MAX,
-        ];
-        match self.rng.below(2) {
-            0 => all[self.rng.below(all.len() as u64) as usize],
-            _ => self.rng.next_u64() >> self.rng.below(64),
-        }
-    }
-
-    fn port(&mut self) -> u32 {
-        self.number() as u32
-    }
-
-    fn bytes(&mut self) -> bytes::Bytes {
-        let len = self.rng.below(200);
-        (0..len).map(|_| self.rng.next_u64() as u8).collect()
-    }
-
-    fn many<T>(&mut self, most: u64, mut make: impl FnMut(&mut Self) -> T) -> Vec<T> {
-        let count = self.rng.below(most + 1);
-        (0..count).map(|_| make(self)).collect()
-    }
-
-    fn namespace(&mut self) -> String {
-        match self.rng.below(3) {
-            0 => "shop".to_owned(),
-            1 => "data".to_owned(),
-            _ => self.text(),
-        }
-    }
-
-    fn service(&mut self) -> proto::ReportedService {
-        proto::ReportedService {
-            name: ["web", "db"].map(str::to_owned)[self.rng.below(2) as usize].clone(),
-            ports: self.many(3, |f| proto::ReportedPort {
-                number: f.port(),
-                protocol: f.text(),
-            }),
-            transport: self.text(),
-            healthy: self.rng.below(2) == 0,
-            plaintext_endpoints: self.many(20, |f| match f.rng.below(2) {
-                0 => "10.9.0.5:80".to_owned(),
-                _ => f.text(),
-            }),
-        }
-    }
-
-    fn message(&mut self) -> Option<Say> {
-        Some(match self.rng.below(9) {
-            0 => Say::Hello(self.hello()),
-            1 => Say::Beat(proto::Beat {
-                sequence: self.number(),
-                time_ms: self.number(),
-            }),
-            2 | 3 => Say::Report(proto::Report {
-                generation: self.number(),
-                workloads: self.many(300, |f| proto::ReportedWorkload {
-                    namespace: f.namespace(),
-                    account: f.namespace(),
-                    services: f.many(3, Self::service),
-                }),
-            }),
-            4 => Say::Subscribe(proto::Subscribe {
-                services: self.many(30, Self::service_ref),
-            }),
-            5 => Say::Ack(proto::Ack {
-                index_revision: self.number(),
-                bundle_number: self.number(),
-                policy_revision: self.number(),
-                revocations_revision: self.number(),
-            }),
-            6 => Say::Revocations(proto::Revocations {
-                revision: self.number(),
-                snapshot: self.rng.below(2) == 0,
-                more: self.rng.below(2) == 0,
-                // Such as can be read: it is the signature that is to refuse them.
-                revoked: self.many(2, |f| proto::Revocation {
-                    host_uid: [&f.own, &f.other][f.rng.below(2) as usize].clone(),
-                    namespace: "shop".to_owned(),
-                    account: "web".to_owned(),
-                    at_s: f.number(),
-                    signature: f.bytes(),
-                    issuer: 0,
-                }),
-                issuers: vec![],
-            }),
-            7 => Say::Edges(proto::Edges {
-                edges: self.many(30, Self::edge),
-                watched: self.many(30, |f| proto::WatchedPort {
-                    service: Some(f.service_ref()),
-                    port: f.port(),
-                    since_ms: f.number(),
-                }),
-                overflowed: self.rng.below(2) == 0,
-            }),
-            _ => return None,
-        })
-    }
-
-    fn service_ref(&mut self) -> proto::ServiceRef {
-        proto::ServiceRef {
-            namespace: self.namespace(),
-            name: self.text(),
-        }
-    }
-
-    fn edge(&mut self) -> proto::Edge {
-        proto::Edge {
-            service: (self.rng.below(8) != 0).then(|| self.service_ref()),
-            port: self.port(),
-            identity: self.identity(),
-            address: self.text(),
-            verdict: self.text(),
-            calls: self.number(),
-            first_ms: self.number(),
-            last_ms: self.number(),
-        }
-    }
-
-    fn hello(&mut self) -> proto::Hello {
-        proto::Hello {
-            boot_id: self.text(),
-            version: self.text(),
-            capabilities: self.many(5, Self::text),
-            epoch: self.number(),
-            index_revision: self.number(),
-            address: self.text(),
-            mesh_port: self.port(),
-            revocations_epoch: self.number(),
-            revocations_revision: self.number(),
-        }
-    }
-
-    fn identity(&mut self) -> String {
-        let uid = self.uid();
-        let (namespace, name) = (self.namespace(), self.text());
-        let path = match self.rng.below(6) {
-            0 => format!("agent/{uid}"),
-            1 => format!("ns/{namespace}/sa/{name}"),
-            2 => "host/vm-2".to_owned(),
-            3 => "operator/admin".to_owned(),
-            4 => "control".to_owned(),
-            _ => name,
-        };
-        format!("spiffe://corp.example.com/{path}")
-    }
+fn watch_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if let Some(at) = info.location()
+                && !at.file().contains("tests")
+            {
+                let mut panics = PANICS.lock().unwrap_or_else(PoisonError::into_inner);
+                panics.push(at.to_string());
+            }
+            before(info);
+        }));
+    });
 }
 
 /// A refusal that says whose fault it is. What is none of these was a fault of control's.
@@ -247,8 +96,15 @@ fn is_refusal(status: &Status) -> bool {
 
 async fn step(fields: &mut Fields, site: &Site, evil: &Agent) -> Result<(), Status> {
     let mut client = evil.client(site).await;
-    match fields.rng.below(6) {
-        0 => {
+    let known = methods();
+    // Most is in the session.
+    let method = match fields.rng.below(4) {
+        0 => "Sync",
+        _ => known[fields.rng.below(known.len() as u64) as usize],
+    };
+    fields.tried.calls.insert(method);
+    match method {
+        "Join" => {
             let request = proto::JoinRequest {
                 token_id: fields.text(),
                 token_secret: fields.text(),
@@ -264,8 +120,9 @@ async fn step(fields: &mut Fields, site: &Site, evil: &Agent) -> Result<(), Stat
             };
             client.join(request).await.map(drop)
         }
-        1 => {
-            let leaves = fields.many(300, |f| proto::LeafRequest {
+        "Renew" => {
+            let most = [5, 5, 5, 300][fields.rng.below(4) as usize];
+            let leaves = fields.many(most, |f| proto::LeafRequest {
                 spiffe_id: f.identity(),
                 csr: match f.rng.below(4) {
                     0 => f.bytes(),
@@ -281,14 +138,14 @@ async fn step(fields: &mut Fields, site: &Site, evil: &Agent) -> Result<(), Stat
             }
             Ok(())
         }
-        2 => {
+        "Challenge" => {
             let host_uid = fields.uid();
             client
                 .challenge(proto::ChallengeRequest { host_uid })
                 .await
                 .map(drop)
         }
-        3 => {
+        "Rejoin" => {
             let host_uid = fields.uid();
             let (random, signature) = (fields.bytes(), fields.bytes());
             let fresh = fields.rng.below(2) == 0;
@@ -309,45 +166,120 @@ async fn step(fields: &mut Fields, site: &Site, evil: &Agent) -> Result<(), Stat
             assert!(answer.is_err(), "a signature was guessed");
             answer.map(drop)
         }
-        _ => {
-            let (say, said) = mpsc::channel(16);
-            let first = match fields.rng.below(8) {
-                0 => fields.message(),
-                _ => Some(Say::Hello(fields.hello())),
-            };
-            let messages = fields.many(8, Fields::message);
-            let mut session = Session {
-                say,
-                hear: None,
-                seen: Vec::new(),
-            };
-            let from_agent = |message| proto::FromAgent { message };
-            session.say.send(from_agent(first)).await.unwrap();
-            let hear = client.sync(ReceiverStream::new(said)).await?;
-            session.hear = Some(hear.into_inner());
-            for message in messages {
-                // Fails once control has ended the session.
-                if session.say.send(from_agent(message)).await.is_err() {
-                    break;
-                }
-            }
-            // All was said: what control has to say comes, then the end.
-            let Session { say, hear, .. } = session;
-            drop(say);
-            let mut hear = hear.unwrap();
-            while hear.message().await?.is_some() {}
-            Ok(())
-        }
+        "Explain" => ask(fields, client).await,
+        "Sync" => talk(fields, client).await,
+        unknown => panic!("no attack calls `{unknown}`"),
     }
 }
 
+/// What may it and others do?
+async fn ask(fields: &mut Fields, mut client: MeshClient<Channel>) -> Result<(), Status> {
+    let most = [3, 3, 3, 600][fields.rng.below(4) as usize];
+    // A question that can be read is answered or refused for its callers.
+    let (service, port) = match fields.rng.below(8) {
+        0 => (None, 80),
+        1..4 => (Some(fields.service_ref()), fields.port()),
+        _ => {
+            let (namespace, name) = (fields.namespace(), "web".to_owned());
+            (Some(proto::ServiceRef { namespace, name }), 80)
+        }
+    };
+    let request = proto::ExplainRequest {
+        service,
+        port,
+        callers: fields.many(most, Fields::identity),
+    };
+    let asked = request.callers.clone();
+    let answer = client.explain(request).await?.into_inner();
+    assert_eq!(answer.decisions.len(), asked.len());
+    for caller in asked {
+        let own = caller.starts_with("spiffe://corp.example.com/ns/shop/sa/");
+        assert!(own, "it was told what {caller} may do");
+    }
+    Ok(())
+}
+
+/// A session, from its first word to its end.
+async fn talk(fields: &mut Fields, mut client: MeshClient<Channel>) -> Result<(), Status> {
+    let (say, said) = mpsc::channel(16);
+    let first = match fields.rng.below(8) {
+        0 => fields.message(),
+        1..4 => Some(Say::Hello(fields.hello())),
+        // A session that begins well is heard longer.
+        _ => Some(Say::Hello(proto::Hello {
+            boot_id: "boot-1".to_owned(),
+            version: "0.1.0".to_owned(),
+            ..proto::Hello::default()
+        })),
+    };
+    let messages = fields.many(8, Fields::message);
+    let mut session = Session {
+        say,
+        hear: None,
+        seen: Vec::new(),
+    };
+    let from_agent = |message| proto::FromAgent { message };
+    session.say.send(from_agent(first)).await.unwrap();
+    let hear = client.sync(ReceiverStream::new(said)).await?;
+    session.hear = Some(hear.into_inner());
+    for message in messages {
+        // Fails once control has ended the session.
+        if session.say.send(from_agent(message)).await.is_err() {
+            break;
+        }
+    }
+    // All was said: what control has to say comes, then the end.
+    let Session { say, hear, .. } = session;
+    drop(say);
+    let mut hear = hear.unwrap();
+    while hear.message().await?.is_some() {}
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
-#[expect(clippy::print_stderr, reason = "a test says how to run it again")]
 async fn an_agent_that_says_anything_in_any_order_changes_nothing_of_others() {
+    watch_panics();
     let seed = std::env::var("MESHWORK_SEED").ok();
-    let seed = seed.and_then(|text| text.parse().ok()).unwrap_or(SEED);
-    eprintln!("MESHWORK_SEED={seed}");
-    let site = Site::new("hostile").await;
+    let seed = seed.and_then(|text| text.parse::<u64>().ok());
+    let seeds = seed.map_or(SEED..SEED + RUNS, |seed| seed..seed + 1);
+    let runs: Vec<_> = seeds.map(|seed| (seed, tokio::spawn(run(seed)))).collect();
+    let mut all = Tried::default();
+    for (again, run) in runs {
+        let tried = run
+            .await
+            .unwrap_or_else(|_| panic!("MESHWORK_SEED={again} replays what is said above"));
+        all.calls.extend(tried.calls);
+        all.messages.extend(tried.messages);
+        all.refused += tried.refused;
+        all.trail.extend(tried.trail);
+    }
+    {
+        let panics = PANICS.lock().unwrap_or_else(PoisonError::into_inner);
+        assert_eq!(*panics, Vec::<String>::new(), "panics");
+    }
+    if seed.is_some() {
+        return;
+    }
+    assert_eq!(all.calls, methods().into_iter().collect());
+    assert_eq!(all.messages, messages().into_iter().collect());
+    let refused = all.refused;
+    assert!(RUNS * STEPS / 4 < refused, "only {refused} were refused");
+    // Each kind of attempt is in the audit under its own name.
+    let actions = [
+        "explain",
+        "join",
+        "merge revocations",
+        "rejoin",
+        "sign",
+        "sync",
+    ];
+    for action in actions {
+        assert!(all.trail.contains(action), "no trail of `{action}`");
+    }
+}
+
+async fn run(seed: u64) -> Tried {
+    let site = Site::new(&format!("hostile-{seed}")).await;
     let good = site.agent("vm-2", "10.0.0.2").await;
     let mut session = good.session(&site, "boot-1", (0, 0)).await;
     session.welcome().await;
@@ -372,8 +304,8 @@ async fn an_agent_that_says_anything_in_any_order_changes_nothing_of_others() {
         rng: Rng::new(seed),
         own: evil.joined().host_uid.clone(),
         other: good.joined().host_uid.clone(),
+        tried: Tried::default(),
     };
-    let mut refused = 0;
     for number in 0..STEPS {
         // The other host goes on beating meanwhile.
         session.say(Say::Beat(proto::Beat::default())).await;
@@ -383,13 +315,9 @@ async fn an_agent_that_says_anything_in_any_order_changes_nothing_of_others() {
             .unwrap_or_else(|_| panic!("step {number} hangs"));
         if let Err(status) = outcome {
             assert!(is_refusal(&status), "step {number}: {status:?}");
-            refused += 1;
+            fields.tried.refused += 1;
         }
     }
-    assert!(
-        STEPS / 4 < refused,
-        "only {refused} of {STEPS} were refused"
-    );
 
     // The other host's session went on, and what it owns is as it was.
     session.say(Say::Beat(proto::Beat::default())).await;
@@ -419,17 +347,75 @@ async fn an_agent_that_says_anything_in_any_order_changes_nothing_of_others() {
         .filter(|s| s.namespace.as_str() != "shop");
     assert_eq!(others.count(), 0, "a service outside the token's scope");
     drop(now);
-    // Each kind of attempt is in the audit under its own name.
     let (_, audit) = site
         .call(Method::GET, "/v1/audit?limit=10000", Value::Null)
         .await;
-    let trail = |action: &str| {
-        let entries = audit["items"].as_array().unwrap();
-        let ours = |e: &&Value| e["action"] == action && e["outcome"] == "refused";
-        entries.iter().filter(ours).count()
+    let mut tried = fields.tried;
+    for entry in audit["items"].as_array().unwrap() {
+        if entry["outcome"] == "refused" {
+            let action = entry["action"].as_str().unwrap();
+            tried.trail.insert(action.to_owned());
+        }
+    }
+    site.end().await;
+    tried
+}
+
+/// The certificate that opens the session opens nothing of the operators', though both are behind one port.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agents_certificate_is_no_operators() {
+    let site = Site::new("agent-as-operator").await;
+    site.agent("vm-2", "10.0.0.2").await;
+    let evil = site.agent("vm-1", "10.0.0.1").await;
+    let channel = evil.channel(&site).await;
+    let ask = |method: &Method, path: &str, authorization: Option<&str>| {
+        let mut request = Request::builder().method(method).uri(path);
+        if let Some(value) = authorization {
+            request = request.header("authorization", value);
+        }
+        // What would make a token for everything, were it read.
+        let body = Body::from(json!({"identities": ["*"]}).to_string());
+        let request = request.body(tonic::body::Body::new(body)).unwrap();
+        let answer = channel.clone().oneshot(request);
+        async {
+            let answer = answer.await.unwrap();
+            let reason = answer.headers().get(REASON_HEADER);
+            let reason = reason.map(|r| r.to_str().unwrap().to_owned());
+            (answer.status(), reason.unwrap_or_default())
+        }
     };
-    for action in ["sign", "join", "rejoin", "sync", "merge revocations"] {
-        assert!(0 < trail(action), "no trail of `{action}`");
+    let revision = site.control.writer.now().revision;
+    let mut routes = routes();
+    assert!(10 < routes.len(), "{routes:?}");
+    routes.push((Method::GET, "/v1/none/of/these/paths".to_owned()));
+    let refused = (StatusCode::UNAUTHORIZED, "not_authenticated".to_owned());
+    for (method, path) in &routes {
+        let guess = "Bearer guess";
+        assert_eq!(ask(method, path, None).await, refused, "{method} {path}");
+        if path == "/v1/tokens" {
+            assert_eq!(ask(method, path, Some(guess)).await, refused, "{guess}");
+        }
+    }
+    let now = site.control.writer.now();
+    assert_eq!(now.revision, revision, "something was changed");
+    drop(now);
+    // By an operator's own token the same connection serves.
+    let bearer = format!("Bearer {}", site.bearer);
+    let (status, _) = ask(&Method::GET, "/v1/status", Some(&bearer)).await;
+    assert_eq!(status, StatusCode::OK);
+    let (_, audit) = site
+        .call(Method::GET, "/v1/audit?limit=1000", Value::Null)
+        .await;
+    let audit = audit["items"].as_array().unwrap();
+    for (method, path) in &routes {
+        let noted = |e: &&Value| {
+            e["action"] == method.as_str()
+                && e["object"] == path.as_str()
+                && e["outcome"] == "refused"
+                && e["reason"] == "not_authenticated"
+                && e["from"] == "127.0.0.1"
+        };
+        assert!(audit.iter().any(|e| noted(&e)), "{method} {path}");
     }
     site.end().await;
 }
