@@ -87,6 +87,8 @@ mod shapes;
 mod soak;
 #[path = "namespaces/sources.rs"]
 mod sources;
+#[path = "namespaces/ssh.rs"]
+mod ssh;
 #[path = "namespaces/store.rs"]
 mod store;
 #[path = "namespaces/tcp.rs"]

@@ -3,17 +3,17 @@
 use meshwork_tests::host::Host;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::pair::{Pair, mesh_name, owner};
+use crate::pair::{Pair, mesh_name};
 
 /// A service of the operator's making: its transport is.
-fn service(annotations: &str) -> String {
+pub(crate) fn service(annotations: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop, annotations: {{{annotations}}}}}\n\
          spec: {{ports: [{{port: 80, appProtocol: http}}]}}\n"
     )
 }
 
-const STRICT: &str = "meshwork.io/transport: strict";
+pub(crate) const STRICT: &str = "meshwork.io/transport: strict";
 
 /// The policy of the mesh, narrowed to callers of the mesh and, in plaintext, to `cidr`.
 fn narrowed(enforce: &str, cidr: &str) -> String {
@@ -214,20 +214,20 @@ fn strict_outlives_the_agent_its_table_and_control() {
     assert!(link.contains("mesh0"), "{link}");
 }
 
+/// Takes it and gives it back.
+pub(crate) const NO_NEW_WAY_TO_CONTROL: [&str; 2] = [
+    "nft 'add table inet cut; add chain inet cut out { type filter hook output priority 0; }; \
+     add rule inet cut out tcp dport 7440 tcp flags & (syn | ack) == syn drop'",
+    "nft delete table inet cut",
+];
+
 /// A door that cut the host off from control must open by itself: here no new connection leaves for control.
 #[test]
 fn a_new_door_disarms_when_control_is_not_reached_and_arms_when_it_is() {
     let pair = Pair::new("a_new_door_disarms");
-    let cut = "nft 'add table inet cut; add chain inet cut out { type filter hook output priority 0; }; \
-               add rule inet cut out tcp dport 7440 tcp flags & (syn | ack) == syn drop'";
     let stranger = pair.site.host("stranger");
-    disarms(
-        &pair,
-        &stranger,
-        &pair.server.host,
-        cut,
-        "nft delete table inet cut",
-    );
+    let [cut, mend] = NO_NEW_WAY_TO_CONTROL;
+    disarms(&pair, &stranger, &pair.server.host, cut, mend);
 }
 
 /// The same where the route to control is gone, as when a gateway is.
@@ -276,6 +276,18 @@ fn a_new_door_disarms_when_the_default_gateway_is_gone() {
 
 #[track_caller]
 fn disarms(pair: &Pair, stranger: &Host, at: &Host, cut: &str, mend: &str) {
+    disarms_telling(pair, stranger, at, [cut, mend], &mut |_| ());
+}
+
+/// The same, with a look at the host after each change of the door.
+#[track_caller]
+pub(crate) fn disarms_telling(
+    pair: &Pair,
+    stranger: &Host,
+    at: &Host,
+    [cut, mend]: [&str; 2],
+    look: &mut dyn FnMut(&str),
+) {
     let _web = pair.web("http", "");
     wait_plaintext(pair, stranger, PASSES);
     let server = &pair.server.host;
@@ -290,7 +302,9 @@ fn disarms(pair: &Pair, stranger: &Host, at: &Host, cut: &str, mend: &str) {
     wait_plaintext(pair, stranger, REFUSED);
     let set = armed();
     assert!(set.contains("expires"), "it is on trial: {set}");
+    look("while a new door is on trial");
     wait_plaintext(pair, stranger, PASSES);
+    look("when the door has disarmed");
     wait_until("that to be told", SOON, || {
         let told = pair.server.metrics().sum("mesh_door_disarmed", &[]);
         check(told == 1.0, pair.server.log())
@@ -299,30 +313,5 @@ fn disarms(pair: &Pair, stranger: &Host, at: &Host, cut: &str, mend: &str) {
     wait_plaintext(pair, stranger, REFUSED);
     let set = armed();
     assert!(!set.contains("expires"), "{set}");
-}
-
-/// SSH is not the mesh's to refuse, whatever a file declares.
-#[test]
-fn ssh_is_never_refused() {
-    let pair = Pair::new("ssh_is_never_refused");
-    let locations = "location / { return 200 \"hello\\n\"; }";
-    let host = &pair.server.host;
-    let _ssh = meshwork_tests::servers::nginx(host, "ssh", 22, locations);
-    let _web = pair.web("http", "");
-    pair.server.serve("ssh", &owner("ssh"), &[(22, "http")]);
-    pair.control.wait_endpoints("shop/ssh", 1);
-    let nobody = "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {name: nobody, namespace: shop}\n\
-                  spec: {rules: [{name: n, from: [{identity: none/none}]}]}\n";
-    pair.control.apply(nobody).ok();
-    let strict = service(STRICT);
-    pair.control.apply(&strict).ok();
-    let ssh = strict
-        .replace("name: web", "name: ssh")
-        .replace("port: 80", "port: 22");
-    pair.control.apply(&ssh).ok();
-    let stranger = pair.site.host("stranger");
-    wait_plaintext(&pair, &stranger, REFUSED);
-    let output = stranger.run(&format!("curl -sS -m 5 http://{}:22/; echo $?", host.v4()));
-    // 1: curl takes no such answer from this port; the connection stood.
-    assert!(!output.stdout.ends_with("7\n"), "{output}");
+    look("when the door is armed for good");
 }
