@@ -10,6 +10,7 @@ mod advice;
 pub(crate) mod app_socket;
 pub(crate) mod cgroup;
 pub(crate) mod door;
+pub(crate) mod gateways;
 mod guard;
 pub(crate) mod inspect;
 mod netlink;
@@ -31,6 +32,7 @@ use thiserror::Error;
 
 use advice::{advice, delete_advice, table_advice};
 use door::{Arm, DoorPort, Seen};
+use gateways::Gateway;
 use guard::Guard;
 use real::Real;
 use rules::Shed;
@@ -457,6 +459,12 @@ impl Capture {
         };
         let armed = own.arm().and_then(|()| guard.write(doors, None));
         armed.map_err(|source| self.door_error("make the input door refuse", source))
+    }
+
+    /// The gateways of the host's default routes that are there; each is asked whether it still is.
+    pub(crate) fn ask_gateways(&self) -> io::Result<Vec<Gateway>> {
+        let enabled = self.tables.is_some();
+        enabled.then(gateways::ask).unwrap_or(Ok(Vec::new()))
     }
 
     /// Before others are applied: the guard must not refuse what the door then lets in, and must refuse plaintext to

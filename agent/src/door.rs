@@ -229,8 +229,8 @@ impl Door {
         self.ledger.tidy(now_ms);
         if looked.arming == Arming::Disarmed && self.status.arming != Arming::Disarmed {
             log::warn!(
-                "control was not reached after the input door was changed: it refuses nothing until control is \
-                 reached, but what was strict before"
+                "control, or the default gateway, was not reached after the input door was changed: it refuses nothing \
+                 until both are, but what was strict before"
             );
         }
         self.status.arming = looked.arming;

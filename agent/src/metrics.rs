@@ -360,7 +360,7 @@ impl Metrics {
             );
             registry.register(
                 "door_disarmed",
-                "1: control was not reached after the input door was changed, so it refuses nothing new",
+                "1: control, or the default gateway, was not reached after the input door was changed, so it refuses nothing new",
                 metrics.door_disarmed.clone(),
             );
             registry.register(

@@ -364,7 +364,7 @@ fn door(_: &Facts, status: &Status) -> Check {
     if door.disarmed {
         let found =
             "control was not reached after the input door was changed: it refuses nothing new";
-        let remedy = "see `control`: the door refuses as soon as control is reached";
+        let remedy = "see `control`: the door refuses as soon as control is reached, and the default gateway answers";
         return Check::failed(NAME, found, remedy);
     }
     let found = match door.repaired {

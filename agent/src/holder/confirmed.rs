@@ -1,8 +1,8 @@
 //! The input door that is wanted, the last one with which control was reached, and the real addresses that are taken
 //! over.
 //!
-//! A new door refuses for [`TRIAL`]; if control is reached meanwhile by a connection opened after the change, it refuses
-//! for good and is kept on disk, else it disarms. What was confirmed once needs no second trial, so that a host that
+//! A new door refuses for [`TRIAL`]; if control is reached meanwhile by a connection opened after the change, and the
+//! gateways of the default routes answer as they did before it, it refuses for good and is kept on disk, else it disarms. What was confirmed once needs no second trial, so that a host that
 //! starts without control refuses what it refused before.
 
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use super::desired;
 use super::protocol::{Arming, DesiredDoor, FRAME_MAX};
 use crate::capture::Capture;
 use crate::capture::door::{Arm, DoorPort};
+use crate::capture::gateways::{self, Gateway};
 use crate::capture::real::Real;
 
 /// How long a new door refuses before control is reached. A dial of control takes 6 s at most, and is tried again after 5.
@@ -35,6 +36,8 @@ pub(crate) struct Confirmed {
     trial_until: Option<Instant>,
     /// Control was reached with what is wanted, and that does not refuse for good yet.
     reached: bool,
+    /// They answered before what is on trial was applied, and were asked again since.
+    gateways: Vec<Gateway>,
     /// What is kept on disk is older than this.
     unwritten: bool,
 }
@@ -55,6 +58,7 @@ pub(super) struct Standing {
     reals: Vec<Real>,
     /// What is left of the trial, in milliseconds; `None`: what is wanted is confirmed.
     trial_left_ms: Option<u64>,
+    gateways: Vec<Gateway>,
     unwritten: bool,
 }
 
@@ -68,6 +72,7 @@ impl Confirmed {
             trial_left_ms: self
                 .trial_until
                 .map(|until| u64::try_from(left(until)).unwrap_or(u64::MAX)),
+            gateways: self.gateways.clone(),
             unwritten: self.unwritten,
         }
     }
@@ -84,6 +89,7 @@ impl Confirmed {
             generation: 0,
             trial_until: left.map(|left| Instant::now() + left.min(TRIAL)),
             reached: false,
+            gateways: standing.gateways.clone(),
             unwritten: standing.unwritten,
         })
     }
@@ -103,6 +109,7 @@ impl Confirmed {
             generation: 0,
             trial_until: None,
             reached: false,
+            gateways: Vec::new(),
             unwritten: false,
         }
     }
@@ -139,7 +146,11 @@ impl Confirmed {
         wanted: Vec<DoorPort>,
         reals: Vec<Real>,
         arm: Arm,
+        capture: &Capture,
     ) {
+        if arm == Arm::For(TRIAL) {
+            self.gateways = asked(capture);
+        }
         self.generation = generation;
         self.reached = false;
         self.trial_until = match arm {
@@ -176,9 +187,15 @@ impl Confirmed {
         self.reached |= generation == self.generation;
     }
 
-    /// Makes what control was reached with refuse for good, and keeps it. Does nothing where that is done.
+    /// Makes what control was reached with refuse for good, and keeps it. Does nothing where that is done. A gateway that
+    /// does not answer is an error when the trial is over.
     pub(super) fn settle(&mut self, capture: &mut Capture) -> anyhow::Result<()> {
-        if self.reached {
+        let silent = match self.reached {
+            true => gateways::silent(&self.gateways)
+                .context("cannot ask the kernel whether the default gateway answers")?,
+            false => None,
+        };
+        if self.reached && silent.is_none() {
             capture.confirm(&self.wanted)?;
             self.reached = false;
             self.trial_until = None;
@@ -195,8 +212,21 @@ impl Confirmed {
                 .context("cannot keep for the next start what plaintext must be refused")?;
             self.unwritten = false;
         }
-        Ok(())
+        match silent {
+            Some(gateway) if self.arm() == Arm::Not => anyhow::bail!(
+                "the default gateway {gateway} has not answered since the input door was changed: the door refuses \
+                 nothing new until it does"
+            ),
+            _ => Ok(()),
+        }
     }
+}
+
+fn asked(capture: &Capture) -> Vec<Gateway> {
+    capture.ask_gateways().unwrap_or_else(|error| {
+        log::warn!("cannot ask the default gateways whether they answer: {error}; the new door is not tried by them");
+        Vec::new()
+    })
 }
 
 fn read(file: &Path, config: &HolderConfig) -> anyhow::Result<(Vec<DoorPort>, Vec<Real>)> {
@@ -269,9 +299,14 @@ mod tests {
     }
 
     /// Applies a door as the holder does.
-    fn apply(confirmed: &mut Confirmed, generation: u64, doors: Vec<DoorPort>) -> Arm {
+    fn apply(
+        confirmed: &mut Confirmed,
+        generation: u64,
+        doors: Vec<DoorPort>,
+        capture: &Capture,
+    ) -> Arm {
         let arm = confirmed.arm_of(&doors);
-        confirmed.applied(generation, doors, reals(), arm);
+        confirmed.applied(generation, doors, reals(), arm, capture);
         arm
     }
 
@@ -286,10 +321,15 @@ mod tests {
         // Wanted and not applied: nothing is on trial yet.
         assert_eq!(confirmed.arm_of(&door(80)), Arm::For(TRIAL));
         assert_eq!(confirmed.arming(), Arming::Armed);
-        assert_eq!(apply(&mut confirmed, 1, door(80)), Arm::For(TRIAL));
+        assert_eq!(
+            apply(&mut confirmed, 1, door(80), &capture),
+            Arm::For(TRIAL)
+        );
         assert_eq!(confirmed.arming(), Arming::Trying);
         // The same again keeps its trial.
-        assert!(matches!(apply(&mut confirmed, 2, door(80)), Arm::For(left) if left < TRIAL));
+        assert!(
+            matches!(apply(&mut confirmed, 2, door(80), &capture), Arm::For(left) if left < TRIAL)
+        );
         confirmed.reached(1);
         confirmed.settle(&mut capture).unwrap();
         assert_eq!(confirmed.arming(), Arming::Trying, "of an older message");
@@ -311,7 +351,7 @@ mod tests {
         let config = config(&directory);
         let mut capture = Capture::open(&config.capture, &config.ranges, &[], &[]).unwrap();
         let mut confirmed = Confirmed::load(&config);
-        apply(&mut confirmed, 1, door(80));
+        apply(&mut confirmed, 1, door(80), &capture);
         confirmed.reached(1);
         assert!(confirmed.settle(&mut capture).is_err(), "no directory");
         assert_eq!(confirmed.arming(), Arming::Armed);

@@ -167,7 +167,7 @@ impl Holder<'_> {
             return Err(error.into());
         }
         self.confirmed
-            .applied(desired.generation, doors, reals, arm);
+            .applied(desired.generation, doors, reals, arm, self.capture);
         self.settle();
         self.applied.clone_from(&desired.workloads);
         for listener in made.values() {

@@ -39,7 +39,7 @@ const GAVE_UP: &str = "MESHWORK_GAVE_UP";
 /// Where a program that is executed again finds the configuration that it had: the one on disk may be of the newer one.
 const CONFIG: &str = "MESHWORK_CONFIG";
 /// The form of the file. One that is not known is refused by the program that is asked.
-const FORM: u32 = 1;
+const FORM: u32 = 2;
 /// Workloads, doors and real addresses as one message of a worker has them, doors twice, and the names of descriptors.
 const BYTES_MAX: u64 = 8 * 1024 * 1024;
 /// How long a program may take to say that it can read the file.

@@ -215,10 +215,11 @@ fn strict_outlives_the_agent_its_table_and_control() {
 }
 
 /// Takes it and gives it back.
-pub(crate) const NO_NEW_WAY_TO_CONTROL: [&str; 2] = [
+pub(crate) const NO_NEW_WAY_TO_CONTROL: [&str; 3] = [
     "nft 'add table inet cut; add chain inet cut out { type filter hook output priority 0; }; \
      add rule inet cut out tcp dport 7440 tcp flags & (syn | ack) == syn drop'",
     "nft delete table inet cut",
+    "control was not reached",
 ];
 
 /// A door that cut the host off from control must open by itself: here no new connection leaves for control.
@@ -226,8 +227,7 @@ pub(crate) const NO_NEW_WAY_TO_CONTROL: [&str; 2] = [
 fn a_new_door_disarms_when_control_is_not_reached_and_arms_when_it_is() {
     let pair = Pair::new("a_new_door_disarms");
     let stranger = pair.site.host("stranger");
-    let [cut, mend] = NO_NEW_WAY_TO_CONTROL;
-    disarms(&pair, &stranger, &pair.server.host, cut, mend);
+    disarms(&pair, &stranger, &pair.server.host, NO_NEW_WAY_TO_CONTROL);
 }
 
 /// The same where the route to control is gone, as when a gateway is.
@@ -241,7 +241,12 @@ fn a_new_door_disarms_when_the_way_to_control_is_gone() {
     );
     let mend = format!("ip route delete unreachable {control}/32");
     let stranger = pair.site.host("stranger");
-    disarms(&pair, &stranger, &pair.server.host, &cut, &mend);
+    disarms(
+        &pair,
+        &stranger,
+        &pair.server.host,
+        [&cut, &mend, "control was not reached"],
+    );
 }
 
 /// The same behind a default gateway that goes: all that the host has of the network but two neighbours.
@@ -269,23 +274,51 @@ fn a_new_door_disarms_when_the_default_gateway_is_gone() {
         &pair,
         &stranger,
         &gateway,
-        "ip link set eth0 down",
-        "ip link set eth0 up",
+        [
+            "ip link set eth0 down",
+            "ip link set eth0 up",
+            "control was not reached",
+        ],
+    );
+}
+
+/// And where control is reached all the while.
+#[test]
+fn a_new_door_disarms_when_only_the_default_gateway_is_silent() {
+    let pair = Pair::new("a_new_door_disarms_with_a_silent_gateway");
+    let gateway = pair.site.host("gateway");
+    let server = &pair.server.host;
+    let stranger = pair.site.host("stranger");
+    let address = gateway.v4();
+    server.ok(&format!("ip route add default via {address}"));
+    server.run(&format!("curl -sm 5 http://{address}:9/"));
+    let neighbour = server.ok(&format!("ip neighbour show {address}"));
+    assert!(neighbour.contains("REACHABLE"), "{neighbour}");
+    disarms(
+        &pair,
+        &stranger,
+        &gateway,
+        [
+            "ip link set eth0 down",
+            "ip link set eth0 up",
+            &format!("the default gateway {address} has not answered"),
+        ],
     );
 }
 
 #[track_caller]
-fn disarms(pair: &Pair, stranger: &Host, at: &Host, cut: &str, mend: &str) {
-    disarms_telling(pair, stranger, at, [cut, mend], &mut |_| ());
+fn disarms(pair: &Pair, stranger: &Host, at: &Host, how: [&str; 3]) {
+    disarms_telling(pair, stranger, at, how, &mut |_| ());
 }
 
-/// The same, with a look at the host after each change of the door.
+/// The same, with a look at the host after each change of the door. What cuts the host off, what mends that, and what its `check`
+/// says between the two.
 #[track_caller]
 pub(crate) fn disarms_telling(
     pair: &Pair,
     stranger: &Host,
     at: &Host,
-    [cut, mend]: [&str; 2],
+    [cut, mend, said]: [&str; 3],
     look: &mut dyn FnMut(&str),
 ) {
     let _web = pair.web("http", "");
@@ -307,7 +340,11 @@ pub(crate) fn disarms_telling(
     look("when the door has disarmed");
     wait_until("that to be told", SOON, || {
         let told = pair.server.metrics().sum("mesh_door_disarmed", &[]);
-        check(told == 1.0, pair.server.log())
+        let found = pair.server.command("check").stdout;
+        check(
+            told == 1.0 && found.contains(said),
+            pair.server.log() + &found,
+        )
     });
     at.ok(mend);
     wait_plaintext(pair, stranger, REFUSED);
