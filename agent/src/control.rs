@@ -6,6 +6,7 @@
 //! subscription.
 
 mod dial;
+mod followers;
 mod heed;
 mod keep;
 mod mirror;
@@ -38,6 +39,8 @@ use tonic::transport::Channel;
 
 pub(crate) use dial::{ALPN_H2, DialError, Ended, channel, dial, reason_of};
 use dial::{Connection, Event};
+use followers::Follower;
+use heed::HEED_EVERY;
 use keep::Persisted;
 use mirror::Mirror;
 pub(crate) use status::SessionStatus;
@@ -103,6 +106,10 @@ pub(crate) struct Shell {
     skewed: bool,
     /// What was there of another worker's files at the last look.
     heeded: [Option<Stamp>; Kept::ALL.len()],
+    /// Of a worker that another has taken over from.
+    follower: Option<Follower>,
+    /// Such a worker does not use yet what this one has on disk.
+    followed: bool,
     /// Of what could not be used, and was said.
     unheeded: [Option<Stamp>; Kept::ALL.len()],
 }
@@ -142,6 +149,8 @@ impl Shell {
             generation: 0,
             skewed: false,
             heeded,
+            follower: None,
+            followed: true,
             unheeded: Default::default(),
             links,
             membership,
@@ -228,6 +237,11 @@ impl Shell {
                     self.session.handle_applied();
                 }
                 _ = tidy.tick() => self.tidy(),
+                () = tokio::time::sleep(HEED_EVERY), if !self.followed => {
+                    if persisted.borrow().bundle_number <= self.oldest_bundle() {
+                        self.session.handle_applied();
+                    }
+                }
                 () = tokio::time::sleep_until(timeout) => self.session.handle_timeout(Instant::now()),
             }
         }
@@ -421,6 +435,27 @@ impl Shell {
         }
     }
 
+    /// A bundle is in use when those use it, too, that this worker has taken over from.
+    fn ack(&mut self, persisted: Persisted) -> proto::Ack {
+        let mut ack = persisted.ack(self.mirror.epoch());
+        let oldest = self.oldest_bundle();
+        self.followed = ack.bundle_number <= oldest;
+        ack.bundle_number = ack.bundle_number.min(oldest);
+        ack
+    }
+
+    /// Of those that this worker has taken over from; none where that can not be told.
+    fn oldest_bundle(&self) -> u64 {
+        let oldest = followers::oldest(&self.links.state.followers());
+        oldest.map_or_else(
+            |error| {
+                log::warn!("cannot see which bundle workers use that drain: {error}; control is not told of a newer one");
+                0
+            },
+            |oldest| oldest.unwrap_or(u64::MAX),
+        )
+    }
+
     fn install(&mut self, installed: Installed) {
         let Some(change) = self.pending.take() else {
             return;
@@ -525,7 +560,7 @@ impl Shell {
             Outgoing::Report => Ours::Report(self.report()),
             Outgoing::Subscribe => Ours::Subscribe(self.mirror.subscribe()),
             Outgoing::Edges => Ours::Edges((&**self.links.edges.borrow_and_update()).into()),
-            Outgoing::Ack => Ours::Ack(persisted.ack(self.mirror.epoch())),
+            Outgoing::Ack => Ours::Ack(self.ack(persisted)),
             Outgoing::Revocations => match self.mirror.take_forgotten() {
                 Some(part) => {
                     if part.more {

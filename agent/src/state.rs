@@ -28,6 +28,7 @@ use crate::view::HostFacts;
 const SMALL_MAX: u64 = 64 * 1024;
 const DOOR_FILE: &str = "door.json";
 const REALS_FILE: &str = "reals.json";
+const FOLLOWERS: &str = "followers";
 /// Its largest size: 4,096 addresses with the names of their services.
 const REALS_FILE_MAX: u64 = 1024 * 1024;
 /// The form of `agent.json` that this version reads and writes.
@@ -211,6 +212,11 @@ impl State {
         self.root.join(DOOR_FILE)
     }
 
+    /// What workers that others have taken over from say of themselves.
+    pub(crate) fn followers(&self) -> PathBuf {
+        self.root.join(FOLLOWERS)
+    }
+
     /// At which real addresses calls were taken over last. A file that can not be read is as none.
     pub(crate) fn reals(&self) -> Reals {
         let path = self.root.join(REALS_FILE);
@@ -282,6 +288,7 @@ impl State {
             "contact",
             DOOR_FILE,
             REALS_FILE,
+            FOLLOWERS,
             crate::drained::FILE,
             "leaves",
             "agent.crt",

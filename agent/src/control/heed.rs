@@ -6,10 +6,11 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::Shell;
+use super::followers::Follower;
 use crate::state::Kept;
 
 /// Between two looks at what another worker wrote: a revocation holds within a second.
-const HEED_EVERY: Duration = Duration::from_millis(250);
+pub(super) const HEED_EVERY: Duration = Duration::from_millis(250);
 
 impl Shell {
     /// Ends the session. Returns when nothing more will be written.
@@ -22,6 +23,14 @@ impl Shell {
         self.links.view.change(|view| view.live = false);
         keeping.await??;
         self.heeded = self.links.state.stamps();
+        // Before another one serves, and tells control what all of us use.
+        let number = self.links.trust.load().number();
+        match Follower::begin(&self.links.state.followers(), number) {
+            Ok(follower) => self.follower = Some(follower),
+            Err(error) => log::warn!(
+                "control may be told that this host uses another bundle before this worker does: {error:#}"
+            ),
+        }
         self.links.handing.let_go();
         Ok(())
     }
@@ -34,6 +43,11 @@ impl Shell {
                 () = tokio::time::sleep(HEED_EVERY) => (),
             }
             self.heed_what_changed(|_| true);
+            let number = self.links.trust.load().number();
+            let told = self.follower.as_mut().map(|f| f.uses(number));
+            if let Some(Err(error)) = told {
+                log::warn!("cannot say which bundle this worker uses: {error}; it is tried again");
+            }
         }
     }
 

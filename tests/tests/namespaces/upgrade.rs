@@ -171,6 +171,49 @@ spec: {service: app, rules: [{name: r, from: [{identity: shop/client}]}]}
     wait_log(&revoked, "reset");
 }
 
+/// Control hears that a host uses a bundle when the workers that drain use it, too.
+#[test]
+fn a_bundle_is_in_use_when_those_that_drain_use_it() {
+    let rig = open_rig("upgrade_bundle", "");
+    let (control, agent) = (&rig.pair.control, &rig.pair.server);
+    let bytes = rig.open("bytes", "client");
+    let [before] = agent.workers()[..] else {
+        panic!("one worker");
+    };
+    upgrade(agent);
+    let followers = agent.host.dir().join("state/followers");
+    let says = fs::read(followers.join(before.to_string())).expect("what it says");
+    let number = u64::from_be_bytes(says.try_into().expect("a number"));
+    let acknowledged = |number: u64| {
+        wait_until(&format!("bundle {number} to be in use"), SOON, || {
+            let hosts = control.get("hosts");
+            let host = hosts.iter().find(|h| h["metadata"]["name"] == "server");
+            let host = host.ok_or("no such host")?;
+            check(
+                host["status"]["acknowledged"]["bundle"] == number,
+                host.to_string(),
+            )
+        });
+    };
+    acknowledged(number);
+    // Another one, which is behind.
+    let script = "import fcntl, os, time\nf = open(os.environ['FILE'], 'wb')\nfcntl.flock(f, fcntl.LOCK_EX)\n\
+                  f.write(bytes(8))\nf.flush()\nprint('locked', flush=True)\ntime.sleep(1000)\n";
+    let behind = agent.host.python("behind", script);
+    let behind = behind
+        .env("FILE", &followers.join("1").display().to_string())
+        .spawn("behind");
+    wait_log(&behind, "locked");
+    // What is kept next is acknowledged with all the rest.
+    let policy = "apiVersion: meshwork.io/v1alpha1\nkind: Policy\nmetadata: {name: app, namespace: shop}\n\
+                  spec: {service: app, rules: [{name: r, from: [{identity: shop/client}]}]}\n";
+    control.apply(policy).ok();
+    acknowledged(0);
+    drop(behind);
+    acknowledged(number);
+    bytes.goes_on();
+}
+
 /// A program at this path that the host may run.
 fn script(agent: &Agent, name: &str, text: &str) -> PathBuf {
     let path = agent.host.dir().join(name);
