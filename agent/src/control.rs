@@ -387,35 +387,6 @@ impl Shell {
         self.skewed = skewed;
     }
 
-    fn report_changed(&mut self) {
-        let set = self.links.sets.borrow_and_update();
-        let verdicts = self.links.verdicts.borrow_and_update();
-        if report::workloads(&set, &verdicts) != self.reported {
-            drop((set, verdicts));
-            self.session.handle_report_changed();
-        }
-    }
-
-    fn report_status(&mut self, status: &proto::ReportStatus) -> Result<(), SyncError> {
-        let (generation, problems) = sync::report_status(status)?;
-        // A word on an older report may name what is mended already.
-        if generation == self.generation {
-            for problem in problems
-                .iter()
-                .filter(|p| !self.status.problems.contains(p))
-            {
-                log::warn!(
-                    workload:% = problem.account, service = problem.service.as_ref().map_or("", |s| s.as_str()),
-                    reason:% = problem.reason;
-                    "control does not list what this host serves: {}", problem.message
-                );
-            }
-            self.status.problems = problems;
-        }
-        self.links.judged.send_modify(|count| *count += 1);
-        Ok(())
-    }
-
     /// Does what the session commands.
     fn obey(&mut self, persisted: &watch::Receiver<Persisted>) {
         while let Some(command) = self.session.poll_command() {
@@ -433,27 +404,6 @@ impl Shell {
                 }
             }
         }
-    }
-
-    /// A bundle is in use when those use it, too, that this worker has taken over from.
-    fn ack(&mut self, persisted: Persisted) -> proto::Ack {
-        let mut ack = persisted.ack(self.mirror.epoch());
-        let oldest = self.oldest_bundle();
-        self.followed = ack.bundle_number <= oldest;
-        ack.bundle_number = ack.bundle_number.min(oldest);
-        ack
-    }
-
-    /// Of those that this worker has taken over from; none where that can not be told.
-    fn oldest_bundle(&self) -> u64 {
-        let oldest = followers::oldest(&self.links.state.followers());
-        oldest.map_or_else(
-            |error| {
-                log::warn!("cannot see which bundle workers use that drain: {error}; control is not told of a newer one");
-                0
-            },
-            |oldest| oldest.unwrap_or(u64::MAX),
-        )
     }
 
     fn install(&mut self, installed: Installed) {
@@ -583,17 +533,6 @@ impl Shell {
             let attempt = connection.attempt;
             self.session
                 .handle_lost(attempt, Lost::Broken, Instant::now());
-        }
-    }
-
-    fn report(&mut self) -> proto::Report {
-        let set = self.links.sets.borrow_and_update();
-        let verdicts = self.links.verdicts.borrow_and_update();
-        self.reported = report::workloads(&set, &verdicts);
-        self.generation += 1;
-        proto::Report {
-            generation: self.generation,
-            workloads: self.reported.clone(),
         }
     }
 

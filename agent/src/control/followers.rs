@@ -7,7 +7,11 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use mesh_api::proto;
 use mesh_runtime::files;
+
+use super::Shell;
+use super::keep::Persisted;
 
 /// The file of one, with the bundle's number, eight bytes in network order.
 #[derive(Debug)]
@@ -85,6 +89,29 @@ pub(super) fn oldest(directory: &Path) -> io::Result<Option<u64>> {
         }
     }
     Ok(oldest)
+}
+
+impl Shell {
+    /// A bundle is in use when those use it, too, that this worker has taken over from.
+    pub(super) fn ack(&mut self, persisted: Persisted) -> proto::Ack {
+        let mut ack = persisted.ack(self.mirror.epoch());
+        let oldest = self.oldest_bundle();
+        self.followed = ack.bundle_number <= oldest;
+        ack.bundle_number = ack.bundle_number.min(oldest);
+        ack
+    }
+
+    /// Of those that this worker has taken over from; none where that can not be told.
+    pub(super) fn oldest_bundle(&self) -> u64 {
+        let oldest = oldest(&self.links.state.followers());
+        oldest.map_or_else(
+            |error| {
+                log::warn!("cannot see which bundle workers use that drain: {error}; control is not told of a newer one");
+                0
+            },
+            |oldest| oldest.unwrap_or(u64::MAX),
+        )
+    }
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
 //! What this host tells control that it serves.
 
-use mesh_api::{proto, sync};
+use mesh_api::proto;
+use mesh_api::sync::{self, SyncError};
 use mesh_core::health::Verdict;
 
+use super::Shell;
 use crate::health::Verdicts;
 use crate::workloads::WorkloadSet;
 
 /// The report of these workloads, each service with its health. A service whose health is not known yet is not healthy.
-pub(super) fn workloads(set: &WorkloadSet, verdicts: &Verdicts) -> Vec<proto::ReportedWorkload> {
+fn workloads(set: &WorkloadSet, verdicts: &Verdicts) -> Vec<proto::ReportedWorkload> {
     let workloads = set.workloads.iter().map(|workload| {
         let services = workload.services.iter().map(|service| {
             let served = (workload.account.clone(), service.name.clone());
@@ -29,6 +31,48 @@ pub(super) fn workloads(set: &WorkloadSet, verdicts: &Verdicts) -> Vec<proto::Re
         }
     });
     workloads.collect()
+}
+
+impl Shell {
+    pub(super) fn report_changed(&mut self) {
+        let set = self.links.sets.borrow_and_update();
+        let verdicts = self.links.verdicts.borrow_and_update();
+        if workloads(&set, &verdicts) != self.reported {
+            drop((set, verdicts));
+            self.session.handle_report_changed();
+        }
+    }
+
+    pub(super) fn report_status(&mut self, status: &proto::ReportStatus) -> Result<(), SyncError> {
+        let (generation, problems) = sync::report_status(status)?;
+        // A word on an older report may name what is mended already.
+        if generation == self.generation {
+            for problem in problems
+                .iter()
+                .filter(|p| !self.status.problems.contains(p))
+            {
+                log::warn!(
+                    workload:% = problem.account, service = problem.service.as_ref().map_or("", |s| s.as_str()),
+                    reason:% = problem.reason;
+                    "control does not list what this host serves: {}", problem.message
+                );
+            }
+            self.status.problems = problems;
+        }
+        self.links.judged.send_modify(|count| *count += 1);
+        Ok(())
+    }
+
+    pub(super) fn report(&mut self) -> proto::Report {
+        let set = self.links.sets.borrow_and_update();
+        let verdicts = self.links.verdicts.borrow_and_update();
+        self.reported = workloads(&set, &verdicts);
+        self.generation += 1;
+        proto::Report {
+            generation: self.generation,
+            workloads: self.reported.clone(),
+        }
+    }
 }
 
 #[cfg(test)]
