@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use crate::data::Thread;
 use crate::limits::Limit;
 use crate::peers::{self, Place};
+use crate::places::{Party, Turn};
 use crate::view::View;
 
 /// How often one call is tried before it is given up.
@@ -111,6 +112,7 @@ impl Balancers {
 pub(crate) struct Caller {
     /// Its leaf is looked up for each call: it is renewed while connections live.
     pub(crate) id: SpiffeId,
+    pub(crate) party: Party,
     pub(crate) service: Arc<Service>,
     pub(crate) port: u16,
     /// The address of the one host that is meant, where the caller dialled that and not the service's own.
@@ -123,12 +125,14 @@ pub(crate) struct Caller {
 impl Caller {
     pub(crate) fn new(
         id: SpiffeId,
+        party: Party,
         service: Arc<Service>,
         port: u16,
         only: Option<IpAddr>,
     ) -> Self {
         Self {
             id,
+            party,
             service,
             port,
             only,
@@ -216,6 +220,7 @@ pub(crate) struct Call {
     pub(crate) stream: MuxStream,
     pub(crate) endpoint: Rc<EndpointKey>,
     started: Started,
+    _turn: Option<Turn>,
 }
 
 #[derive(Debug)]
@@ -304,6 +309,18 @@ pub(crate) async fn open(
             break;
         };
         let endpoint = Rc::clone(&started.endpoint);
+        let turn = match caller.party {
+            Party::Workload(_) => None,
+            Party::User(user) => match thread.turn(user, endpoint.address, kind) {
+                Some(turn) => Some(turn),
+                None => {
+                    // The endpoint is not to blame, and another may have room.
+                    thread.reached(Limit::Calls);
+                    tries.note(&endpoint, Reason::Overloaded);
+                    continue;
+                }
+            },
+        };
         let leaf = thread.view.borrow().leaf(&caller.id.identity).cloned()?;
         let place = caller.place(thread, &endpoint);
         let opened = match peers::connection(thread, &place, &leaf, &endpoint).await {
@@ -318,6 +335,7 @@ pub(crate) async fn open(
                     stream,
                     endpoint,
                     started,
+                    _turn: turn,
                 });
             }
             Err(reason) => {

@@ -40,7 +40,7 @@ use crate::limits::{self, Limit, ShedLog};
 use crate::live::Live;
 use crate::metrics::{Direction, Metrics};
 use crate::peers::Peers;
-use crate::places::Party;
+use crate::places::{Party, Turns};
 use crate::quiet::Quiet;
 use crate::view::{View, ViewReader};
 
@@ -286,6 +286,8 @@ pub(crate) struct Thread {
     pub(crate) callers: Cell<usize>,
     /// How many of them each party has.
     pub(crate) places: RefCell<HashMap<Party, usize>>,
+    /// The calls of users.
+    pub(crate) turns: Turns,
     pub(crate) peers_open: Cell<usize>,
     /// Connections of peers that came when the drain had begun: each is told to go elsewhere, none is waited for.
     late: Cell<usize>,
@@ -478,6 +480,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
         places: RefCell::default(),
+        turns: Turns::default(),
         callers: Cell::new(0),
         peers_open: Cell::new(0),
         late: Cell::new(0),

@@ -158,11 +158,11 @@ async fn carry(
     }
     // A picture must not live as long as a connection.
     drop(view);
-    let Some(_place) = thread.place(caller.party) else {
+    let Some(_place) = thread.place(caller.party.clone()) else {
         return relay::abort(client);
     };
     let port = called.port;
-    let caller = Caller::new(id, called.service, port.number, called.only);
+    let caller = Caller::new(id, caller.party, called.service, port.number, called.only);
     let activity = Activity::new(thread);
     match port.protocol {
         Protocol::Tcp => Box::pin(tcp::serve(thread, &caller, client, &activity)).await,

@@ -1,6 +1,12 @@
-//! Places among the connections of callers: a flood of one leaves room for the others.
+//! Places among the connections of callers, and among the calls of users: a flood of one leaves room for the others.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt;
+use std::net::IpAddr;
 use std::rc::Rc;
+
+use mesh_api::header::StreamKind;
 
 use mesh_core::names::Account;
 use mesh_runtime::mux::is_for_others;
@@ -15,6 +21,15 @@ pub(crate) enum Party {
     Workload(Account),
     /// A user whose programs are no workload.
     User(u32),
+}
+
+impl fmt::Display for Party {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Workload(account) => write!(f, "workload {account}"),
+            Self::User(uid) => write!(f, "user {uid}"),
+        }
+    }
 }
 
 /// One place, held while its connection is served.
@@ -44,6 +59,79 @@ impl Drop for Place {
             if *own == 0 {
                 places.remove(&self.1);
             }
+        }
+    }
+}
+
+/// HTTP/2 requests of users to one host, of all threads. An app takes from one caller what eight connections bear, 800 where it allows
+/// a hundred on each; one user has three quarters of this.
+const REQUESTS_MAX: usize = 1024;
+
+/// Calls of users whose programs are no workload. To the called host they are all one caller, whose calls have a bound there: that
+/// one user does not have all of them is seen to here.
+#[derive(Debug, Default)]
+pub(crate) struct Turns(RefCell<HashMap<Whither, Turned>>);
+
+/// A host, and whether its apps are called by HTTP/2.
+type Whither = (IpAddr, bool);
+
+/// Those with calls only.
+#[derive(Debug, Default)]
+struct Turned {
+    all: usize,
+    users: HashMap<u32, usize>,
+}
+
+/// One call, while it goes on.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    thread: Rc<Thread>,
+    to: Whither,
+    user: u32,
+}
+
+impl Thread {
+    /// A turn for one more call to the host at this address; `None` where what is left is for others.
+    pub(crate) fn turn(
+        self: &Rc<Self>,
+        user: u32,
+        address: IpAddr,
+        kind: StreamKind,
+    ) -> Option<Turn> {
+        let to = (address, kind == StreamKind::Http2);
+        let max = match kind {
+            StreamKind::Http2 => REQUESTS_MAX / self.settings.threads.max(1),
+            // A host may have three quarters of the calls that another one serves.
+            _ => self.share / 2,
+        };
+        let mut turns = self.turns.0.borrow_mut();
+        let turned = turns.entry(to).or_default();
+        let own = turned.users.get(&user).copied().unwrap_or_default();
+        if turned.all >= max || is_for_others(turned.all, own, max) {
+            return None;
+        }
+        turned.all += 1;
+        turned.users.insert(user, own + 1);
+        let thread = Rc::clone(self);
+        Some(Turn { thread, to, user })
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut turns = self.thread.turns.0.borrow_mut();
+        let Some(turned) = turns.get_mut(&self.to) else {
+            return;
+        };
+        turned.all -= 1;
+        if let Some(own) = turned.users.get_mut(&self.user) {
+            *own -= 1;
+            if *own == 0 {
+                turned.users.remove(&self.user);
+            }
+        }
+        if turned.all == 0 {
+            turns.remove(&self.to);
         }
     }
 }

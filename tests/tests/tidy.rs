@@ -100,6 +100,7 @@ const DATA_PATH: &[&str] = &[
     "agent/src/limits",
     "agent/src/outbound",
     "agent/src/peers",
+    "agent/src/places",
     "agent/src/quiet",
     "agent/src/relay",
     "agent/src/vanished",

@@ -104,7 +104,7 @@ pub(super) async fn continue_with(
     let mut draining = thread.draining.subscribe();
     let sender = Sender {
         heads: &thread.heads,
-        name: &caller.id,
+        name: &caller.party,
     };
     // Where another worker serves, a connection ends with its next answer: an end between two requests may meet a request.
     let mut drained = pin!(async {

@@ -223,8 +223,8 @@ fn names_are_flooded(test: &str, users: u32) {
     });
 }
 
-/// Requests of a user that are never answered fill what the called host has for this caller, and not what it has for
-/// others, nor what the calling host has.
+/// Requests of a user that are never answered fill its share of what the called host has for this host's users, and not what it
+/// has for another user, even of the same service, nor for workloads.
 #[test]
 fn a_flood_of_streams_leaves_room_for_others() {
     const FLOOD: &str = "
@@ -247,14 +247,16 @@ time.sleep(1000)
     assert!(as_user("one", CALL, OTHER).ok().contains("hello"));
     let flood = as_user("flood", FLOOD, OTHER).spawn("flood");
     wait_until("the flood to be refused", SOON, || {
-        let metrics = pair.server.metrics();
-        let reached = metrics.sum("mesh_limit_reached_total", &[("limit", "http2_apps")]);
+        let metrics = pair.client.metrics();
+        let reached = metrics.sum("mesh_limit_reached_total", &[("limit", "calls")]);
         check(0.0 < reached, flood.log())
     });
     for _ in 0..5 {
         assert!(crate::http2::run(&pair, CALL).contains("hello"));
         let call = format!("curl -sS -m 10 http://{}/", mesh_name("web"));
         assert_eq!(host.cmd(&call).user(OTHER + 1).ok(), "hello\n");
+        let same = as_user("two", CALL, OTHER + 1).ok();
+        assert!(same.contains("hello"), "{same}");
     }
     // What they are spared.
     let refused = as_user("one", CALL, OTHER).output();
