@@ -35,7 +35,7 @@ def serve(c, me):
             c.sendall(("HTTP/1.1 %s\r\n%sContent-Length: %d\r\n\r\n%s" % (status, extra, len(text), text)).encode())
             if b" /bye " in head or b" /leave " in head: raise EOFError
     except (OSError, EOFError):
-        print("gone", me, flush=True)
+        print("gone %s\n" % me, end="", flush=True)
         c.close()
 listener = socket.create_server(("0.0.0.0", 80), backlog=512)
 while True:

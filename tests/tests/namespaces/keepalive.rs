@@ -33,7 +33,7 @@ def call(name, port, ask, begun):
     except ConnectionResetError: end = 'reset'
     except TimeoutError: end = 'timeout'
     reason = [l.split(b': ')[1].decode() for l in got.split(b'\\r\\n') if l.startswith(b'x-meshwork-reason')]
-    print(name, end, *reason, flush=True)
+    print(' '.join([name, end, *reason]) + '\\n', end='', flush=True)
 ready = threading.Semaphore(0)
 calls = [('tcp', 9000, b'echo\\nhello', 5),
          ('waiting', 8080, b'POST /give HTTP/1.1\\r\\nhost: app\\r\\ncontent-length: 9\\r\\n\\r\\nhello', 0),

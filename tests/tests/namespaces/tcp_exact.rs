@@ -13,7 +13,7 @@ use crate::pair::{Pair, mesh_name};
 /// has all of them. Health checks say nothing. The same, 10 higher, is there with a protocol that is not declared.
 const SERVER: &str = r#"
 import socket, struct, threading, time
-def say(*words): print(*words, flush=True)
+def say(*words): print(" ".join(map(str, words)) + "\n", end="", flush=True)
 def port(c): return c.getsockname()[1]
 def reset(c):
     c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -118,7 +118,7 @@ class Server(Conn):
             self.number = Server.count
         head = {k.decode(): v.decode() for k, v in event.headers}
         what, _, value = head.get(':path', '').lstrip('/').partition('/')
-        print('request', what, flush=True)
+        print('request %s\n' % what, end='', flush=True)
         if head.get(':protocol') or head[':method'] == 'CONNECT':
             self.tunnels.add(stream)
             said = head.get(':protocol', head[':authority'])

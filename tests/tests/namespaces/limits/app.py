@@ -1,6 +1,9 @@
 # The app of these tests: an echo at ECHO, HTTP at HTTP. `/wait/X` is answered when the file X is there.
 import os, socket, threading, time
 
+# A line at once: threads say theirs at the same time.
+def say(line): print(line + "\n", end="", flush=True)
+
 def echo(c):
     try:
         while True:
@@ -18,13 +21,13 @@ def http(c):
             if not rest: break
             path = rest.split(" ")[0]
             while lines.readline() not in (b"\r\n", b""): pass
-            print(method, path, flush=True)
+            say(method + " " + path)
             if path.startswith("/wait/"):
                 while not os.path.exists(os.environ["DIR"] + path[5:]): time.sleep(0.01)
             body = os.environ["NAME"].encode() + b"\n"
             c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            print("answered", path, flush=True)
-    except OSError: print("cut", flush=True)
+            say("answered " + path)
+    except OSError: say("cut")
     c.close()
 
 def serve(port, what):
