@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use crate::binary;
+use crate::clock;
 use crate::host::Host;
 use crate::manager::Manager;
 use crate::metrics::Metrics;
@@ -138,13 +139,7 @@ impl Agent {
     #[track_caller]
     pub fn start_off_clock(&mut self, seconds: i64) {
         self.step_clock(seconds);
-        let command = self
-            .to_run()
-            .env("LD_PRELOAD", &faketime())
-            .env("FAKETIME_TIMESTAMP_FILE", &self.clock().to_string_lossy())
-            .env("FAKETIME_NO_CACHE", "1")
-            .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
-            .env("DONT_FAKE_MONOTONIC", "1");
+        let command = clock::off(self.to_run(), &self.host);
         self.process = Some(command.spawn("agent"));
         self.wait_ready();
     }
@@ -152,13 +147,19 @@ impl Agent {
     /// From now on the wall clock of an agent that was started off the clock is so many seconds off.
     #[track_caller]
     pub fn step_clock(&self, seconds: i64) {
-        let new = self.clock().with_extension("new");
-        fs::write(&new, format!("{seconds:+}s\n")).expect("a clock");
-        fs::rename(new, self.clock()).expect("a clock");
+        clock::step(&self.host, seconds);
     }
 
-    fn clock(&self) -> PathBuf {
-        self.host.dir().join("clock")
+    /// Starts it with so many descriptors at the most.
+    #[track_caller]
+    pub fn start_with_descriptors(&mut self, most: usize) {
+        let limit = "ulimit -n \"$0\" && exec \"$@\"";
+        let mut words = vec!["sh".to_owned(), "-c".to_owned(), limit.to_owned()];
+        words.push(most.to_string());
+        words.extend(self.words());
+        let command = self.host.program(words).cgroup("agent");
+        self.process = Some(command.spawn("agent"));
+        self.wait_ready();
     }
 
     /// An agent on `host` that has all files of this one, as a copied disk has.
@@ -423,17 +424,6 @@ impl Agent {
     pub fn config(&self) -> PathBuf {
         self.host.dir().join("agent.toml")
     }
-}
-
-/// The library of Debian's `faketime`. Its program would stand between us and the agent.
-fn faketime() -> String {
-    let places = fs::read_dir("/usr/lib").expect("/usr/lib");
-    let mut files = places
-        .filter_map(Result::ok)
-        .map(|place| place.path().join("faketime/libfaketimeMT.so.1"));
-    let file = files.find(|path| path.exists());
-    let file = file.expect("libfaketime; `cargo xtask test` installs it");
-    file.display().to_string()
 }
 
 /// `GET path` over a unix socket.

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use crate::host::Host;
 use crate::metrics::Metrics;
-use crate::process::{Output, Process};
+use crate::process::{Cmd, Output, Process};
 use crate::site::Site;
 use crate::wait::{SOON, check, wait_until};
-use crate::{agent, binary};
+use crate::{agent, binary, clock};
 
 /// The trust domain of every site.
 pub const TRUST_DOMAIN: &str = "corp.test";
@@ -57,6 +57,23 @@ impl Control {
     /// Starts it again after it was stopped or killed.
     #[track_caller]
     pub fn run(&mut self) {
+        self.run_as(self.to_run());
+    }
+
+    /// The same with a wall clock that [`Self::step_clock`] steps; nothing else of the host sees it.
+    #[track_caller]
+    pub fn run_off_clock(&mut self, seconds: i64) {
+        self.step_clock(seconds);
+        self.run_as(clock::off(self.to_run(), &self.host));
+    }
+
+    /// From now on the wall clock of a control that was started off the clock is so many seconds off.
+    #[track_caller]
+    pub fn step_clock(&self, seconds: i64) {
+        clock::step(&self.host, seconds);
+    }
+
+    fn to_run(&self) -> Cmd {
         let command = self.host.program([
             self.program(),
             "run".to_owned(),
@@ -67,7 +84,12 @@ impl Control {
             "--listen".to_owned(),
             format!("[{}]:7440", self.host.v6()),
         ]);
-        let mut process = command.cgroup("control").spawn("control");
+        command.cgroup("control")
+    }
+
+    #[track_caller]
+    fn run_as(&mut self, command: Cmd) {
+        let mut process = command.spawn("control");
         wait_until("control to answer", SOON, || {
             process.is_alive().unwrap_or_else(|e| panic!("{e}"));
             let status = self.meshctl("status");

@@ -9,6 +9,7 @@ pub mod app;
 pub mod attack;
 pub mod bench;
 pub mod cgroup;
+mod clock;
 pub mod control;
 pub mod demo;
 pub mod facts;

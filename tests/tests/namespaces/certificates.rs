@@ -7,12 +7,12 @@ use mesh_api::header::{Header, StreamKind};
 use mesh_api::proto::{TrustBundle, TrustDomainRoots};
 use mesh_api::stored::{seal, unseal};
 use mesh_core::reason::Reason;
-use meshwork_tests::agent::MESH_PORT;
-use meshwork_tests::control::TRUST_DOMAIN;
+use meshwork_tests::agent::{Agent, MESH_PORT};
+use meshwork_tests::control::{Control, TRUST_DOMAIN};
 use meshwork_tests::mesh::{Authority, Credential, knock, knock_plaintext, open_stream};
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::pair::{Pair, mesh_name, spiffe};
+use crate::pair::{Pair, mesh_name, owner, spiffe};
 
 const UID: &str = "00112233445566778899aabbccddeeff";
 /// Valid since yesterday, until tomorrow.
@@ -130,17 +130,31 @@ fn a_root_of_one_trust_domain_vouches_for_no_other() {
     }
 }
 
-/// A wall clock that steps costs no trust that it need not, and what it costs comes back with it.
+/// A wall clock that steps costs no trust that it need not, and what it costs comes back with it: the caller's.
 #[test]
-fn clocks_that_step_by_minutes_and_by_a_day_are_outlived() {
-    let mut pair = Pair::new("clocks_that_step");
+fn a_callers_clock_that_steps_by_minutes_and_by_a_day_is_outlived() {
+    let mut pair = Pair::new("a_callers_clock_that_steps");
     let _web = pair.web("http", "");
-    pair.client.stop();
-    pair.client.start_off_clock(0);
+    steps_are_outlived(&mut pair, [|p| &mut p.client, |p| &mut p.server]);
+}
+
+/// The same where the called host's clock steps, by which callers are judged.
+#[test]
+fn a_called_hosts_clock_that_steps_by_minutes_and_by_a_day_is_outlived() {
+    let mut pair = Pair::new("a_called_hosts_clock_that_steps");
+    let _web = pair.web("http", "");
+    steps_are_outlived(&mut pair, [|p| &mut p.server, |p| &mut p.client]);
+}
+
+type Side = fn(&mut Pair) -> &mut Agent;
+
+fn steps_are_outlived(pair: &mut Pair, [stepped, other]: [Side; 2]) {
+    stepped(pair).stop();
+    stepped(pair).start_off_clock(0);
     let call = format!("curl -sS -m 10 -i http://{}/", mesh_name("web"));
     let answer = |pair: &mut Pair| {
         // Its connections go with it: the next call is a handshake, judged by the clocks of now.
-        pair.server.kill_worker();
+        other(pair).kill_worker();
         pair.cmd(&call).output()
     };
     let signed = |pair: &Pair| {
@@ -149,30 +163,88 @@ fn clocks_that_step_by_minutes_and_by_a_day_are_outlived() {
             .sum("mesh_control_leaves_signed_total", &[])
     };
     for seconds in [300, -300, 86_400, 0] {
-        pair.client.step_clock(seconds);
-        let before = signed(&pair);
+        stepped(pair).step_clock(seconds);
+        let before = signed(pair);
         wait_until(&format!("calls at {seconds:+} s"), SOON, || {
-            let got = answer(&mut pair);
+            let got = answer(pair);
             check(got.stdout.ends_with("hello\n"), got.to_string())
         });
         // What is signed anew is not new by that clock, and must not be asked for again and again.
-        let made = signed(&pair) - before;
+        let made = signed(pair) - before;
         assert!(made < 20.0, "{made} certificates at {seconds:+} s");
     }
     // A day behind, nothing is valid yet, and that is said; nobody is believed on the off chance.
-    pair.client.step_clock(-86_400);
+    stepped(pair).step_clock(-86_400);
     wait_until("a refusal", SOON, || {
-        let got = answer(&mut pair);
-        let said = ["certificate_expired", "no_identity"]
+        let got = answer(pair);
+        let said = ["certificate_expired", "no_identity", "peer_handshake"]
             .iter()
             .any(|reason| got.stdout.contains(&format!("x-meshwork-reason: {reason}")));
         check(said, got.to_string())
     });
-    pair.client.step_clock(0);
+    let judged = stepped(pair);
+    assert!(0.0 < judged.refused("certificate_expired") + judged.refused("no_identity"));
+    judged.step_clock(0);
     wait_until("calls by the right clock", SOON, || {
-        let got = answer(&mut pair);
+        let got = answer(pair);
         check(got.stdout.ends_with("hello\n"), got.to_string())
     });
+}
+
+/// Control's clock is in what it signs, and judges agents. Five minutes more or less cost nothing. By a day, who has a
+/// certificate goes on, and who has none gets none that is of use, which is said; a workload that comes when the clock is
+/// right again is served. What was signed a day ahead begins to be valid only then: see `check`.
+#[test]
+fn controls_clock_that_steps_by_a_day_costs_new_certificates_only() {
+    let mut pair = Pair::new("controls_clock_that_steps");
+    let _web = pair.web("http", "");
+    pair.control.stop();
+    pair.control.run_off_clock(0);
+    let call = format!("curl -sS -m 10 -i http://{}/", mesh_name("web"));
+    // A workload that has no certificate yet.
+    let new = |pair: &Pair, name: &str| {
+        pair.client.serve(name, &owner(name), &[]);
+        // Agents may have to find back to control first.
+        wait_until(&format!("calls of {name}"), Control::NOTICED * 2, || {
+            let got = pair.client.host.cmd(&call).cgroup(name).output();
+            check(got.stdout.ends_with("hello\n"), got.to_string())
+        });
+    };
+    let old = |pair: &mut Pair, seconds: i64| {
+        pair.client.kill_worker();
+        wait_until(&format!("calls at {seconds:+} s"), SOON, || {
+            let got = pair.cmd(&call).output();
+            check(got.stdout.ends_with("hello\n"), got.to_string())
+        });
+    };
+    for (seconds, name) in [(300, "ahead"), (-300, "behind")] {
+        pair.control.step_clock(seconds);
+        old(&mut pair, seconds);
+        new(&pair, name);
+    }
+    for (seconds, name) in [(86_400, "day-ahead"), (-86_400, "day-behind")] {
+        pair.control.step_clock(seconds);
+        let before = pair.control.refused("certificate_expired");
+        old(&mut pair, seconds);
+        let unknown = pair.client.refused("no_identity");
+        pair.client.serve(name, &owner(name), &[]);
+        wait_until(&format!("the refusal of {name}"), SOON, || {
+            let got = pair.client.host.cmd(&call).cgroup(name).output();
+            assert!(!got.stdout.ends_with("hello\n"), "{got}");
+            let refused = got.stdout.contains("x-meshwork-reason: peer_handshake");
+            let unknown = unknown < pair.client.refused("no_identity");
+            check(refused || unknown, got.to_string())
+        });
+        wait_until("that to be told", SOON, || {
+            // Behind, control takes no agent's certificate, and tells none its time.
+            let refused = before < pair.control.refused("certificate_expired");
+            let said = pair.client.command("check").stdout;
+            let failed = |line: &str| line.starts_with("FAILED") && line.contains(" clock ");
+            check(refused || said.lines().any(failed), said)
+        });
+        pair.control.step_clock(0);
+        new(&pair, &format!("after-{name}"));
+    }
 }
 
 /// Control shows itself at the mesh port to prove addresses. That gives it no right to call anything.
@@ -281,7 +353,7 @@ fn a_server_with_another_identity_is_not_called() {
     // The same identity, but from another host: the right name under another Source.
     let token = meshwork_tests::control::TokenOptions::default();
     let mut other = pair.control.join(&pair.site.host("other"), &token);
-    other.serve("web", &crate::pair::owner("web"), &[(80, "http")]);
+    other.serve("web", &owner("web"), &[(80, "http")]);
     pair.control.wait_endpoints("shop/web", 1);
     let _gotcha = meshwork_tests::servers::nginx(&other.host, "gotcha", 81, "");
     let mut server = pair.server;
