@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use meshwork_tests::agent::{Agent, MESH_PORT};
-use meshwork_tests::control::TRUST_DOMAIN;
+use meshwork_tests::control::{TRUST_DOMAIN, TokenOptions};
 use meshwork_tests::mesh::{Authority, announced};
-use meshwork_tests::process::Process;
+use meshwork_tests::process::{Cmd, Process};
 use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::pair::{Pair, mesh_name, owner, spiffe};
@@ -105,9 +105,13 @@ impl Bound {
     }
 
     fn call(&self) -> String {
-        let script = CALL.replace("NAME", &mesh_name("echo"));
-        let command = self.pair.client.host.python("call", &script);
-        command.cgroup("client").ok().trim().to_owned()
+        call(|script| {
+            self.pair
+                .client
+                .host
+                .python("call", script)
+                .cgroup("client")
+        })
     }
 
     /// A call that goes through when there is room again.
@@ -118,6 +122,12 @@ impl Bound {
             check(answer == "hello", answer)
         });
     }
+}
+
+/// How a call ends of whoever `who` says.
+fn call(who: impl FnOnce(&str) -> Cmd) -> String {
+    let script = CALL.replace("NAME", &mesh_name("echo"));
+    who(&script).ok().trim().to_owned()
 }
 
 #[track_caller]
@@ -255,6 +265,75 @@ fn out_of_descriptors_the_called_agent_refuses_calls_and_keeps_those_it_has() {
     assert!(reached(server, "descriptors") >= 1.0);
     holder.tell("until");
     holder.tell("go");
+    holder.wait("go on");
+    holder.tell("leave");
+    bound.wait_call();
+}
+
+/// What descriptors an agent has in the two tests that follow: few, so that they are filled at once.
+const DESCRIPTORS: usize = 1024;
+
+/// A workload that takes all descriptors that it gets of its own host's agent leaves some for others: what one may have is a
+/// part of what the process has. Where nothing is kept for others, since it was taken away behind the agent's back, they are
+/// locked out.
+#[test]
+fn who_takes_descriptors_at_its_own_agent_leaves_some_for_others() {
+    let mut bound = Bound::new("descriptors_at_the_calling_side");
+    bound.pair.client.stop();
+    bound.pair.client.start_with_descriptors(DESCRIPTORS);
+    bound.pair.wait_name("echo");
+    let client = &bound.pair.client;
+    let other = || call(|script| client.host.python("call", script).user(20_001));
+    let holder = Holder::start(&bound, 9000);
+    holder.wait("refused");
+    assert!(holder.open() >= 64, "{}", holder.process.log());
+    assert_eq!(bound.call(), "ConnectionResetError");
+    for _ in 0..3 {
+        assert_eq!(other(), "hello");
+    }
+    set_descriptors(client, spare(client) + 1);
+    assert_eq!(other(), "ConnectionResetError", "it needs none");
+    set_descriptors(client, DESCRIPTORS);
+    assert_eq!(other(), "hello");
+    for word in ["until", "go"] {
+        holder.tell(word);
+    }
+    holder.wait("go on");
+    holder.tell("leave");
+    bound.wait_call();
+}
+
+/// The same of a host that takes them at the agent it calls.
+#[test]
+fn who_takes_descriptors_at_the_called_agent_leaves_some_for_other_hosts() {
+    let mut bound = Bound::new("descriptors_at_the_called_side");
+    bound.pair.server.stop();
+    bound.pair.server.start_with_descriptors(DESCRIPTORS);
+    bound.pair.control.wait_endpoints("shop/echo", 1);
+    let host = bound.pair.site.host("other");
+    let _other = bound.pair.control.join(&host, &TokenOptions::default());
+    let other = || call(|script| host.python("call", script));
+    wait_until("the other host's call", SOON, || {
+        let answer = other();
+        check(answer == "hello", answer)
+    });
+    bound.wait_call();
+    let server = &bound.pair.server;
+    let holder = Holder::start(&bound, 9000);
+    holder.wait("refused");
+    assert!(holder.open() >= 64, "{}", holder.process.log());
+    assert_eq!(bound.call(), "ConnectionResetError");
+    assert!(reached(server, "calls") >= 1.0);
+    for _ in 0..3 {
+        assert_eq!(other(), "hello");
+    }
+    set_descriptors(server, spare(server) + 1);
+    assert_eq!(other(), "ConnectionResetError", "it needs none");
+    set_descriptors(server, DESCRIPTORS);
+    assert_eq!(other(), "hello");
+    for word in ["until", "go"] {
+        holder.tell(word);
+    }
     holder.wait("go on");
     holder.tell("leave");
     bound.wait_call();
