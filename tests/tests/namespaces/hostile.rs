@@ -9,7 +9,7 @@ use meshwork_tests::agent::{Agent, MESH_PORT};
 use meshwork_tests::control::TRUST_DOMAIN;
 use meshwork_tests::mesh::{Authority, open_stream};
 use meshwork_tests::site::Site;
-use meshwork_tests::wait::{SOON, wait_until};
+use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::pair::{Pair, spiffe};
 
@@ -261,6 +261,53 @@ threading.Event().wait()
         pair.server.refused("overloaded") > 500.0,
         "nothing was shed"
     );
+}
+
+/// What spares others is that handshakes are counted by address: who has many addresses takes all places, for as long as a
+/// handshake may last. (The last quarter is for addresses with few, so it takes more than thirty of them.)
+#[test]
+fn half_open_handshakes_of_many_addresses_take_all_places() {
+    let mut pair = Pair::new("half_open_of_many_addresses");
+    let _web = pair.web("http", "");
+    pair.server.stop();
+    pair.server
+        .configure("[timeouts]\nhandshake_s = 600\n[limits]\nthreads = 1\n");
+    pair.server.start();
+    pair.control.wait_endpoints("shop/web", 1);
+    let rogue = pair.site.host("rogue");
+    rogue.ok("for n in $(seq 100 145); do ip address add 10.77.0.$n/24 dev eth0; done");
+    let script = r#"
+import socket, threading
+all = []
+for n in range(100, 146):
+    for _ in range(260 if n < 103 else 10):
+        s = socket.socket()
+        s.settimeout(2)
+        s.bind(("10.77.0.%d" % n, 0))
+        try:
+            s.connect(("HOST", 7441))
+            s.sendall(b"\x16\x03\x01")
+            all.append(s)
+        except OSError: pass
+print("open", flush=True)
+threading.Event().wait()
+"#;
+    let script = script.replace("HOST", &pair.server.host.v4().to_string());
+    let flood = rogue.python("flood", &script).spawn("flood");
+    wait_until("the flood to stand", SOON, || {
+        check(flood.log().contains("open"), flood.log())
+    });
+    // It has no connection from before.
+    pair.client.kill_worker();
+    let call = format!("curl -sS -m 20 http://{}/", crate::pair::mesh_name("web"));
+    let output = pair.cmd(&call).output();
+    assert!(!output.stdout.contains("hello"), "{output}");
+    assert!(pair.server.refused("overloaded") > 0.0);
+    flood.kill9();
+    wait_until("a call when the flood is gone", SOON, || {
+        let output = pair.cmd(&call).output();
+        check(output.stdout == "hello\n", output.to_string())
+    });
 }
 
 /// What `cargo xtask demo --attack` shows: each attack fails, and an operator can see it.

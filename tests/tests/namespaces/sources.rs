@@ -160,3 +160,38 @@ fn ports_are_the_owners_and_the_transport_is_the_operators() {
         check(output.stdout == "other\n", output.to_string())
     });
 }
+
+/// Two machines from one disk: the second is refused and both are named, and the first goes on. What tells them apart is the
+/// boot: a copy that has that too takes the host's place, which the host sees.
+#[test]
+fn a_clone_is_refused_and_both_are_named() {
+    const OTHER_BOOT: &str = "5c0ffee0-0000-4000-8000-000000000000";
+    let pair = Pair::new("a_clone_is_refused");
+    let _web = pair.web("http", "");
+    let control = &pair.control;
+    let sessions = || control.log().matches("session opened host=client").count();
+    let before = sessions();
+    let mut clone = pair.client.cloned(&pair.site.host("copy"));
+    clone.spawn_in_boot(OTHER_BOOT);
+    wait_until("the clone to be refused", SOON, || {
+        let refused = control.refused("host_cloned");
+        check(refused >= 1.0, control.log())
+    });
+    let boot = pair.client.host.ok("cat /proc/sys/kernel/random/boot_id");
+    let log = control.log();
+    let both = |line: &&str| {
+        let all = ["host_cloned", OTHER_BOOT, boot.trim()];
+        all.iter().all(|part| line.contains(part))
+    };
+    assert!(log.lines().any(|line| both(&line)), "{log}");
+    assert_eq!(sessions(), before, "it had the host's session");
+    let call = format!("curl -sS -m 10 http://{}/", mesh_name("web"));
+    assert_eq!(pair.ok(&call), "hello\n");
+    clone.kill9();
+    // The same boot, as far as control can see.
+    clone.spawn();
+    wait_until("the copy to have the host's session", SOON, || {
+        check(before < sessions(), control.log())
+    });
+    clone.kill9();
+}
