@@ -6,6 +6,8 @@ mod control;
 mod crash;
 #[path = "booted/discover.rs"]
 mod discover;
+#[path = "booted/early.rs"]
+mod early;
 #[path = "booted/join.rs"]
 mod join;
 #[path = "booted/life.rs"]

@@ -225,7 +225,7 @@ fn every_line_about_interception_has_a_test() {
         } else if in_table && !line.starts_with("|---") {
             rows += 1;
             let tests: Vec<&str> = last.split('`').skip(1).step_by(2).collect();
-            if tests.is_empty() || !tests.iter().all(|test| is_namespaces_test(test)) {
+            if tests.is_empty() || !tests.iter().all(|test| is_hosts_test(test)) {
                 wrong.push(line);
             }
         }
@@ -233,18 +233,20 @@ fn every_line_about_interception_has_a_test() {
     assert!(rows > 30, "only {rows} lines were found");
     assert!(
         wrong.is_empty(),
-        "docs/interception.md: these lines name no test of tests/tests/namespaces/: {wrong:#?}"
+        "docs/interception.md: these lines name no test of tests/tests/namespaces/ or booted/: {wrong:#?}"
     );
 }
 
-/// `module::function` of the namespaces tier.
-fn is_namespaces_test(name: &str) -> bool {
+/// `module::function` of the namespaces or booted tier.
+fn is_hosts_test(name: &str) -> bool {
     let Some((module, function)) = name.split_once("::") else {
         return false;
     };
-    let file = root().join(format!("tests/tests/namespaces/{module}.rs"));
-    let text = fs::read_to_string(file).unwrap_or_default();
-    text.contains(&format!("#[test]\nfn {function}()"))
+    ["namespaces", "booted"].iter().any(|tier| {
+        let file = root().join(format!("tests/tests/{tier}/{module}.rs"));
+        let text = fs::read_to_string(file).unwrap_or_default();
+        text.contains(&format!("#[test]\nfn {function}()"))
+    })
 }
 
 /// Every constant that bounds the data path stands in docs/reference.md with its value.
