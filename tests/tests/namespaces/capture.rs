@@ -158,19 +158,22 @@ fn a_listener_that_is_dialled_directly_refuses() {
         .map(|pid| format!("pid={pid},"))
         .collect();
     let sockets = client.ok("ss -Hltnp");
-    let ports: Vec<&str> = sockets
+    let listeners: Vec<&str> = sockets
         .lines()
         .filter(|line| pids.iter().any(|pid| line.contains(pid.as_str())))
-        .filter_map(|line| line.split_whitespace().nth(3)?.strip_prefix("127.0.0.1:"))
+        .filter_map(|line| line.split_whitespace().nth(3))
+        .filter(|at| at.starts_with("127.0.0.1:") || at.starts_with("[::1]:"))
         .collect();
-    assert!(
-        !ports.is_empty(),
-        "the agent has no listener on loopback: {sockets}"
-    );
-    for port in ports {
+    for family in ["127.0.0.1:", "[::1]:"] {
+        assert!(
+            listeners.iter().any(|at| at.starts_with(family)),
+            "the agent has no listener on {family} {sockets}"
+        );
+    }
+    for at in listeners {
         let before = pair.client.refused("not_captured");
         let output = pair
-            .cmd(&format!("curl -sS -m 10 -i http://127.0.0.1:{port}/"))
+            .cmd(&format!("curl -sS -m 10 -i http://{at}/"))
             .output();
         assert!(!output.stdout.contains("hello"), "{output}");
         pair.client.wait_refused("not_captured", before);

@@ -4,6 +4,7 @@ use meshwork_tests::agent::{Agent, Owner};
 use meshwork_tests::control::TokenOptions;
 use meshwork_tests::host::Host;
 use meshwork_tests::process::Cmd;
+use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::pair::{Pair, owner, spiffe, spiffe_host};
@@ -96,6 +97,17 @@ fn a_local_port_or_socket_belongs_to_one_workload() {
 
     // They outlive a worker and the agent, and are another file's to take only when the first has given them up.
     pair.client.kill_worker();
+    wait_hello("its port", || by_port(&host, 15_080).cgroup("client"));
+    wait_hello("its socket", || by_socket(&host, &socket).cgroup("client"));
+    pair.client.kill9();
+    let without_agent = || by_port(&host, 15_080).cgroup("client");
+    assert_eq!(got(without_agent()), "7\n");
+    assert_eq!(got(by_socket(&host, &socket).cgroup("client")), "7\n");
+    let taken = "location / { return 200 \"taken\\n\"; }";
+    let other = servers::nginx(&host, "other", 15_080, taken);
+    assert_eq!(got(without_agent()), "taken\n0\n");
+    drop(other);
+    pair.client.start();
     wait_hello("its port", || by_port(&host, 15_080).cgroup("client"));
     wait_hello("its socket", || by_socket(&host, &socket).cgroup("client"));
     let thief = file.replace("/client\"", "/thief\"");

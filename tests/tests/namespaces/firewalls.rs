@@ -74,6 +74,49 @@ impl Strict {
     }
 }
 
+impl Strict {
+    /// Plaintext callers that the door has counted, from the stranger's address of one family.
+    fn counted(&self, v6: bool) -> f64 {
+        let stranger = &self.stranger;
+        let source = if v6 {
+            stranger.v6().to_string()
+        } else {
+            stranger.v4().to_string()
+        };
+        let metrics = self.pair.server.metrics();
+        metrics.sum("mesh_plaintext_callers_total", &[("src", &source)])
+    }
+
+    /// One call over IPv6 that the door refuses, until it is counted: so is then all that came before.
+    #[track_caller]
+    fn settle(&self) {
+        let before = self.counted(true);
+        let line = format!("curl -sS -m 5 http://[{}]/", self.pair.server.host.v6());
+        let output = self.stranger.run(&line);
+        assert_eq!(output.code(), 7, "{output}");
+        wait_until("the door to count", SOON, || {
+            let now = self.counted(true);
+            check(before < now, format!("{now}"))
+        });
+    }
+
+    /// What the firewall does not let in does not reach the door.
+    #[track_caller]
+    fn closed_is_not_counted(&self, close: impl FnOnce(), open: impl FnOnce()) {
+        self.settle();
+        let before = self.counted(false);
+        close();
+        let got = self.plaintext(80);
+        assert!(!got.ends_with("\n0\n"), "{got}");
+        open();
+        self.settle();
+        assert_eq!(self.counted(false), before, "it reached the door");
+        assert!(self.plaintext(80).ends_with("7\n"));
+        self.settle();
+        assert!(before < self.counted(false), "this test sees no caller");
+    }
+}
+
 #[test]
 fn what_others_take_away_is_put_back() {
     let strict = Strict::new("what_others_take_away");
@@ -125,6 +168,7 @@ fn ufw_and_the_mesh_leave_each_other_alone() {
     }
     ufw("--force enable");
     strict.holds("with ufw");
+    strict.closed_is_not_counted(|| ufw("delete allow 80/tcp"), || ufw("allow 80/tcp"));
     ufw("reload");
     strict.holds("after its reload");
     // It does its own work: what it does not allow is dropped, here as before.
@@ -169,6 +213,15 @@ fn firewalld_and_the_mesh_leave_each_other_alone() {
         check(state.stdout == "running\n", state.to_string())
     });
     strict.holds("with firewalld");
+    let change = |words: &str| {
+        with_bus(&format!("firewall-cmd {words}"))
+            .deadline(TOOL_MAX)
+            .ok();
+    };
+    strict.closed_is_not_counted(
+        || change("--remove-port=80/tcp"),
+        || change("--add-port=80/tcp"),
+    );
     // A reload takes its table away and makes it anew.
     let handle = || host.ok("nft -a list table inet firewalld | head -1");
     let before = handle();

@@ -37,6 +37,20 @@ fn facts(host: &Host) -> BTreeSet<String> {
     })
 }
 
+/// Whether a command that must fail sends a SYN by way of `gateway`.
+fn watch_gateway(gateway: &Host, from: &Host, command: &str) -> bool {
+    gateway.ok(&format!(
+        "nft 'add table inet watch; add chain inet watch in {{ type filter hook prerouting priority -400; }}; \
+         add rule inet watch in ip saddr {} tcp dport 80 counter'",
+        from.v4()
+    ));
+    let output = from.run(command);
+    assert!(!output.status.success(), "{output}");
+    let seen = gateway.ok("nft list table inet watch");
+    gateway.ok("nft delete table inet watch");
+    !seen.contains("packets 0 ")
+}
+
 #[test]
 fn leaving_removes_every_trace() {
     let site = Site::new("leaving_removes_every_trace");
@@ -61,11 +75,23 @@ fn leaving_removes_every_trace() {
         "an agent that changes nothing captures nothing"
     );
     agent.stop();
-    let fail_closed = host.run(&format!("ip route get {}", "252.64.0.2")).stdout;
+    // Also where there is a way to all other addresses.
+    let gateway = control.host.v4();
+    host.ok(&format!("ip route add default via {gateway}"));
+    let way = |to: &str| host.ok(&format!("ip route get {to}"));
+    let other = way("192.0.2.1");
+    assert!(other.contains(&gateway.to_string()), "{other}");
+    let fail_closed = way("252.64.0.2");
     assert!(
         fail_closed.contains("mesh0"),
         "a stopped agent opens the range: {fail_closed}"
     );
+    let call = "curl -sS -m 5 http://252.64.0.2/";
+    let gone = watch_gateway(&control.host, &host, call);
+    assert!(!gone, "a call to the range left the host");
+    let gone = watch_gateway(&control.host, &host, "curl -sS -m 1 http://192.0.2.1/");
+    assert!(gone, "this test sees nothing leave");
+    host.ok(&format!("ip route delete default via {gateway}"));
     let leave = agent.command("leave");
     leave.ok();
     drop(web);
