@@ -403,7 +403,7 @@ async fn ask(thread: &Rc<Thread>, service: &ServiceName) -> Result<Arc<Vec<Endpo
     let mut reader = thread.view.clone();
     let answer = async {
         reader
-            .wait_for(|view| view.endpoints.contains_key(service))
+            .wait_for(|view| view.is_settled(service))
             .await
             .map(|view| known(&view, service))
     };

@@ -487,6 +487,10 @@ impl Shell {
             );
         }
         self.status.last_error = Some(ended);
+        // The first that is dialled in vain: until then calls wait for the answer.
+        if !self.session.is_live() && self.links.view.now().live {
+            self.links.view.change(|view| view.live = false);
+        }
     }
 
     fn send(&mut self, what: Outgoing, persisted: Persisted) {

@@ -43,11 +43,16 @@ pub(crate) struct View {
     pub(crate) leaves: Arc<Leaves>,
     /// What must no more be believed, of this host too. `None`: it is not known, and nobody is believed.
     pub(crate) revoked: Option<Arc<Revocations>>,
-    /// Whether the session with control is live: only then is it worth waiting for an answer.
+    /// Whether the session with control is live, or dialled for the first time: only then is it worth waiting for an answer.
     pub(crate) live: bool,
 }
 
 impl View {
+    /// Nothing more comes of waiting for the endpoints of a service.
+    pub(crate) fn is_settled(&self, service: &ServiceName) -> bool {
+        self.endpoints.contains_key(service) || !self.live
+    }
+
     /// The certificate of an identity that this host may speak for.
     pub(crate) fn leaf(&self, identity: &Identity) -> Result<&Arc<Leaf>, Reason> {
         let revoked = self.revoked.as_ref().ok_or(Reason::RevocationsUnknown)?;

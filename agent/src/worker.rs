@@ -230,7 +230,7 @@ impl Parts {
             reals: Arc::new(state.reals()),
             leaves: Arc::new(Leaves::default()),
             revoked: Some(Arc::default()),
-            live: false,
+            live: true,
         });
         Ok(Self {
             state,

@@ -117,7 +117,7 @@ impl Sources {
                 return None;
             }
         }
-        let answer = reader.wait_for(|view| view.endpoints.contains_key(service));
+        let answer = reader.wait_for(|view| view.is_settled(service));
         let answer = tokio::time::timeout(self.config.data().hold, answer).await;
         answer.ok()?.ok()?.endpoints.get(service).cloned()
     }
