@@ -126,14 +126,21 @@ impl Control {
     /// Runs `meshctl` as the administrator that `init` made.
     #[track_caller]
     pub fn meshctl(&self, words: &str) -> Output {
+        self.to_meshctl(words).output()
+    }
+
+    /// The same by the wall clock of a control that was started off the clock.
+    #[track_caller]
+    pub fn meshctl_off_clock(&self, words: &str) -> Output {
+        clock::off(self.to_meshctl(words), &self.host).output()
+    }
+
+    fn to_meshctl(&self, words: &str) -> Cmd {
         let meshctl = binary("meshctl").display().to_string();
         let context = self.state_dir().join("admin.yaml");
+        let context = context.display();
         self.host
-            .cmd(&format!(
-                "{meshctl} --context {} {words}",
-                context.display()
-            ))
-            .output()
+            .cmd(&format!("{meshctl} --context {context} {words}"))
     }
 
     /// A list of `meshctl get … -o json`.

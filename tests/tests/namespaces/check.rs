@@ -244,3 +244,59 @@ fn a_firewall_before_the_mesh_port_is_named() {
     });
     drop(nginx);
 }
+
+/// What people must replace is told where they look, in time, and more pressingly as the end comes near.
+#[test]
+fn an_authority_near_its_end_is_named() {
+    const DAY: i64 = 24 * 3600;
+    let site = Site::new("check_authority");
+    let mut control = Control::start(&site);
+    // The issuer lives for a year.
+    for (days, alarm, verdict) in [
+        (300, None, "ok"),
+        (306, Some("plan"), "warning"),
+        (336, Some("act"), "warning"),
+        (359, Some("urgent"), "failed"),
+    ] {
+        control.stop();
+        control.run_off_clock(days * DAY);
+        let left = |certificate: &str| {
+            let labels = [("certificate", certificate)];
+            let metrics = control.metrics();
+            let seconds = metrics.sum("mesh_control_certificate_remaining_seconds", &labels);
+            (seconds / DAY as f64).round() as i64
+        };
+        assert_eq!((left("issuer"), left("root")), (365 - days, 3650 - days));
+        let status = control.meshctl_off_clock("status -o json").ok();
+        let status: Value = serde_json::from_str(&status).unwrap();
+        let certificates = status["certificates"].as_array().unwrap();
+        let issuer = certificates.iter().find(|c| c["name"] == "issuer").unwrap();
+        assert_eq!(issuer["alarm"].as_str(), alarm, "{days}: {status}");
+        let output = control.meshctl_off_clock("check -o json");
+        let value: Value = serde_json::from_str(&output.stdout).unwrap();
+        let checks = value["checks"].as_array().unwrap();
+        let found = checks.iter().find(|c| c["name"] == "certificates").unwrap();
+        assert_eq!(found["verdict"], verdict, "{days}: {found}");
+        let named = found["details"].to_string().contains("the issuer ends ");
+        assert_eq!(named, alarm.is_some(), "{days}: {found}");
+        assert_eq!(output.status.success(), verdict != "failed", "{output}");
+    }
+}
+
+/// A leaf that should have been renewed and was not.
+#[test]
+fn a_leaf_near_its_end_is_named() {
+    let mut pair = Pair::new("check_leaf");
+    let _web = pair.web("http", "");
+    called(&pair);
+    wait_only(&pair.client, &[]);
+    pair.age_the_clients_leaf();
+    wait_until("the leaf to be named", SOON, || {
+        let (verdict, found) = &checks(&pair.client)["certificates"];
+        let named = found.contains("little life is left") && found.contains("shop/client");
+        check(verdict == "warning" && named, format!("{verdict}: {found}"))
+    });
+    pair.control.run();
+    pair.wait_for_the_clients_second_leaf();
+    wait_only(&pair.client, &[]);
+}

@@ -240,6 +240,10 @@ fn calls_are_counted_by_the_rule_of_now_and_nothing_else_is() {
     apply("audit", "boss", "shop/boss");
     call();
     assert_eq!((counted("web", "audited"), all()), (1.0, 3.0));
+    let said = "would be refused if enforce were on";
+    wait_until("that to be logged", SOON, || {
+        check(pair.server.log().contains(said), pair.server.log())
+    });
     for rule in ["third", "fourth", "fifth"] {
         apply("on", rule, "shop/client");
     }

@@ -340,6 +340,46 @@ fn a_restored_control_hears_from_agents_what_was_revoked() {
     assert!(refused.stderr.contains("token_revoked"), "{refused}");
 }
 
+/// The backup is older than the revocation; the store that it replaces knows it, and so do that one's exports. No agent says it.
+#[test]
+fn a_restore_keeps_what_the_store_or_its_exports_had_revoked() {
+    let scene = scene("a_restore_keeps");
+    let Scene { mut pair, held, .. } = scene;
+    let file = pair.control.host.dir().join("backup");
+    pair.control
+        .meshctl(&format!("backup --out {}", file.display()))
+        .ok();
+    pair.control
+        .meshctl("revoke workload shop/client --host client")
+        .ok();
+    wait_log(&held, "reset");
+    pair.client.stop();
+    pair.server.stop();
+    pair.control.stop();
+    let (host, state) = (&pair.control.host, pair.control.state_dir());
+    let restored = |left: &str, gone: &str, more: &str| {
+        let copy = host.dir().join(left).display().to_string();
+        host.ok(&format!(
+            "cp -a {} {copy} && rm -r {copy}/{gone}",
+            state.display()
+        ));
+        let restored = host.ok(&format!(
+            "{} restore {} --state-dir {copy} {more}",
+            meshwork_tests::binary("mesh-control").display(),
+            file.display(),
+        ));
+        assert!(restored.contains("1 revocations"), "{left}: {restored}");
+        copy
+    };
+    restored("exports", "store", "");
+    let copy = restored("store", "exports", "--force");
+    host.ok(&format!("rm -r {0} && mv {copy} {0}", state.display()));
+    pair.control.run();
+    let listed = pair.control.get("revocations");
+    let kept = listed.iter().any(|r| r["spec"]["account"] == "shop/client");
+    assert!(kept, "{listed:?}");
+}
+
 /// The credential of its agent has ended, and so have its certificates; the key is the one that joined.
 #[test]
 fn a_host_that_was_off_for_forty_days_comes_back_without_a_token() {
