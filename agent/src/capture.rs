@@ -461,10 +461,10 @@ impl Capture {
         armed.map_err(|source| self.door_error("make the input door refuse", source))
     }
 
-    /// The gateways of the host's default routes that are there; each is asked whether it still is.
-    pub(crate) fn ask_gateways(&self) -> io::Result<Vec<Gateway>> {
+    /// The gateways of the host's default routes that answer.
+    pub(crate) fn gateways(&self) -> io::Result<Vec<Gateway>> {
         let enabled = self.tables.is_some();
-        enabled.then(gateways::ask).unwrap_or(Ok(Vec::new()))
+        enabled.then(gateways::answering).unwrap_or(Ok(Vec::new()))
     }
 
     /// Before others are applied: the guard must not refuse what the door then lets in, and must refuse plaintext to

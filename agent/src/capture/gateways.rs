@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +22,11 @@ const NEXT_HOP: usize = 8;
 const NDA_DST: u16 = 1;
 /// As if a packet were sent to it.
 const NTF_USE: u8 = 0x01;
+const NTF_EXT_LEARNED: u8 = 0x10;
+
+/// A router answers within milliseconds; the holder does nothing else meanwhile.
+const ANSWER_MAX: Duration = Duration::from_millis(500);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 const NUD_REACHABLE: u16 = 0x02;
 const NUD_STALE: u16 = 0x04;
@@ -40,41 +46,81 @@ pub(crate) struct Gateway {
     link: u32,
 }
 
-/// Those that the kernel has a link address of; each is asked now whether it is still there (RFC 4861 §7.3 for IPv6, and
-/// the same by ARP), which takes 3 s where nobody answers.
-pub(super) fn ask() -> io::Result<Vec<Gateway>> {
-    let mut kernel = Connection::open(netlink_sys::protocols::NETLINK_ROUTE)?;
+/// Those that answer now: whoever is known is asked for its link address (RFC 4861 §7.3 for IPv6, and the same by ARP), and has
+/// [`ANSWER_MAX`].
+pub(super) fn answering() -> io::Result<Vec<Gateway>> {
+    let mut kernel = open()?;
     let mut known = Vec::new();
     for gateway in defaults(&mut kernel)? {
-        let state = state(&mut kernel, gateway)?;
-        if state & KNOWN == 0 {
-            continue;
-        }
-        known.push(gateway);
-        if state & (NUD_NOARP | NUD_PERMANENT) == 0 {
-            let probe = (NUD_PROBE, 0);
-            kernel.request(&neighbour(RTM_NEWNEIGH, REPLACE, gateway, probe))?;
+        if state(&mut kernel, gateway)? & KNOWN != 0 {
+            known.push(gateway);
         }
     }
-    Ok(known)
+    probe(&mut kernel, &known)?;
+    let until = Instant::now() + ANSWER_MAX;
+    loop {
+        let mut all = true;
+        for gateway in &known {
+            all &= state(&mut kernel, *gateway)? & ANSWERED != 0;
+        }
+        if all || until <= Instant::now() {
+            break;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    let mut found = Vec::new();
+    for gateway in known {
+        if state(&mut kernel, gateway)? & ANSWERED != 0 {
+            found.push(gateway);
+        }
+    }
+    Ok(found)
 }
 
-/// The first of these that has not answered since it was asked; where the kernel gave it up, it is asked again. One that is no
+/// Asks these again.
+pub(crate) fn ask(gateways: &[Gateway]) -> io::Result<()> {
+    if gateways.is_empty() {
+        return Ok(());
+    }
+    probe(&mut open()?, gateways)
+}
+
+/// The first of these that has not answered since it was asked; where the kernel asks no more, it is told to. One that is no
 /// default route's any more is not waited for.
 pub(crate) fn silent(asked: &[Gateway]) -> io::Result<Option<IpAddr>> {
-    let mut kernel = Connection::open(netlink_sys::protocols::NETLINK_ROUTE)?;
+    if asked.is_empty() {
+        return Ok(None);
+    }
+    let mut kernel = open()?;
     let defaults = defaults(&mut kernel)?;
     for gateway in asked.iter().filter(|gateway| defaults.contains(gateway)) {
         let state = state(&mut kernel, *gateway)?;
-        if state & ANSWERED == 0 {
-            if state & KNOWN == 0 {
-                let wanted = (0, NTF_USE);
-                kernel.request(&neighbour(RTM_NEWNEIGH, CREATE, *gateway, wanted))?;
-            }
-            return Ok(Some(gateway.address));
+        if state & ANSWERED != 0 {
+            continue;
         }
+        if state & KNOWN == 0 {
+            let wanted = (0, NTF_USE);
+            kernel.request(&neighbour(RTM_NEWNEIGH, CREATE, *gateway, wanted))?;
+        } else if state & NUD_PROBE == 0 {
+            probe(&mut kernel, &[*gateway])?;
+        }
+        return Ok(Some(gateway.address));
     }
     Ok(None)
+}
+
+fn open() -> io::Result<Connection> {
+    Connection::open(netlink_sys::protocols::NETLINK_ROUTE)
+}
+
+fn probe(kernel: &mut Connection, gateways: &[Gateway]) -> io::Result<()> {
+    for gateway in gateways {
+        if state(kernel, *gateway)? & (NUD_NOARP | NUD_PERMANENT) == 0 {
+            let probe = (NUD_PROBE, 0);
+            kernel.request(&neighbour(RTM_NEWNEIGH, REPLACE, *gateway, probe))?;
+        }
+    }
+    Ok(())
 }
 
 fn defaults(kernel: &mut Connection) -> io::Result<Vec<Gateway>> {
@@ -140,6 +186,13 @@ fn state(kernel: &mut Connection, gateway: Gateway) -> io::Result<u16> {
     let question = neighbour(RTM_GETNEIGH, 0, gateway, (0, 0));
     let asked = kernel.query(&question, |_, body| {
         state = read_u16(body, 8).unwrap_or_default();
+        // Another program's, which says where it is: nobody may answer for it.
+        if body
+            .get(10)
+            .is_some_and(|flags| flags & NTF_EXT_LEARNED != 0)
+        {
+            state = NUD_PERMANENT;
+        }
     });
     match asked {
         Err(error) if errno_of(&error) == Some(libc::ENOENT) => Ok(0),

@@ -139,6 +139,27 @@ impl Confirmed {
         }
     }
 
+    /// Who must answer when another door was applied, armed like that: who answers before, and who did before a door that is
+    /// on trial still.
+    pub(super) fn gateways(&self, arm: Arm, capture: &Capture) -> Vec<Gateway> {
+        if arm != Arm::For(TRIAL) {
+            return self.gateways.clone();
+        }
+        let mut gateways = capture.gateways().unwrap_or_else(|error| {
+            log::warn!("cannot see whether the default gateways answer: {error}; the new door is not tried by them");
+            Vec::new()
+        });
+        if self.trial_until.is_some() {
+            let before = self.gateways.iter().copied();
+            gateways.extend(
+                before
+                    .filter(|old| !gateways.contains(old))
+                    .collect::<Vec<_>>(),
+            );
+        }
+        gateways
+    }
+
     /// The kernel has them now, armed like that.
     pub(super) fn applied(
         &mut self,
@@ -146,11 +167,15 @@ impl Confirmed {
         wanted: Vec<DoorPort>,
         reals: Vec<Real>,
         arm: Arm,
-        capture: &Capture,
+        gateways: Vec<Gateway>,
     ) {
-        if arm == Arm::For(TRIAL) {
-            self.gateways = asked(capture);
+        if arm == Arm::For(TRIAL)
+            && let Err(error) = gateways::ask(&gateways)
+        {
+            // They are asked again when it is looked whether they answered.
+            log::warn!("cannot ask the default gateways whether they answer: {error}");
         }
+        self.gateways = gateways;
         self.generation = generation;
         self.reached = false;
         self.trial_until = match arm {
@@ -220,13 +245,6 @@ impl Confirmed {
             _ => Ok(()),
         }
     }
-}
-
-fn asked(capture: &Capture) -> Vec<Gateway> {
-    capture.ask_gateways().unwrap_or_else(|error| {
-        log::warn!("cannot ask the default gateways whether they answer: {error}; the new door is not tried by them");
-        Vec::new()
-    })
 }
 
 fn read(file: &Path, config: &HolderConfig) -> anyhow::Result<(Vec<DoorPort>, Vec<Real>)> {
@@ -306,7 +324,8 @@ mod tests {
         capture: &Capture,
     ) -> Arm {
         let arm = confirmed.arm_of(&doors);
-        confirmed.applied(generation, doors, reals(), arm, capture);
+        let gateways = confirmed.gateways(arm, capture);
+        confirmed.applied(generation, doors, reals(), arm, gateways);
         arm
     }
 

@@ -156,6 +156,7 @@ impl Holder<'_> {
         let listener = |number: &u16| made.get(number).or_else(|| self.listeners.get(number));
         let workloads = workloads(&desired.workloads, listener);
         let arm = self.confirmed.arm_of(&doors);
+        let gateways = self.confirmed.gateways(arm, self.capture);
         let confirmed = self.confirmed.doors();
         self.capture.prepare_guard(confirmed, &doors, &reals)?;
         if let Err(error) = self.capture.apply(&workloads, &reals, &doors, arm) {
@@ -167,7 +168,7 @@ impl Holder<'_> {
             return Err(error.into());
         }
         self.confirmed
-            .applied(desired.generation, doors, reals, arm, self.capture);
+            .applied(desired.generation, doors, reals, arm, gateways);
         self.settle();
         self.applied.clone_from(&desired.workloads);
         for listener in made.values() {
