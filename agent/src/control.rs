@@ -34,6 +34,7 @@ use mesh_runtime::tls::trust::SharedTrust;
 use mesh_runtime::tls::verify::{Accept, Verifier};
 use rustls::sign::CertifiedKey;
 use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
@@ -108,6 +109,8 @@ pub(crate) struct Shell {
     heeded: [Option<Stamp>; Kept::ALL.len()],
     /// Of a worker that another has taken over from.
     follower: Option<Follower>,
+    /// The newest bundle that control was told to be in use.
+    acknowledged: u64,
     /// Such a worker does not use yet what this one has on disk.
     followed: bool,
     /// Of what could not be used, and was said.
@@ -150,6 +153,7 @@ impl Shell {
             skewed: false,
             heeded,
             follower: None,
+            acknowledged: links.trust.load().number(),
             followed: true,
             unheeded: Default::default(),
             links,
@@ -209,6 +213,8 @@ impl Shell {
         mut persisted: watch::Receiver<Persisted>,
     ) -> anyhow::Result<Infallible> {
         let mut tidy = tokio::time::interval(TIDY_EVERY);
+        let mut look = tokio::time::interval(HEED_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.obey(&persisted);
             self.publish();
@@ -237,7 +243,7 @@ impl Shell {
                     self.session.handle_applied();
                 }
                 _ = tidy.tick() => self.tidy(),
-                () = tokio::time::sleep(HEED_EVERY), if !self.followed => {
+                _ = look.tick(), if !self.followed => {
                     if persisted.borrow().bundle_number <= self.oldest_bundle() {
                         self.session.handle_applied();
                     }
@@ -489,7 +495,10 @@ impl Shell {
         self.status.last_error = Some(ended);
         // The first that is dialled in vain: until then calls wait for the answer.
         if !self.session.is_live() && self.links.view.now().live {
-            self.links.view.change(|view| view.live = false);
+            self.links.view.change(|view| {
+                view.live = false;
+                view.unreached = true;
+            });
         }
     }
 
@@ -561,7 +570,10 @@ impl Shell {
         }
         if live != was_live {
             self.mirror.contact(now);
-            self.links.view.change(|view| view.live = live);
+            self.links.view.change(|view| {
+                view.live = live;
+                view.unreached &= !live;
+            });
             let channel = self.connection.as_ref().and_then(|c| c.channel.clone());
             self.links.channel.send_replace(channel.filter(|_| live));
         }

@@ -494,6 +494,7 @@ mod tests {
             leaves: Arc::default(),
             revoked: Some(Arc::default()),
             live: true,
+            unreached: false,
         }
     }
 

@@ -642,6 +642,7 @@ mod tests {
             leaves: Arc::new(Leaves::default()),
             revoked: Some(Arc::default()),
             live: false,
+            unreached: false,
         });
         let (sets, sets_at) = watch::channel(set(accounts));
         let (credential_by, credential) = watch::channel(None);

@@ -45,12 +45,14 @@ pub(crate) struct View {
     pub(crate) revoked: Option<Arc<Revocations>>,
     /// Whether the session with control is live, or dialled for the first time: only then is it worth waiting for an answer.
     pub(crate) live: bool,
+    /// Control was dialled in vain, and never reached since the start.
+    pub(crate) unreached: bool,
 }
 
 impl View {
     /// Nothing more comes of waiting for the endpoints of a service.
     pub(crate) fn is_settled(&self, service: &ServiceName) -> bool {
-        self.endpoints.contains_key(service) || !self.live
+        self.endpoints.contains_key(service) || self.unreached
     }
 
     /// The certificate of an identity that this host may speak for.

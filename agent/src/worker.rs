@@ -231,6 +231,7 @@ impl Parts {
             leaves: Arc::new(Leaves::default()),
             revoked: Some(Arc::default()),
             live: true,
+            unreached: false,
         });
         Ok(Self {
             state,
@@ -311,6 +312,7 @@ impl Parts {
             trust: self.trust,
             metrics: Arc::clone(&metrics),
             settings: config.data(),
+            turns: Arc::default(),
         };
         let plane = DataPlane::start(&shared)?;
         if standby {

@@ -98,19 +98,23 @@ impl Shell {
         let oldest = self.oldest_bundle();
         self.followed = ack.bundle_number <= oldest;
         ack.bundle_number = ack.bundle_number.min(oldest);
+        self.acknowledged = ack.bundle_number;
         ack
     }
 
-    /// Of those that this worker has taken over from; none where that can not be told.
+    /// Of those that this worker has taken over from. Where that can not be told, what was said last.
     pub(super) fn oldest_bundle(&self) -> u64 {
-        let oldest = oldest(&self.links.state.followers());
-        oldest.map_or_else(
-            |error| {
-                log::warn!("cannot see which bundle workers use that drain: {error}; control is not told of a newer one");
-                0
-            },
-            |oldest| oldest.unwrap_or(u64::MAX),
-        )
+        match oldest(&self.links.state.followers()) {
+            Ok(oldest) => oldest.unwrap_or(u64::MAX),
+            Err(error) => {
+                if self.followed {
+                    log::warn!(
+                        "cannot see which bundle workers use that drain: {error}; control is told of no newer one"
+                    );
+                }
+                self.acknowledged
+            }
+        }
     }
 }
 

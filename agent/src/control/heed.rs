@@ -21,8 +21,6 @@ impl Shell {
         self.connection = None;
         self.links.channel.send_replace(None);
         self.links.view.change(|view| view.live = false);
-        keeping.await??;
-        self.heeded = self.links.state.stamps();
         // Before another one serves, and tells control what all of us use.
         let number = self.links.trust.load().number();
         match Follower::begin(&self.links.state.followers(), number) {
@@ -31,6 +29,8 @@ impl Shell {
                 "control may be told that this host uses another bundle before this worker does: {error:#}"
             ),
         }
+        keeping.await??;
+        self.heeded = self.links.state.stamps();
         self.links.handing.let_go();
         Ok(())
     }

@@ -515,6 +515,7 @@ mod tests {
             leaves: Arc::default(),
             revoked: Some(Arc::default()),
             live: false,
+            unreached: false,
         })
     }
 
