@@ -100,6 +100,7 @@ pub(crate) struct DataShared {
     pub(crate) trust: SharedTrust,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) settings: DataSettings,
+    pub(crate) turns: Arc<Turns>,
 }
 
 /// A handle on the running threads.
@@ -287,7 +288,7 @@ pub(crate) struct Thread {
     /// How many of them each party has.
     pub(crate) places: RefCell<HashMap<Party, usize>>,
     /// The calls of users.
-    pub(crate) turns: Turns,
+    pub(crate) turns: Arc<Turns>,
     pub(crate) peers_open: Cell<usize>,
     /// Connections of peers that came when the drain had begun: each is told to go elsewhere, none is waited for.
     late: Cell<usize>,
@@ -480,7 +481,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         mesh_tls: Arc::new(mesh_tls),
         held: Cell::new(0),
         places: RefCell::default(),
-        turns: Turns::default(),
+        turns: shared.turns,
         callers: Cell::new(0),
         peers_open: Cell::new(0),
         late: Cell::new(0),

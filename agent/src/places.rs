@@ -1,10 +1,10 @@
 //! Places among the connections of callers, and among the calls of users: a flood of one leaves room for the others.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mesh_api::header::StreamKind;
 
@@ -63,14 +63,17 @@ impl Drop for Place {
     }
 }
 
-/// HTTP/2 requests of users to one host, of all threads. An app takes from one caller what eight connections bear, 800 where it allows
-/// a hundred on each; one user has three quarters of this.
+/// HTTP/2 requests of users to one host. An app takes from one caller what eight connections bear, 800 where it allows a hundred on
+/// each; one user has three quarters of this.
 const REQUESTS_MAX: usize = 1024;
+/// Other calls of users to one host, and no more than half of what this agent may carry. A host may have three quarters of the
+/// calls that another one serves, 3,510 by default.
+const CALLS_MAX: usize = 2048;
 
-/// Calls of users whose programs are no workload. To the called host they are all one caller, whose calls have a bound there: that
-/// one user does not have all of them is seen to here.
+/// Calls of users whose programs are no workload, of all threads. To the called host they are all one caller, whose calls have a bound
+/// there: that one user does not have all of them is seen to here. Nothing but such calls waits for the lock.
 #[derive(Debug, Default)]
-pub(crate) struct Turns(RefCell<HashMap<Whither, Turned>>);
+pub(crate) struct Turns(Mutex<HashMap<Whither, Turned>>);
 
 /// A host, and whether its apps are called by HTTP/2.
 type Whither = (IpAddr, bool);
@@ -85,26 +88,26 @@ struct Turned {
 /// One call, while it goes on.
 #[derive(Debug)]
 pub(crate) struct Turn {
-    thread: Rc<Thread>,
+    turns: Arc<Turns>,
     to: Whither,
     user: u32,
 }
 
 impl Thread {
     /// A turn for one more call to the host at this address; `None` where what is left is for others.
-    pub(crate) fn turn(
-        self: &Rc<Self>,
-        user: u32,
-        address: IpAddr,
-        kind: StreamKind,
-    ) -> Option<Turn> {
+    pub(crate) fn turn(&self, user: u32, address: IpAddr, kind: StreamKind) -> Option<Turn> {
         let to = (address, kind == StreamKind::Http2);
         let max = match kind {
-            StreamKind::Http2 => REQUESTS_MAX / self.settings.threads.max(1),
-            // A host may have three quarters of the calls that another one serves.
-            _ => self.share / 2,
+            StreamKind::Http2 => REQUESTS_MAX,
+            _ => CALLS_MAX.min(self.share * self.settings.threads.max(1) / 2),
         };
-        let mut turns = self.turns.0.borrow_mut();
+        self.turns.begin(to, user, max)
+    }
+}
+
+impl Turns {
+    fn begin(self: &Arc<Self>, to: Whither, user: u32, max: usize) -> Option<Turn> {
+        let mut turns = self.lock();
         let turned = turns.entry(to).or_default();
         let own = turned.users.get(&user).copied().unwrap_or_default();
         if turned.all >= max || is_for_others(turned.all, own, max) {
@@ -112,14 +115,19 @@ impl Thread {
         }
         turned.all += 1;
         turned.users.insert(user, own + 1);
-        let thread = Rc::clone(self);
-        Some(Turn { thread, to, user })
+        let turns = Arc::clone(self);
+        Some(Turn { turns, to, user })
+    }
+
+    /// Numbers are whole whatever became of who held it last.
+    fn lock(&self) -> MutexGuard<'_, HashMap<Whither, Turned>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let mut turns = self.thread.turns.0.borrow_mut();
+        let mut turns = self.turns.lock();
         let Some(turned) = turns.get_mut(&self.to) else {
             return;
         };
@@ -133,5 +141,25 @@ impl Drop for Turn {
         if turned.all == 0 {
             turns.remove(&self.to);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_user_leaves_turns_to_others_and_gives_back_its_own() {
+        let turns = Arc::<Turns>::default();
+        let to = ([192, 0, 2, 1].into(), false);
+        let take = |user| turns.begin(to, user, 64);
+        let first: Vec<Turn> = std::iter::from_fn(|| take(1)).collect();
+        assert_eq!(first.len(), 48);
+        let second: Vec<Turn> = std::iter::from_fn(|| take(2)).collect();
+        assert_eq!(second.len(), 4, "as one that has few");
+        assert!(take(1).is_none() && take(3).is_some());
+        assert!(turns.begin(([192, 0, 2, 2].into(), false), 1, 64).is_some());
+        drop((first, second));
+        assert!(turns.lock().is_empty());
     }
 }
