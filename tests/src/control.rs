@@ -57,14 +57,14 @@ impl Control {
     /// Starts it again after it was stopped or killed.
     #[track_caller]
     pub fn run(&mut self) {
-        self.run_as(self.to_run());
+        self.run_as(|command, _| command);
     }
 
     /// The same with a wall clock that [`Self::step_clock`] steps; nothing else of the host sees it.
     #[track_caller]
     pub fn run_off_clock(&mut self, seconds: i64) {
         self.step_clock(seconds);
-        self.run_as(clock::off(self.to_run(), &self.host));
+        self.run_as(clock::off);
     }
 
     /// From now on the wall clock of a control that was started off the clock is so many seconds off.
@@ -88,11 +88,11 @@ impl Control {
     }
 
     #[track_caller]
-    fn run_as(&mut self, command: Cmd) {
-        let mut process = command.spawn("control");
+    fn run_as(&mut self, clock: impl Fn(Cmd, &Host) -> Cmd) {
+        let mut process = clock(self.to_run(), &self.host).spawn("control");
         wait_until("control to answer", SOON, || {
             process.is_alive().unwrap_or_else(|e| panic!("{e}"));
-            let status = self.meshctl("status");
+            let status = clock(self.to_meshctl("status"), &self.host).output();
             check(status.status.success(), status.to_string())
         });
         self.process = Some(process);

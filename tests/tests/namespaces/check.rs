@@ -293,7 +293,7 @@ fn a_leaf_near_its_end_is_named() {
     pair.age_the_clients_leaf();
     wait_until("the leaf to be named", SOON, || {
         let (verdict, found) = &checks(&pair.client)["certificates"];
-        let named = found.contains("little life is left") && found.contains("shop/client");
+        let named = found.contains("little life is left") && found.contains("shop.client");
         check(verdict == "warning" && named, format!("{verdict}: {found}"))
     });
     pair.control.run();
