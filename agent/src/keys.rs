@@ -96,9 +96,15 @@ pub(crate) mod tests {
 
     /// A certificate for `key`, signed by itself, that ends with the year before `year`.
     pub(crate) fn signed(key: &str, id: &str, year: i32) -> Vec<u8> {
+        signed_for(key, id, 1975..year)
+    }
+
+    /// The same for these years.
+    pub(crate) fn signed_for(key: &str, id: &str, years: std::ops::Range<i32>) -> Vec<u8> {
         let signer = KeyPair::from_pem(key).unwrap();
         let mut params = CertificateParams::default();
-        params.not_after = rcgen::date_time_ymd(year, 1, 1);
+        params.not_before = rcgen::date_time_ymd(years.start, 1, 1);
+        params.not_after = rcgen::date_time_ymd(years.end, 1, 1);
         params.subject_alt_names = vec![SanType::URI(id.try_into().unwrap())];
         params.self_signed(&signer).unwrap().der().to_vec()
     }

@@ -427,7 +427,15 @@ impl Keeper {
             chain: keys::chain_to_pem(chain)?,
         };
         // What is not good must not replace what is on disk.
-        self.check(identity, &pair)?;
+        let (_, facts) = self.check(identity, &pair)?;
+        let entry = self.entries.get(identity);
+        let good = entry.is_some_and(|entry| entry.is_good(now));
+        ensure!(
+            !good || life(identity, &facts).0 <= now,
+            "its life begins at {} only, by this host's clock (control's is ahead, or this one behind): the one before \
+             stays in use",
+            date(facts.not_before_s)
+        );
         match file_name(identity) {
             None => self.links.state.set_agent_chain(&pair.chain)?,
             Some(name) => self.links.state.set_leaf(&name, &pair)?,
@@ -544,6 +552,15 @@ impl Entry {
         self.refused.as_mut().map(|r| r.at_ms = 0).is_some()
     }
 
+    /// It has one that is valid now.
+    fn is_good(&self, now: u64) -> bool {
+        self.not_after_s.is_some()
+            && matches!(
+                self.renewal.standing(now),
+                Standing::Fresh | Standing::Ageing
+            )
+    }
+
     fn rests(&self, now: u64) -> bool {
         let refused = self.refused.as_ref();
         refused.is_some_and(|r| now.abs_diff(r.at_ms) < REFUSED_WAIT_MS)
@@ -595,7 +612,7 @@ fn now_s() -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::tests::{pair, signed};
+    use crate::keys::tests::{pair, signed, signed_for};
     use crate::state::tests::{Scratch, membership};
     use crate::view::{Leaves, View};
     use mesh_api::workload_file::Workload;
@@ -724,6 +741,20 @@ mod tests {
         bench.answer(chain(b"nonsense".to_vec()));
         assert!(!bench.in_use() && state.leaf_names().is_empty());
         assert_eq!(bench.standing().not_after_s, None);
+    }
+
+    /// As a control signs whose clock is ahead: others would refuse it.
+    #[test]
+    fn a_leaf_whose_life_has_not_begun_replaces_none_that_is_good() {
+        let Scratch(state) = &Scratch::new();
+        let mut bench = bench(state, &["web"]);
+        let early = signed_for(&bench.key(), WEB, FUTURE..FUTURE + 1);
+        bench.answer(chain(early.clone()));
+        assert!(bench.in_use(), "better than none");
+        bench.answer(chain(signed_for(&bench.key(), WEB, PAST..FUTURE)));
+        let good = bench.standing().not_after_s;
+        bench.answer(chain(early));
+        assert_eq!(bench.standing().not_after_s, good);
     }
 
     #[test]

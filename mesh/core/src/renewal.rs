@@ -6,7 +6,8 @@
 //!
 //! The first attempt comes at one third of the life, give or take a tenth of that, so that a fleet enrolled
 //! at one moment does not renew at one moment. Retries go on past the end: control may take a late renewal,
-//! and a host that was asleep for days must find back by itself.
+//! and a host that was asleep for days must find back by itself. A certificate whose life has not begun (control's clock is
+//! ahead, or ours behind) is asked for again until one is good, or its life begins.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -121,7 +122,13 @@ impl Renewal {
         self.tell(now);
         self.heed_clock(now);
         match self.state {
+            State::Fresh { .. } if now < self.not_before => self.wait_for_life(now),
             State::Fresh { renew_at } if renew_at <= now => self.run(now),
+            State::Retrying { retry_at, .. }
+                if retry_at <= now && self.failures == 0 && self.not_before <= now =>
+            {
+                self.begin_life();
+            }
             State::Retrying { retry_at, .. } if retry_at <= now => self.run(now),
             State::Running { since } if since + millis(ATTEMPT_MAX) <= now => self.retry(now),
             State::Fresh { .. } | State::Retrying { .. } | State::Running { .. } => (),
@@ -188,6 +195,14 @@ impl Renewal {
         let half = (longest / 2).max(millis(RETRY_MIN));
         let wait = half + self.rng.below((longest - half.min(longest)) + 1);
         self.failures = self.failures.saturating_add(1);
+        self.state = State::Retrying {
+            retry_at: now.saturating_add(wait),
+            wait,
+        };
+    }
+
+    fn wait_for_life(&mut self, now: UnixMs) {
+        let wait = (self.not_before - now).min(millis(RETRY_MAX));
         self.state = State::Retrying {
             retry_at: now.saturating_add(wait),
             wait,
@@ -321,6 +336,29 @@ mod tests {
         leaf.wake();
         leaf.now += 4 * millis(RETRY_MIN);
         assert_eq!(leaf.wake(), [Command::Renew]);
+    }
+
+    #[test]
+    fn one_whose_life_has_not_begun_is_asked_for_again_until_one_is_good() {
+        let day = 24 * HOUR;
+        let mut leaf = Leaf::new(1);
+        leaf.now = START + LIFE / 2;
+        assert_eq!(leaf.wake(), [Command::Renew]);
+        // Control's clock is a day ahead.
+        for _ in 0..3 {
+            let begins = leaf.now + day;
+            leaf.renewal.handle_renewed(begins, begins + LIFE, leaf.now);
+            let asked = leaf.now;
+            while !leaf.wake().contains(&Command::Renew) {
+                leaf.now += millis(leaf.renewal.poll_sleep(leaf.now));
+            }
+            assert_eq!(leaf.now - asked, millis(RETRY_MAX));
+        }
+        // Ours is minutes behind: nothing more is asked for when its life begins.
+        let begins = leaf.now + 2 * 60_000;
+        leaf.renewal.handle_renewed(begins, begins + LIFE, leaf.now);
+        while leaf.sleep().iter().all(|c| *c != Command::Renew) {}
+        assert!(14 * HOUR < leaf.now - begins);
     }
 
     #[test]

@@ -193,7 +193,7 @@ fn steps_are_outlived(pair: &mut Pair, [stepped, other]: [Side; 2]) {
 
 /// Control's clock is in what it signs, and judges agents. Five minutes more or less cost nothing. By a day, who has a
 /// certificate goes on, and who has none gets none that is of use, which is said; a workload that comes when the clock is
-/// right again is served. What was signed a day ahead begins to be valid only then: see `check`.
+/// right again is served. What was signed a day ahead is asked for again within minutes, and replaces none that is good.
 #[test]
 fn controls_clock_that_steps_by_a_day_costs_new_certificates_only() {
     let mut pair = Pair::new("controls_clock_that_steps");
