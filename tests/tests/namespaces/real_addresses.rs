@@ -42,6 +42,22 @@ fn taken_calls(agent: &Agent) -> f64 {
     calls(&agent.metrics(), &spiffe("client"), "shop/web")
 }
 
+/// A call by address is answered, and it came by the mesh: where plaintext would be let in too, the answer alone says nothing.
+#[track_caller]
+fn by_mesh(pair: &Pair, address: &str, when: &str) {
+    let before = taken_calls(&pair.server);
+    assert_eq!(call(pair, address), "hello\n0\n", "{when}");
+    wait_taken_calls(pair, before + 1.0, when);
+}
+
+#[track_caller]
+fn wait_taken_calls(pair: &Pair, count: f64, when: &str) {
+    wait_until(&format!("a call by the mesh {when}"), SOON, || {
+        let now = taken_calls(&pair.server);
+        check(now == count, format!("{now}, not {count}"))
+    });
+}
+
 /// The same call is plaintext before, and mTLS by the client's identity afterwards. It goes to the host that was dialled
 /// and to no other, over either family; other ports of that host are nobody's business.
 #[test]
@@ -126,8 +142,9 @@ fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
     let client = pair.client.host.clone();
     pair.control.apply(&service("web", WEB, REAL)).ok();
     wait_taken(&pair.client.host, &server, true);
-    assert_eq!(call(&pair, &server), "hello\n0\n");
+    by_mesh(&pair, &server, "while it is permissive");
     pair.client.kill9();
+    let before = taken_calls(&pair.server);
     assert_eq!(call(&pair, &server), "hello\n0\n", "permissive is open");
     pair.client.start();
     wait_taken(&pair.client.host, &server, true);
@@ -145,16 +162,17 @@ fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
     wait_until("the guard to know it", SOON, || {
         check(guarded(), "it does not")
     });
-    assert_eq!(call(&pair, &server), "hello\n0\n", "by the mesh");
+    by_mesh(&pair, &server, "while it is strict");
+    let count = taken_calls(&pair.server);
+    assert_eq!(count, before + 1.0, "plaintext is counted as the mesh's");
     let kept = client.dir().join("state/endpoints");
     wait_until("the endpoints to be on disk", SOON, || {
         let kept = std::fs::read(&kept).unwrap_or_default();
         let has = kept.windows(3).any(|word| word == b"web");
         check(has, "the service is not among them")
     });
-    pair.client.kill_worker_now();
-    pair.client.wait_ready();
-    assert_eq!(call(&pair, &server), "hello\n0\n", "by a new worker");
+    a_call_waits_for_the_next_worker(&mut pair, &server);
+    by_mesh(&pair, &server, "by a new worker");
 
     pair.control.kill9();
     pair.client.kill9();
@@ -171,14 +189,40 @@ fn a_strict_real_address_gets_no_plaintext_without_the_agent() {
     // Without control, from what is kept.
     pair.client.start();
     wait_taken(&pair.client.host, &server, true);
-    wait_until("a call by the mesh, from what is kept", SOON, || {
+    let before = taken_calls(&pair.server);
+    wait_until("a call, from what is kept", SOON, || {
         let answer = call(&pair, &server);
         check(answer == "hello\n0\n", answer)
     });
-    assert!(taken_calls(&pair.server) > 0.0);
+    wait_taken_calls(&pair, before + 1.0, "from what is kept");
 }
 
-/// A host that is delisted (revoked, ill, gone) is not called in plaintext for that, where mTLS is promised.
+/// The worker is dead and no other can come before this says so: a call that begins meanwhile waits, and goes by the mesh.
+#[track_caller]
+fn a_call_waits_for_the_next_worker(pair: &mut Pair, address: &str) {
+    let before = taken_calls(&pair.server);
+    let client = pair.client.host.clone();
+    let holder = pair.client.holder();
+    client.ok(&format!("kill -STOP {holder}"));
+    pair.client.kill_worker_now();
+    let line = format!("curl -sS -m 20 http://{address}/; echo $?");
+    let waiting = pair.cmd(&line).spawn("waiting");
+    wait_until("the kernel to take it over", SOON, || {
+        let open = client.ok(&format!("ss -Htn state established dst {address}:80"));
+        check(!open.is_empty(), waiting.log())
+    });
+    assert_eq!(waiting.log(), "", "nobody is there to answer it");
+    assert_eq!(taken_calls(&pair.server), before);
+    client.ok(&format!("kill -CONT {holder}"));
+    wait_until("its answer", SOON, || {
+        let got = waiting.log();
+        check(got == "hello\n0\n", got)
+    });
+    wait_taken_calls(pair, before + 1.0, "that waited");
+    pair.client.wait_ready();
+}
+
+/// A host that is delisted since it serves no more is not called in plaintext for that, where mTLS is promised.
 #[test]
 fn a_strict_real_address_that_is_delisted_gets_no_plaintext() {
     let mut pair = Pair::new("a_strict_real_address_that_is_delisted");
