@@ -9,6 +9,7 @@ use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::pair::{Pair, mesh_name};
+use crate::removal::{lead_by, watch_gateway};
 
 /// These tools are slow to start.
 const TOOL_MAX: Duration = Duration::from_secs(120);
@@ -153,6 +154,62 @@ fn what_others_take_away_is_put_back() {
         });
     }
     strict.holds("at the end");
+}
+
+const RULES: &str = "ip rule delete priority 744 && ip -6 rule delete priority 744";
+const LINK: &str = "ip link delete mesh0";
+
+/// Until it is put back a call fails: it goes neither to a server of its own host nor by the default route. So it is while
+/// the agent's table stands, and without that while `mesh0` does.
+#[test]
+fn what_is_not_put_back_yet_is_closed() {
+    let mut pair = Pair::new("what_is_not_put_back_yet");
+    let _web = pair.web("http", "");
+    let host = pair.client.host.clone();
+    let decoy = "location / { return 200 \"decoy\\n\"; }";
+    let _decoy = servers::nginx(&host, "decoy", 80, decoy);
+    let gateway = pair.site.host("gateway");
+    lead_by(&gateway, &host);
+    let [v4, v6] = pair.vips("web");
+    let urls = [format!("http://{v4}/"), format!("http://[{v6}]/")];
+    let by_mesh = |pair: &Pair| {
+        for url in &urls {
+            wait_until(&format!("an answer of {url}"), SOON, || {
+                let output = pair.cmd(&format!("curl -sS -m 5 {url}")).output();
+                check(output.stdout == "hello\n", output.to_string())
+            });
+        }
+    };
+    // All of them fail, or this fails.
+    let leave = |pair: &Pair| {
+        urls.each_ref().map(|url| {
+            let call = pair.cmd(&format!("curl -sS -m 2 {url}"));
+            watch_gateway(&gateway, call)
+        })
+    };
+    by_mesh(&pair);
+    let both = format!("{RULES} && {LINK}");
+    let (routes, down) = ("ip route flush table 7441", "ip link set mesh0 down");
+    for take in [RULES, routes, down, LINK, &both] {
+        // Nobody repairs.
+        let pids: Vec<String> = pair.client.pids().iter().map(u32::to_string).collect();
+        let pids = pids.join(" ");
+        host.ok(&format!("kill -STOP {pids}"));
+        host.ok(take);
+        assert_eq!(leave(&pair), [false; 2], "{take}: a call left the host");
+        host.ok(&format!("kill -CONT {pids}"));
+        by_mesh(&pair);
+    }
+    pair.client.kill9();
+    host.ok(RULES);
+    assert_eq!(leave(&pair), [false; 2], "a call left the host");
+    // That link is what holds them then.
+    host.ok(LINK);
+    assert_eq!(leave(&pair), [true; 2], "this test sees nothing leave");
+    pair.client.command("guard").ok();
+    assert_eq!(leave(&pair), [false; 2], "a call left the host");
+    pair.client.start();
+    by_mesh(&pair);
 }
 
 #[test]

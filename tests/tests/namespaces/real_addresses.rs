@@ -278,6 +278,86 @@ fn a_strict_real_address_that_is_delisted_gets_no_plaintext() {
     assert_eq!(call(&pair, &server), "hello\n0\n");
 }
 
+/// Nor is one that is delisted since its program is ill or has ended, or since it was revoked. It would let plaintext in: a host
+/// beside it that has no agent gets its answer.
+#[test]
+fn a_strict_real_address_of_who_is_ill_or_revoked_gets_no_plaintext() {
+    let mut pair = Pair::new("a_strict_real_address_of_who_is_ill");
+    let host = pair.server.host.clone();
+    let healthy = host.subdir("health", None).join("ok");
+    std::fs::write(&healthy, "").unwrap();
+    let locations = format!(
+        "location = / {{ return 200 \"hello\\n\"; }}\n\
+         location = /healthz {{ root /; try_files {} =503; }}",
+        healthy.display()
+    );
+    let start = || servers::nginx(&host, "web", 80, &locations);
+    let web = start();
+    let file = format!(
+        "namespace = \"shop\"\n[owner]\n{}\n[[service]]\nports = [{{ port = 80, protocol = \"http\" }}]\n\
+         check = {{ http = \"/healthz\", interval_s = 1, fall = 1 }}\n",
+        pair.server.owner_line(&owner("web"))
+    );
+    pair.server.write_file("web.toml", &file);
+    pair.control.wait_endpoints("shop/web", 1);
+    let strict =
+        format!("{REAL}, meshwork.io/transport: strict, meshwork.io/plaintext-from: 10.77.0.0/24");
+    pair.control.apply(&service("web", WEB, &strict)).ok();
+    let server = host.v4().to_string();
+    wait_taken(&pair.client.host, &server, true);
+    by_mesh(&pair, &server, "while it is well");
+
+    let stranger = pair.site.host("stranger");
+    let plaintext = |expected: &str, when: &str| {
+        let got = stranger.run(&format!("curl -sS -m 10 http://{server}/; echo $?"));
+        assert_eq!(got.stdout, expected, "plaintext of another, {when}");
+    };
+    let ask = |pair: &Pair| {
+        let line = format!("curl -sS -m 10 -i http://{server}/");
+        pair.cmd(&line).output().stdout
+    };
+    let refused = |pair: &Pair, when: &str| {
+        wait_until(&format!("a refusal, {when}"), SOON, || {
+            let answer = ask(pair);
+            check(answer.contains("x-meshwork-reason: no_endpoints"), answer)
+        });
+        wait_taken(&pair.client.host, &server, true);
+        for _ in 0..5 {
+            let answer = ask(pair);
+            assert!(!answer.contains("hello"), "{when}: {answer}");
+        }
+    };
+    std::fs::remove_file(&healthy).unwrap();
+    pair.control.wait_endpoints("shop/web", 0);
+    refused(&pair, "it is ill");
+    plaintext("hello\n0\n", "it is ill");
+    std::fs::write(&healthy, "").unwrap();
+    let well_again = |pair: &Pair, when: &str| {
+        pair.control.wait_endpoints("shop/web", 1);
+        wait_until(&format!("an answer, {when}"), SOON, || {
+            let answer = ask(pair);
+            check(answer.contains("hello"), answer)
+        });
+    };
+    well_again(&pair, "it is well again");
+
+    drop(web);
+    pair.control.wait_endpoints("shop/web", 0);
+    refused(&pair, "its program has ended");
+    plaintext("7\n", "its program has ended");
+    let _web = start();
+    well_again(&pair, "its program runs again");
+
+    let told = pair.control.meshctl("revoke host server").ok();
+    assert!(told.contains("host server revoked"), "{told}");
+    refused(&pair, "it was revoked");
+    plaintext("hello\n0\n", "it was revoked");
+    pair.client.kill9();
+    assert_eq!(call(&pair, &server), "7\n", "without an agent");
+    pair.client.start();
+    refused(&pair, "it was revoked and the agent is another");
+}
+
 /// A program that says a word to `TO` again and again, and what it hears, until a file `leave` is there.
 const TALKER: &str = r#"
 import os, socket, time

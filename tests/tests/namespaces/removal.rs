@@ -6,6 +6,7 @@ use meshwork_tests::agent::Agent;
 use meshwork_tests::control::{Control, TokenOptions};
 use meshwork_tests::facts;
 use meshwork_tests::host::Host;
+use meshwork_tests::process::Cmd;
 use meshwork_tests::servers;
 use meshwork_tests::site::Site;
 use meshwork_tests::wait::{SOON, check, wait_until};
@@ -37,18 +38,26 @@ fn facts(host: &Host) -> BTreeSet<String> {
     })
 }
 
-/// Whether a command that must fail sends a SYN by way of `gateway`.
-fn watch_gateway(gateway: &Host, from: &Host, command: &str) -> bool {
-    gateway.ok(&format!(
-        "nft 'add table inet watch; add chain inet watch in {{ type filter hook prerouting priority -400; }}; \
-         add rule inet watch in ip saddr {} tcp dport 80 counter'",
-        from.v4()
-    ));
-    let output = from.run(command);
+/// Whether a command that must fail sends a SYN to port 80 by way of `gateway`, in either family.
+#[track_caller]
+pub(crate) fn watch_gateway(gateway: &Host, command: Cmd) -> bool {
+    gateway.ok(
+        "nft 'add table inet watch; add chain inet watch in { type filter hook prerouting priority -400; }; \
+         add rule inet watch in tcp dport 80 counter'",
+    );
+    let output = command.output();
     assert!(!output.status.success(), "{output}");
     let seen = gateway.ok("nft list table inet watch");
     gateway.ok("nft delete table inet watch");
     !seen.contains("packets 0 ")
+}
+
+/// Gives a host a way to all other addresses.
+pub(crate) fn lead_by(gateway: &Host, host: &Host) {
+    let (v4, v6) = (gateway.v4(), gateway.v6());
+    host.ok(&format!(
+        "ip route add default via {v4} && ip -6 route add default via {v6}"
+    ));
 }
 
 #[test]
@@ -87,9 +96,10 @@ fn leaving_removes_every_trace() {
         "a stopped agent opens the range: {fail_closed}"
     );
     let call = "curl -sS -m 5 http://252.64.0.2/";
-    let gone = watch_gateway(&control.host, &host, call);
+    let gone = watch_gateway(&control.host, host.cmd(call));
     assert!(!gone, "a call to the range left the host");
-    let gone = watch_gateway(&control.host, &host, "curl -sS -m 1 http://192.0.2.1/");
+    let call = "curl -sS -m 1 http://192.0.2.1/";
+    let gone = watch_gateway(&control.host, host.cmd(call));
     assert!(gone, "this test sees nothing leave");
     host.ok(&format!("ip route delete default via {gateway}"));
     let leave = agent.command("leave");
