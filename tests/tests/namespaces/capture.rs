@@ -196,7 +196,8 @@ fn what_the_mesh_does_not_carry_is_refused_at_once() {
     pair.client.wait_refused("no_such_service", before);
 }
 
-/// A listener that is dialled by its own address would not know whom for.
+/// A listener that is dialled by its own address would not know whom for. No switch makes one guess; that they are the listeners
+/// that carry calls is seen at a call by name before.
 #[test]
 fn a_listener_that_is_dialled_directly_refuses() {
     let pair = Pair::new("a_listener_that_is_dialled_directly");

@@ -56,6 +56,8 @@ fn wait_counted(pair: &Pair, account: &str, least: f64) {
 }
 
 /// Each belongs to the workload of its file. Others find it and are refused, root and users of the same directory too.
+/// No switch opens one to all; that others reach it is seen at the reason that is counted, and that it works at its workload's
+/// calls before and after.
 #[test]
 fn a_local_port_or_socket_belongs_to_one_workload() {
     let mut pair = Pair::new("a_local_port_or_socket_belongs");

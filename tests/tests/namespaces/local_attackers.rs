@@ -127,7 +127,8 @@ fn where_root_opens_them_keys_and_admin_sockets_are_open() {
 
 /// Who a caller is comes from its cgroup and user. A mark on its socket makes nobody another, and gets nowhere: the kernel
 /// finds no source address of this host on the way of marked packets, and where the program names one, a first packet to a
-/// virtual address that is not on its way to the link is refused.
+/// virtual address that is not on its way to the link is refused. No switch turns that off: the rules are in a table that only the
+/// agent may change. That the script would get there is seen without a mark, and is counted as its own caller's.
 #[test]
 fn a_mark_makes_nobody_another_caller() {
     const MARKED: &str = "\

@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::pair::{Pair, mesh_name, owner};
 
-/// A host that gives another machine's address for its own gets no calls led there.
+/// A host that gives another machine's address for its own gets no calls led there. What spares the other machine is that
+/// nobody answers there for that host: where somebody leads its port to the host, the same claim is believed.
 #[test]
 fn an_address_is_listed_when_its_host_answers_there() {
     let site = Site::new("an_address_is_listed_when_proven");
@@ -55,6 +56,23 @@ fn an_address_is_listed_when_its_host_answers_there() {
         assert_eq!(call(), "hello\n");
     }
     control.wait_endpoints("shop/web", 1);
+
+    // Somebody who may do that on the other machine leads the mesh's port to the liar: its certificate is there then.
+    let (from, to) = (victim.v4(), evil.host.v4());
+    victim.ok(&format!(
+        "sysctl -q -w net.ipv4.ip_forward=1 && \
+         nft 'add table ip lead; add chain ip lead in {{ type nat hook prerouting priority -100; }}; \
+         add chain ip lead out {{ type nat hook postrouting priority 100; }}; \
+         add rule ip lead in ip daddr {from} tcp dport 7441 dnat to {to}; add rule ip lead out masquerade'"
+    ));
+    evil.stop();
+    evil.start();
+    control.wait_endpoints("shop/web", 2);
+    wait_until("a call to it", SOON, || {
+        let text = call();
+        check(text == "evil\n", text)
+    });
+    victim.ok("nft delete table ip lead");
 
     // The same host by its own address is called.
     evil.stop();

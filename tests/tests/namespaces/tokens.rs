@@ -167,6 +167,17 @@ fn a_token_is_good_for_its_scope_only() {
         services.iter().all(|s| s["metadata"]["name"] != "db"),
         "{services:?}"
     );
+    // It is the token that says so: the same files are listed of a host with a wide one.
+    let wide = TokenOptions("--namespace shop --network blue".to_owned());
+    let wide = control.join(&joining.site.host("wide"), &wide);
+    let _wide_web = servers::nginx(&wide.host, "web", 80, "");
+    let _wide_db = servers::nginx(&wide.host, "db", 81, "");
+    wide.serve("web", &owner("web"), &[(80, "http")]);
+    wide.serve("db", &owner("db"), &[(81, "http")]);
+    control.wait_endpoints("shop/db", 1);
+    control.wait_endpoints("shop/web", 2);
+    let status = wide.command("status").ok();
+    assert!(!status.contains("out_of_scope"), "{status}");
 }
 
 #[test]
