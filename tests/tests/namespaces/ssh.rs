@@ -9,7 +9,8 @@ use meshwork_tests::servers;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
 use crate::door::{NO_NEW_WAY_TO_CONTROL, STRICT, disarms_telling, service};
-use crate::pair::{Pair, owner};
+use crate::pair::{Pair, owner, spiffe};
+use crate::real_addresses::{self, REAL, wait_taken};
 
 /// The command of a login at `to` with the server's own key, and its options.
 fn ssh(server: &Host, to: &str) -> String {
@@ -138,4 +139,41 @@ fn ssh_is_never_cut_and_never_refused() {
         let word = format!("word {} to {}\n", session.said, session.to);
         session.hears(&word, "once the rule is gone");
     }
+}
+
+/// Where a service asks for its real addresses and is strict, a member's own way to port 22 is not taken over either: it logs
+/// in as before, while a call to port 80 of the same address goes by the mesh.
+#[test]
+fn a_member_logs_in_at_a_real_address_that_is_taken_over() {
+    let pair = Pair::new("a_member_logs_in_at_a_real_address");
+    let server = pair.server.host.clone();
+    let _sshd = servers::sshd(&server, "ssh", 22);
+    let _web = pair.web("http", "");
+    pair.server.serve("ssh", &owner("ssh"), &[(22, "tcp")]);
+    pair.control.wait_endpoints("shop/ssh", 1);
+    let both = format!("{REAL}, {STRICT}");
+    for (name, port) in [
+        ("ssh", "{port: 22, appProtocol: tcp}"),
+        ("web", "{port: 80, appProtocol: http}"),
+    ] {
+        let service = real_addresses::service(name, port, &both);
+        pair.control.apply(&service).ok();
+    }
+    // What was said of the other one came before.
+    let address = server.v4().to_string();
+    wait_taken(&pair.client.host, &address, true);
+    let line = format!("curl -sS -m 10 http://{address}/");
+    assert_eq!(pair.ok(&line), "hello\n");
+    wait_until("the call to be counted", SOON, || {
+        let count = pair.calls(&spiffe("client"), "shop/web");
+        check(count == 1.0, count.to_string())
+    });
+    for to in [address, server.v6().to_string()] {
+        let line = format!("{} echo here", ssh(&server, &to));
+        for command in [pair.cmd(&line), pair.client.host.cmd(&line)] {
+            let output = command.output();
+            assert_eq!(output.stdout, "here\n", "{output}");
+        }
+    }
+    assert_eq!(pair.calls(&spiffe("client"), "shop/ssh"), 0.0);
 }
