@@ -151,7 +151,11 @@ fn several_addresses_and_small_packets() {
     pair.server
         .host
         .ok("ip address add 10.77.0.250/24 dev eth0");
-    let _web = pair.web("http", "");
+    let _web = pair.web(
+        "http",
+        "location = /seen { return 200 \"$remote_addr\\n\"; }",
+    );
+    a_default_source_is_what_the_server_sees(&pair);
     let body = "head -c 3000000 /dev/urandom | tee";
     let file = pair.server.host.dir().join("web/www/large");
     pair.server
@@ -192,6 +196,28 @@ fn several_addresses_and_small_packets() {
         mesh_name("web")
     ));
     assert_eq!(got, sum);
+}
+
+/// The client has a second address, and the host's routes say by which of them it calls: no other is shown to the app, by name
+/// as in plaintext.
+#[track_caller]
+fn a_default_source_is_what_the_server_sees(pair: &Pair) {
+    let host = &pair.client.host;
+    host.ok("ip address add 10.77.0.251/24 dev eth0");
+    host.ok("ip route change 10.77.0.0/24 dev eth0 src 10.77.0.251");
+    let server = pair.server.host.v4();
+    let plaintext = format!("curl -sS -m 10 http://{server}/seen");
+    assert_eq!(pair.ok(&plaintext), "10.77.0.251\n");
+    let count = || pair.calls(&spiffe("client"), "shop/web");
+    assert_eq!(count(), 0.0);
+    let url = format!("http://{}/seen", mesh_name("web"));
+    assert_eq!(pair.ok(&format!("curl -sS -m 10 {url}")), "10.77.0.251\n");
+    // A program that takes another of them has no say in it.
+    let from = format!("curl -sS -m 10 --interface {} {url}", host.v4());
+    assert_eq!(pair.ok(&from), "10.77.0.251\n");
+    wait_until("the calls to be counted", SOON, || {
+        check(count() == 2.0, count().to_string())
+    });
 }
 
 /// The same decisions are made without the wire.
