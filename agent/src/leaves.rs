@@ -5,6 +5,7 @@
 //! for as long as their workload does: a key and its certificate can not come apart when the agent dies between two
 //! writes.
 
+mod ask;
 mod heed;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +15,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use bytes::Bytes;
-use mesh_api::proto::mesh_client::MeshClient;
 use mesh_api::{proto, sync};
 use mesh_core::identity::{Identity, SpiffeId};
 use mesh_core::names::{Account, TrustDomain};
@@ -32,6 +32,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
+use self::ask::{Renewed, call};
 use crate::handing::Handing;
 use crate::keys;
 use crate::state::{Membership, Pair, State};
@@ -40,8 +41,6 @@ use crate::workloads::WorkloadSet;
 
 /// Leaves in one call: what control takes.
 const BATCH_MAX: usize = 256;
-/// How long a call may take; shorter than what the renewal machine gives an attempt.
-const CALL_MAX: Duration = Duration::from_secs(20);
 /// The agent's own credential lives for 30 days and is renewed daily: a third of this.
 const AGENT_LIFE_MS: u64 = 3 * 24 * 3600 * 1000;
 /// After a refusal, which an operator must lift: an asking fleet must not be a load.
@@ -102,12 +101,6 @@ struct Refused {
     reason: Reason,
     message: String,
     at_ms: u64,
-}
-
-/// What came of one call: for each leaf a chain or a refusal, or why the call failed.
-struct Renewed {
-    wanted: Vec<(Identity, String)>,
-    answer: Result<Vec<proto::LeafResponse>, String>,
 }
 
 impl Keeper {
@@ -584,20 +577,6 @@ fn file_name(identity: &Identity) -> Option<String> {
         Identity::Host(_) => Some("host".to_owned()),
         _ => None,
     }
-}
-
-async fn call(
-    channel: Channel,
-    request: proto::RenewRequest,
-    wanted: Vec<(Identity, String)>,
-) -> Renewed {
-    let mut client = MeshClient::new(channel);
-    let answer = match tokio::time::timeout(CALL_MAX, client.renew(request)).await {
-        Err(_) => Err(format!("no answer within {} s", CALL_MAX.as_secs())),
-        Ok(Err(status)) => Err(sync::printable(status.message())),
-        Ok(Ok(response)) => Ok(response.into_inner().leaves),
-    };
-    Renewed { wanted, answer }
 }
 
 /// For people.
