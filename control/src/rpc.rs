@@ -20,6 +20,7 @@ mod sync;
 
 use crate::audit::Actor;
 use crate::auth::Peer;
+use crate::catalogue::objects::{Offer, Workload};
 use crate::control::Control;
 use crate::refusal::Refusal;
 

@@ -12,6 +12,8 @@ pub mod grammar;
 pub mod names;
 #[path = "fuzz/reading.rs"]
 pub mod reading;
+#[path = "fuzz/reports.rs"]
+pub mod reports;
 
 use mesh_api::frame::{PREFIX_LEN, Prefix, encode};
 use mesh_api::header::Header;
@@ -219,6 +221,7 @@ pub fn sync(bytes: &[u8]) {
                 }
             }
             from_agent::Message::Revocations(wire) => revocations(&wire),
+            from_agent::Message::Report(wire) => reports::report(&wire),
             _ => {}
         }
     }

@@ -7,8 +7,8 @@ use mesh_core::names::{Account, NameError, ServiceName};
 use mesh_core::reason::Reason;
 use mesh_core::service::{Port, Protocol, Transport};
 
-use crate::catalogue::objects::{Offer, Workload};
-use crate::refusal::Refusal;
+// By way of the parent: the fuzz target has others of these.
+use super::{Offer, Refusal, Workload};
 
 /// Most workloads of a host.
 const WORKLOADS_MAX: usize = 256;
