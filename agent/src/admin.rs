@@ -17,6 +17,7 @@ use mesh_runtime::admin::{Answer, Handler};
 use tokio::sync::{mpsc, watch};
 use tonic::transport::Channel;
 
+use crate::bypass::Open;
 use crate::capture::sockdiag::{Listener, SockDiag};
 use crate::config::Config;
 use crate::control::SessionStatus;
@@ -193,6 +194,7 @@ impl Sources {
             },
             draining_workers: owners.draining,
             reload_given_up: owners.given_up.clone(),
+            bypass: owners.bypass.as_ref().and_then(Open::of),
             host_leaf: leaf(&host_identity, standings.get(&host_identity), &spaces),
             workloads: Vec::new(),
             file_problems: set.problems.iter().map(ToString::to_string).collect(),

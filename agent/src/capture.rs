@@ -8,6 +8,7 @@
 
 mod advice;
 pub(crate) mod app_socket;
+pub(crate) mod bypass;
 pub(crate) mod cgroup;
 pub(crate) mod door;
 pub(crate) mod gateways;
@@ -21,12 +22,12 @@ mod routes;
 pub(crate) mod rules;
 pub(crate) mod sockdiag;
 mod table;
+mod vips;
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
-use mesh_core::policy::Cidr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -37,6 +38,7 @@ use guard::Guard;
 use real::Real;
 use rules::Shed;
 pub(crate) use table::{Contents, LeftTable};
+pub(crate) use vips::VipRanges;
 
 /// The number of listeners that workloads may have; twelve bits of the mark.
 pub(crate) const NUMBER_MAX: u16 = 4095;
@@ -195,77 +197,6 @@ impl Marks {
     const fn to_loopback(self) -> (u32, u32) {
         (self.base | 0x8000, 0xffff_8000)
     }
-}
-
-/// The ranges of virtual addresses, as the mesh fixed them at `init`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct VipRanges {
-    pub(crate) v4: Cidr,
-    pub(crate) v6: Cidr,
-}
-
-impl VipRanges {
-    /// Checks that the ranges can not take traffic that is not the mesh's: they come from the network.
-    pub(crate) fn new(v4: &str, v6: &str) -> Result<Self, CaptureError> {
-        let private4 = [
-            "10.0.0.0/8",
-            "100.64.0.0/10",
-            "172.16.0.0/12",
-            "192.168.0.0/16",
-            "198.18.0.0/15",
-            "240.0.0.0/4",
-        ];
-        Ok(Self {
-            v4: checked_range(v4, &private4, 12..=30)?,
-            v6: checked_range(v6, &["fc00::/7"], 32..=126)?,
-        })
-    }
-
-    /// The link's own address in a range: the first after the network's.
-    pub(crate) fn own(&self, range: Cidr) -> IpAddr {
-        match range.address {
-            IpAddr::V4(v4) => Ipv4Addr::from_bits(v4.to_bits() | 1).into(),
-            IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() | 1).into(),
-        }
-    }
-
-    /// The addresses at which the agent answers DNS.
-    pub(crate) fn own_addresses(&self) -> [IpAddr; 2] {
-        [self.own(self.v4), self.own(self.v6)]
-    }
-}
-
-fn checked_range(
-    text: &str,
-    within: &[&str],
-    prefixes: std::ops::RangeInclusive<u8>,
-) -> Result<Cidr, CaptureError> {
-    let wrong = |rule: String| CaptureError::Range {
-        range: text.chars().take(64).collect(),
-        rule,
-    };
-    let range = Cidr::parse(text).ok_or_else(|| wrong("it is not address/prefix".to_owned()))?;
-    if !prefixes.contains(&range.prefix) {
-        let (least, most) = (prefixes.start(), prefixes.end());
-        return Err(wrong(format!("its prefix must be {least} to {most}")));
-    }
-    let inside = |outer: &&str| {
-        Cidr::parse(outer).is_some_and(|o| o.prefix <= range.prefix && o.contains(range.address))
-    };
-    if !within.iter().any(inside) {
-        return Err(wrong(format!(
-            "it must lie in one of {}",
-            within.join(", ")
-        )));
-    }
-    let host_bits = match range.address {
-        IpAddr::V4(v4) => u128::from(v4.to_bits().wrapping_shl(range.prefix.into())),
-        IpAddr::V6(v6) => v6.to_bits().wrapping_shl(range.prefix.into()),
-    };
-    if host_bits != 0 {
-        return Err(wrong("the address has bits outside the prefix".to_owned()));
-    }
-    Ok(range)
 }
 
 /// A directory of the cgroup tree, as the kernel knows it.
@@ -490,6 +421,15 @@ impl Capture {
         };
         let seen = tables.own.seen();
         seen.map_err(|source| self.door_error("read plaintext callers", source))
+    }
+
+    /// Lets plaintext pass for so long from now on, or no longer.
+    pub(crate) fn bypass(&mut self, left: Option<Duration>) -> Result<(), CaptureError> {
+        let Some(Tables { own, guard }) = &mut self.tables else {
+            return Ok(());
+        };
+        let done = own.bypass(left).and_then(|()| guard.bypass(left));
+        done.map_err(|source| self.door_error("open the host to plaintext, or close it", source))
     }
 
     /// Puts back what other programs took away, and names it.

@@ -13,6 +13,7 @@ use mesh_runtime::tls::leaf::validity;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 
+use crate::bypass::{self, Open};
 use crate::capture::VipRanges;
 use crate::capture::inspect::{Inspection, inspect};
 use crate::capture::sockdiag::{Listener, SockDiag};
@@ -42,6 +43,8 @@ struct Facts {
     /// Whether anything is to be taken over.
     captures: bool,
     kernel: Result<Inspection, String>,
+    /// Root opened it to plaintext.
+    bypass: Result<Option<Open>, String>,
     /// Who listens on the mesh port.
     mesh_port: Result<Vec<Listener>, String>,
     mesh_port_number: u16,
@@ -101,6 +104,9 @@ fn gather(config: &Config) -> Facts {
             Some(_) => Err("nothing is captured".to_owned()),
             None => Err("this host has not joined a mesh".to_owned()),
         },
+        bypass: bypass::read(&state.bypass_file())
+            .map(|bypass| bypass.as_ref().and_then(Open::of))
+            .map_err(text),
         mesh_port: SockDiag::open()
             .and_then(|mut diag| diag.listeners(port))
             .map_err(|e| format!("the kernel can not be asked who listens: {e}")),

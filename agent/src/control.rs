@@ -49,6 +49,7 @@ pub(crate) use status::SessionStatus;
 use crate::handing::Handing;
 use crate::health::Verdicts;
 use crate::leaves::now_ms;
+use crate::owners::OwnerStatus;
 use crate::state::{Kept, Membership, Stamp, State};
 use crate::view::ViewWriter;
 use crate::workloads::WorkloadSet;
@@ -59,8 +60,6 @@ const EVENTS_MAX: usize = 64;
 const TIDY_EVERY: Duration = Duration::from_secs(300);
 /// A difference of clocks at which certificates may be judged wrongly: they are backdated by some minutes.
 const SKEW_MAX_MS: u64 = 60_000;
-/// Where the kernel says which boot this is.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What the session works with.
 #[derive(Debug)]
@@ -74,6 +73,7 @@ pub(crate) struct Links {
     pub(crate) verdicts: watch::Receiver<Arc<Verdicts>>,
     /// Who calls what this host serves; not replaced oftener than control wants to hear it.
     pub(crate) edges: watch::Receiver<Arc<EdgeReport>>,
+    pub(crate) owners: watch::Receiver<Arc<OwnerStatus>>,
     pub(crate) credential: watch::Receiver<Option<Arc<CertifiedKey>>>,
     /// A new credential of this host, for the owner of the certificates.
     pub(crate) rejoined: mpsc::Sender<Vec<Bytes>>,
@@ -101,7 +101,8 @@ pub(crate) struct Shell {
     events_by: mpsc::Sender<(Attempt, Event)>,
     /// The update that was handed to the session and not yet installed.
     pending: Option<IndexChange>,
-    reported: Vec<proto::ReportedWorkload>,
+    /// Without its generation.
+    reported: proto::Report,
     generation: u64,
     status: SessionStatus,
     skewed: bool,
@@ -120,8 +121,7 @@ pub(crate) struct Shell {
 impl Shell {
     /// Takes what is on disk into use; nothing is dialled yet.
     pub(crate) fn new(links: Links, membership: Membership) -> anyhow::Result<Self> {
-        let boot_id = std::fs::read_to_string(BOOT_ID)
-            .with_context(|| format!("cannot read {BOOT_ID}; is /proc mounted?"))?;
+        let boot_id = clock::boot_id().context("which boot this is can not be told")?;
         // What is written from here on may not be in what is read.
         let heeded = links.state.stamps();
         let mirror = Mirror::load(
@@ -142,13 +142,13 @@ impl Shell {
                 installed,
                 ..SessionStatus::default()
             },
-            boot_id: boot_id.trim().to_owned(),
+            boot_id,
             mirror,
             connection: None,
             events,
             events_by,
             pending: None,
-            reported: Vec::new(),
+            reported: proto::Report::default(),
             generation: 0,
             skewed: false,
             heeded,
@@ -232,6 +232,10 @@ impl Shell {
                 }
                 changed = self.links.verdicts.changed() => {
                     changed.context("the owner of the health checks is gone")?;
+                    self.report_changed();
+                }
+                changed = self.links.owners.changed() => {
+                    changed.context("the owner of the owners is gone")?;
                     self.report_changed();
                 }
                 changed = self.links.edges.changed() => {

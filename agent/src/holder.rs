@@ -38,6 +38,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::alone::Alone;
+use crate::bypass::Bypass;
 use crate::capture::door::Arm;
 use crate::capture::{Capture, CaptureSettings, Contents, LeftTable, VipRanges};
 pub(crate) use confirmed::Confirmed;
@@ -56,6 +57,8 @@ const COMMON: u16 = 0;
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often it is looked whether other programs took away what is ours.
 const REPAIR_EVERY: Duration = Duration::from_secs(5);
+/// How often it is looked whether root opened the host to plaintext: who does so waits for it.
+const BYPASS_EVERY: Duration = Duration::from_secs(1);
 /// Messages read in one turn, so that a babbling worker can not keep signals waiting.
 const MESSAGES_PER_TURN: usize = 16;
 
@@ -81,6 +84,8 @@ pub(crate) struct HolderConfig {
     pub(crate) outcome_file: PathBuf,
     /// Where the input door is kept that was confirmed last.
     pub(crate) door_file: PathBuf,
+    /// Where `mesh-agent bypass` says what it wants.
+    pub(crate) bypass_file: PathBuf,
     /// Leave the link and the routes to it when we stop, so that calls by name fail instead of leaving the host.
     pub(crate) keep_link: bool,
 }
@@ -268,6 +273,10 @@ struct Holder<'a> {
     repair_error: Option<String>,
     /// Why a confirmed door does not refuse for good, or is not kept.
     settle_error: Option<String>,
+    /// Whether plaintext passes on purpose; `None`: that was not looked at yet.
+    opened: Option<bool>,
+    bypass_at: Instant,
+    bypass: Option<Bypass>,
     watchdog: Watchdog,
     /// A worker has served: names, listeners and rules stand.
     ready: bool,
@@ -302,6 +311,9 @@ impl<'a> Holder<'a> {
             repaired: 0,
             repair_error: None,
             settle_error: None,
+            opened: None,
+            bypass_at: now,
+            bypass: None,
             watchdog: Watchdog::new(now),
             ready: false,
         }
@@ -326,6 +338,7 @@ impl<'a> Holder<'a> {
             self.watchdog.alive(now);
             self.kill_if_late(now);
             self.repair_if_due(now);
+            self.heed_bypass(now);
             let worker_is_ready = self.wait()?;
             self.read_signals()?;
             if worker_is_ready {
@@ -347,6 +360,7 @@ impl<'a> Holder<'a> {
         let draining = self.draining.iter().map(|draining| draining.until);
         let next = [
             Some(self.repair_at),
+            Some(self.bypass_at),
             restart,
             self.stop_by,
             self.worker.as_ref().and_then(|worker| worker.kill_at),

@@ -5,6 +5,7 @@
 
 // What the host is: configuration, the join and what is on disk.
 mod alone;
+mod bypass;
 mod check;
 mod config;
 mod discover;
@@ -68,6 +69,7 @@ use mesh_runtime::log::Target;
 use mesh_runtime::{files, manual};
 
 use alone::Alone;
+use bypass::Wanted;
 use capture::cgroup::OwnerPath;
 use config::Config;
 use holder::handover::Left;
@@ -159,6 +161,21 @@ enum Command {
     Undrain {
         /// NAMESPACE/SERVICE [default: all of this host]
         service: Option<String>,
+    },
+    /// Open this host to plaintext for a time, in an emergency
+    #[command(
+        after_help = "Plaintext callers are let in at every port, also where `strict`, and calls to real addresses leave in plaintext. It closes by itself, also when the agent is dead; operators of the mesh see who did it. Exit codes: 0 it is as was asked; 1 it could not be done; 2 what was typed is wrong."
+    )]
+    Bypass {
+        /// How long, e.g. 10m; 24h at most. Again: from now on
+        #[arg(long = "for", value_name = "DURATION", value_parser = mesh_api::duration::parse, required_unless_present = "end")]
+        time: Option<Duration>,
+        /// Why, for the audit log
+        #[arg(long, value_name = "TEXT", default_value = "no reason given")]
+        why: String,
+        /// Close it now
+        #[arg(long, conflicts_with_all = ["time", "why"])]
+        end: bool,
     },
     /// Say how the agent stands
     Status {
@@ -255,6 +272,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             | Command::Discover { .. }
             | Command::Check { .. }
             | Command::Reload
+            | Command::Bypass { .. }
     ) {
         ensure!(
             nix::unistd::geteuid().is_root() || !config.capture.enabled,
@@ -323,10 +341,14 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
                 units::stop(None)?;
                 units::unorder_all()?;
             }
-            say(&left(&leave::leave(&config)?))
+            say(&leave::leave(&config)?.to_string())
         }
         Command::Drain { service, wait } => drain(&config, service.as_deref(), Some(wait)),
         Command::Undrain { service } => drain(&config, service.as_deref(), None),
+        Command::Bypass { time, why, .. } => {
+            let wanted = time.map_or(Wanted::Closed, |time| Wanted::Open { time, why });
+            say(&bypass::ask(&config, wanted, || guard(&config).map(drop))?)
+        }
         Command::Status { output } => status(&config, output),
         Command::Check { wait, output } => check(&config, wait, output),
         Command::Explain {
@@ -387,6 +409,9 @@ fn guard(config: &Config) -> anyhow::Result<ExitCode> {
         let confirmed = Confirmed::load(&holder);
         let (doors, reals) = (confirmed.doors(), confirmed.reals());
         capture::prepare(&holder.capture, &holder.ranges, doors, reals)?;
+        let left = bypass::left(&holder.bypass_file);
+        capture::bypass::open_guard(&holder.capture, left)
+            .context("the guard can not be opened, or closed")?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -420,6 +445,7 @@ fn holder_config(
         config_copy: config.runtime_dir.join(reload::CONFIG_COPY),
         outcome_file: config.runtime_dir.join(reload::NAME),
         door_file: state.door_file(),
+        bypass_file: state.bypass_file(),
         keep_link: true,
     }))
 }
@@ -487,21 +513,6 @@ fn discovered(config: &Config, namespace: &Label, write: bool) -> anyhow::Result
         discover::write(config, &discovered.proposals)?;
     }
     say(&discovered.render(config, write))
-}
-
-fn left(left: &leave::Left) -> String {
-    let name = match left {
-        leave::Left::Nothing => {
-            return "nothing to leave: this host is in no mesh; nothing of an agent is left on it\n"
-                .to_owned();
-        }
-        leave::Left::Host(name) => name,
-        leave::Left::Unnamed => "NAME",
-    };
-    format!(
-        "nothing of the mesh is left on this host; control still lists it: the operator removes it with\n  \
-         meshctl delete host {name}\n"
-    )
 }
 
 fn drain(

@@ -25,6 +25,7 @@ use tokio::sync::watch;
 pub(crate) use decisions::DecisionCount;
 use decisions::Edges;
 
+use crate::bypass::Bypass;
 use crate::holder::protocol::Looked;
 use crate::leaves::Standings;
 use crate::limits::Limits;
@@ -290,6 +291,7 @@ pub(crate) struct Metrics {
     repairs: Gauge,
     draining_workers: Gauge,
     reload_given_up: Gauge,
+    bypass: Gauge,
 }
 
 impl Metrics {
@@ -320,6 +322,7 @@ impl Metrics {
             repairs: Gauge::default(),
             draining_workers: Gauge::default(),
             reload_given_up: Gauge::default(),
+            bypass: Gauge::default(),
         };
         metrics.register_flows();
         metrics.register(|registry| {
@@ -372,6 +375,8 @@ impl Metrics {
             registry.register("draining_workers", of_before, metrics.draining_workers.clone());
             let given_up = "1: the last reload was given up, so the program of before runs";
             registry.register("reload_given_up", given_up, metrics.reload_given_up.clone());
+            let open = "1: root opened this host to plaintext for a time";
+            registry.register("bypass", open, metrics.bypass.clone());
         });
         Arc::new(metrics)
     }
@@ -512,6 +517,8 @@ impl Metrics {
         let draining = i64::try_from(looked.draining).unwrap_or(i64::MAX);
         self.draining_workers.set(draining);
         self.reload_given_up.set(looked.given_up.is_some().into());
+        let open = looked.bypass.as_ref().and_then(Bypass::left);
+        self.bypass.set(open.is_some().into());
     }
 
     /// Counts an attempt to connect to a server without an agent. As many labels as the workload files have endpoints.

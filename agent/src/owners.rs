@@ -18,6 +18,7 @@ use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::bypass::Bypass;
 use crate::capture::CgroupRef;
 use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch, Directory, OwnerPath, uid_of};
 use crate::capture::real::Real;
@@ -56,6 +57,8 @@ pub(crate) struct OwnerStatus {
     /// Workers that this one or others have taken over from, and what became of the last reload.
     pub(crate) draining: usize,
     pub(crate) given_up: Option<String>,
+    /// The last time that this host was opened to plaintext.
+    pub(crate) bypass: Option<Bypass>,
     /// Real addresses at which calls are taken over, and how many more there are than can be.
     pub(crate) reals: usize,
     pub(crate) reals_left_out: usize,
@@ -416,6 +419,7 @@ impl Owners {
                 self.looking = false;
                 self.status.draining = looked.draining;
                 self.status.given_up.clone_from(&looked.given_up);
+                self.status.bypass.clone_from(&looked.bypass);
                 self.links.metrics.reloaded(&looked);
                 self.links.door.looked(looked, now_ms());
                 self.status.door = self.links.door.status.clone();

@@ -212,6 +212,11 @@ impl State {
         self.root.join(DOOR_FILE)
     }
 
+    /// Who opened this host to plaintext, and until when.
+    pub(crate) fn bypass_file(&self) -> PathBuf {
+        self.root.join(crate::bypass::FILE)
+    }
+
     /// What workers that others have taken over from say of themselves.
     pub(crate) fn followers(&self) -> PathBuf {
         self.root.join(FOLLOWERS)
@@ -290,6 +295,7 @@ impl State {
             REALS_FILE,
             FOLLOWERS,
             crate::drained::FILE,
+            crate::bypass::FILE,
             "leaves",
             "agent.crt",
         ]) {

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::Mistyped;
+use crate::bypass::Open;
 use crate::limits::Limit;
 
 /// How long the daemon may take to answer: it may ask others meanwhile.
@@ -47,6 +48,9 @@ pub(crate) struct Status {
     /// Why the last reload was given up: then the program of before runs.
     #[serde(default)]
     pub(crate) reload_given_up: Option<String>,
+    /// Root opened this host to plaintext.
+    #[serde(default)]
+    pub(crate) bypass: Option<Open>,
     /// Identity of programs that match no workload.
     pub(crate) host_leaf: LeafStatus,
     pub(crate) workloads: Vec<WorkloadStatus>,
@@ -232,6 +236,12 @@ impl Status {
                 "reload       GIVEN UP, the program of before runs: {why}"
             )?;
         }
+        if let Some(open) = &self.bypass {
+            writeln!(
+                page,
+                "bypass       OPEN TO PLAINTEXT {open}; `mesh-agent bypass --end` closes it"
+            )?;
+        }
         if self.draining_workers > 0 {
             let workers = self.draining_workers;
             writeln!(
@@ -277,6 +287,7 @@ impl Status {
             + usize::from(self.policies.is_none())
             + usize::from(self.revocations_unknown)
             + usize::from(self.reload_given_up.is_some())
+            + usize::from(self.bypass.is_some())
             + usize::from(self.host_leaf.refused.is_some());
         let workloads = self.workloads.iter().map(|w| w.problems().len());
         host + workloads.sum::<usize>()

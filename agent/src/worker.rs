@@ -294,6 +294,7 @@ impl Parts {
                 sets: self.sets.clone(),
                 verdicts: verdicts.clone(),
                 edges,
+                owners: owner_status.clone(),
                 credential,
                 rejoined: rejoined_by,
                 channel: channel_by,

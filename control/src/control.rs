@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::acks::Acks;
 use crate::audit::{Actor, Audit};
+use crate::bypasses::Bypasses;
 use crate::ca::{Ca, LeafOrder};
 use crate::catalogue::objects::{Revoked, Settings};
 use crate::clocks::Clocks;
@@ -40,6 +41,7 @@ pub(crate) struct Control {
     pub nonces: Nonces,
     pub limits: Limits,
     pub clocks: Clocks,
+    pub bypasses: Bypasses,
     pub audit: Arc<Audit>,
     pub metrics: Arc<Metrics>,
     /// The tasks of sessions.
@@ -94,6 +96,7 @@ impl Control {
             nonces: Nonces::default(),
             limits: Limits::default(),
             clocks: Clocks::default(),
+            bypasses: Bypasses::default(),
             audit,
             metrics,
             sessions: TaskTracker::new(),

@@ -17,6 +17,7 @@ mod acks;
 mod api;
 mod audit;
 mod auth;
+mod bypasses;
 mod ca;
 mod catalogue;
 mod clock;

@@ -1,4 +1,5 @@
-//! What agents call: `Join`, `Renew`, `Sync`, `Explain`. One file each; this one says who may call what.
+//! What agents call: `Join`, `Renew`, `Sync`, `Leave`, `Explain`. One file each, but for those of a few lines; this one says who may call
+//! what.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ mod sync;
 
 use crate::audit::Actor;
 use crate::auth::Peer;
+use crate::catalogue::command::Command;
 use crate::catalogue::objects::{Offer, Workload};
 use crate::control::Control;
 use crate::refusal::Refusal;
@@ -106,6 +108,24 @@ impl Mesh for MeshService {
         let host = host.inspect_err(|r| self.refused(&unknown(&peer), "sync", "", r))?;
         let stream = sync::start(&self.control, &host, &peer, request.into_inner());
         Ok(Response::new(stream))
+    }
+
+    async fn leave(
+        &self,
+        request: Request<proto::LeaveRequest>,
+    ) -> Result<Response<proto::LeaveResponse>, Status> {
+        let peer = peer(&request)?;
+        let host = peer.agent(&self.control.writer.now());
+        let host = host.inspect_err(|r| self.refused(&unknown(&peer), "leave", "", r))?;
+        let actor = Actor {
+            who: format!("host/{}", host.name),
+            from: peer.from(),
+        };
+        let command = Command::RemoveHost {
+            name: host.name.clone(),
+        };
+        self.control.writer.ask(actor, command).await?;
+        Ok(Response::new(proto::LeaveResponse {}))
     }
 
     async fn explain(

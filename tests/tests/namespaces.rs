@@ -9,6 +9,8 @@ mod authz;
 mod bench;
 #[path = "namespaces/bounds.rs"]
 mod bounds;
+#[path = "namespaces/bypass.rs"]
+mod bypass;
 #[path = "namespaces/capture.rs"]
 mod capture;
 #[path = "namespaces/certificates.rs"]

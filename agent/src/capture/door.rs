@@ -15,6 +15,7 @@ use std::time::Duration;
 use mesh_core::policy::{Cidr, widest};
 use serde::{Deserialize, Serialize};
 
+use super::bypass;
 use super::netlink::{Connection, Message};
 use super::nft::{
     Base, Compare, Hook, Meta, R0, Register, Scribe, SetShape, Steps, Type, elements_of,
@@ -184,11 +185,11 @@ fn door_rules() -> Vec<Steps> {
         rules.extend([
             within(names.open).go_to(names.passed),
             within(names.audited).go_to(names.warned),
-            of_family()
+            bypass::if_closed(of_family())
                 .meta(Meta::Protocol, R0)
                 .only_if_in(ARMED, R0)
                 .go_to(names.refused),
-            // Not armed: it would be refused.
+            // Not armed, or open on purpose: it would be refused.
             of_family().go_to(names.warned),
         ]);
     }

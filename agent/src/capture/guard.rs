@@ -3,9 +3,11 @@
 //! refused already what comes in by here, and calls to real addresses are marked when they come by on their way out.
 
 use std::io;
+use std::time::Duration;
 
 use mesh_core::policy::Cidr;
 
+use super::bypass;
 use super::door::{DoorPort, caller, from_elsewhere, ranges};
 use super::netlink::{Connection, Message, errno_of};
 use super::nft::{
@@ -110,6 +112,7 @@ impl Guard {
             messages.extend([scribe.delete_table(), scribe.unowned_table()]);
         }
         messages.extend([
+            bypass::set(scribe, 20),
             scribe.new_hook(GUARD, "filter", Hook::Input, self.priority),
             scribe.new_hook(GUARD_OUT, "filter", Hook::Output, self.out_priority),
             scribe.empty_chain(GUARD),
@@ -126,6 +129,11 @@ impl Guard {
         let scribe = Scribe { table: &table };
         let mut batches = flows.chunks(FLOWS_PER_BATCH);
         batches.try_for_each(|flows| self.send(&scribe.members(set, flows)))
+    }
+
+    pub(super) fn bypass(&mut self, left: Option<Duration>) -> io::Result<()> {
+        let table = self.table.clone();
+        self.send(&bypass::contents(Scribe { table: &table }, left))
     }
 
     fn send(&mut self, messages: &[Message]) -> io::Result<()> {
@@ -146,6 +154,7 @@ impl Guard {
         let ports = self.doors.iter().map(|d| d.port.to_be_bytes().to_vec());
         messages.extend(scribe.members(STRICT_PORTS, &ports.collect::<Vec<_>>()));
         let mut rules = from_elsewhere(STRICT_PORTS);
+        rules.push(bypass::if_open(Steps::default()).back());
         for (id, (version, address, name)) in (2..).zip(SETS) {
             messages.push(scribe.new_set(SetShape {
                 ranges: true,
@@ -188,7 +197,7 @@ impl Guard {
         );
         for names in &real::FAMILIES {
             rules.extend([
-                names.beginning().reject_with_reset(),
+                bypass::if_closed(names.beginning()).reject_with_reset(),
                 names.forgetting(),
                 names.following().reject_with_reset(),
             ]);

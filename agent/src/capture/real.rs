@@ -12,6 +12,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::bypass;
 use super::netlink::Message;
 use super::nft::{Base, Compare, Meta, R0, Register, Scribe, SetShape, Steps, Type};
 use super::rules::{
@@ -272,7 +273,7 @@ pub(super) fn frame(scribe: Scribe<'_>, marks: Marks) -> Vec<Message> {
 pub(super) fn output_rules() -> Vec<Steps> {
     let of_family = |names: &Names| {
         [
-            names.beginning().go_to(BEGIN),
+            bypass::if_closed(names.beginning()).go_to(BEGIN),
             names.forgetting(),
             names.following().go_to(CARRY),
             names.ending(),

@@ -23,6 +23,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use mesh_core::policy::Cidr;
 use serde::{Deserialize, Serialize};
 
+use super::bypass;
 use super::door;
 use super::netlink::Message;
 use super::nft::{Base, Compare, Hook, Meta, R0, Register, Scribe, SetShape, Steps, Type};
@@ -152,6 +153,7 @@ pub(super) fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Messa
             dynamic: Some((0, 2)),
             ..SetShape::plain(SHED, 7, &[Type::Protocol], None)
         }),
+        bypass::set(scribe, 8),
         scribe.new_chain(SHED),
         scribe.new_chain(ASKERS),
         scribe.new_chain(WHOSE),

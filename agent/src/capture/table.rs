@@ -3,7 +3,9 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use super::bypass;
 use super::door::{self, Arm, DoorPort, Seen};
 use super::netlink::{Connection, Message};
 use super::nft::{Scribe, batch_bounds, elements_of};
@@ -148,6 +150,11 @@ impl Table {
     /// Arms what stands for good.
     pub(super) fn arm(&mut self) -> io::Result<()> {
         let messages = door::armed(Scribe { table: &self.name }, Arm::ForGood);
+        self.commit(&messages)
+    }
+
+    pub(super) fn bypass(&mut self, left: Option<Duration>) -> io::Result<()> {
+        let messages = bypass::contents(Scribe { table: &self.name }, left);
         self.commit(&messages)
     }
 

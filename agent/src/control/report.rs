@@ -6,9 +6,19 @@ use mesh_core::health::Verdict;
 
 use super::Shell;
 use crate::health::Verdicts;
+use crate::owners::OwnerStatus;
 use crate::workloads::WorkloadSet;
 
-/// The report of these workloads, each service with its health. A service whose health is not known yet is not healthy.
+/// The report of these workloads, each service with its health, all but its generation. A service whose health is not known
+/// yet is not healthy.
+fn report(set: &WorkloadSet, verdicts: &Verdicts, owners: &OwnerStatus) -> proto::Report {
+    proto::Report {
+        generation: 0,
+        workloads: workloads(set, verdicts),
+        bypass: owners.bypass.as_ref().map(Into::into),
+    }
+}
+
 fn workloads(set: &WorkloadSet, verdicts: &Verdicts) -> Vec<proto::ReportedWorkload> {
     let workloads = set.workloads.iter().map(|workload| {
         let services = workload.services.iter().map(|service| {
@@ -37,8 +47,9 @@ impl Shell {
     pub(super) fn report_changed(&mut self) {
         let set = self.links.sets.borrow_and_update();
         let verdicts = self.links.verdicts.borrow_and_update();
-        if workloads(&set, &verdicts) != self.reported {
-            drop((set, verdicts));
+        let owners = self.links.owners.borrow_and_update();
+        if report(&set, &verdicts, &owners) != self.reported {
+            drop((set, verdicts, owners));
             self.session.handle_report_changed();
         }
     }
@@ -66,11 +77,12 @@ impl Shell {
     pub(super) fn report(&mut self) -> proto::Report {
         let set = self.links.sets.borrow_and_update();
         let verdicts = self.links.verdicts.borrow_and_update();
-        self.reported = workloads(&set, &verdicts);
+        let owners = self.links.owners.borrow_and_update();
+        self.reported = report(&set, &verdicts, &owners);
         self.generation += 1;
         proto::Report {
             generation: self.generation,
-            workloads: self.reported.clone(),
+            ..self.reported.clone()
         }
     }
 }

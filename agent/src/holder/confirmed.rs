@@ -296,6 +296,7 @@ mod tests {
             config_copy: directory.join("agent.toml"),
             outcome_file: directory.join("reload.json"),
             door_file: directory.join("door.json"),
+            bypass_file: directory.join("bypass.json"),
             keep_link: true,
         }
     }

@@ -9,7 +9,8 @@ use mesh_runtime::notify;
 
 use super::protocol::{Desired, DesiredWorkload, Looked, Wire, WorkloadListener};
 use super::worker_process::WorkerProcess;
-use super::{COMMON, Holder, REPAIR_EVERY, desired, send_listeners, sockets, stored};
+use super::{BYPASS_EVERY, COMMON, Holder, REPAIR_EVERY, desired, send_listeners, sockets, stored};
+use crate::bypass::{self, Bypass};
 use crate::capture::Workload;
 use crate::capture::door::{Arm, DoorPort};
 
@@ -25,6 +26,7 @@ impl Holder<'_> {
                 .cloned(),
             draining: self.draining.len(),
             given_up: self.given_up.clone(),
+            bypass: self.bypass.clone(),
             ..Looked::default()
         };
         match self.capture.seen() {
@@ -81,6 +83,48 @@ impl Holder<'_> {
             );
         }
         self.repair_error = error;
+    }
+
+    /// Opens the host to plaintext, or closes it, as `mesh-agent bypass` wrote down.
+    pub(super) fn heed_bypass(&mut self, now: Instant) {
+        if now < self.bypass_at {
+            return;
+        }
+        self.bypass_at = now + BYPASS_EVERY;
+        let read = bypass::read(&self.config.bypass_file);
+        let bypass = read.unwrap_or_else(|error| {
+            if self.opened != Some(false) {
+                log::error!("{error:#}");
+            }
+            None
+        });
+        let left = bypass.as_ref().and_then(Bypass::left);
+        // While it is open the rules may have been made anew, and closed.
+        if left.is_none() && self.opened == Some(false) {
+            return;
+        }
+        if let Err(error) = self.capture.bypass(left) {
+            log::error!(
+                "{:#}; it is tried again in {} s",
+                anyhow::Error::new(error),
+                BYPASS_EVERY.as_secs()
+            );
+            return;
+        }
+        match (&bypass, left) {
+            (Some(new), Some(left)) if self.opened != Some(true) || bypass != self.bypass => {
+                log::warn!(
+                    by = new.by.as_str(), why = new.why.as_str();
+                    "this host is open to plaintext for {} s", left.as_secs()
+                );
+            }
+            (_, None) if self.opened == Some(true) => {
+                log::warn!("this host is closed to plaintext again")
+            }
+            _ => {}
+        }
+        self.opened = Some(left.is_some());
+        self.bypass = bypass;
     }
 
     /// Makes listeners and rules what the worker wants, or leaves all as it is and says why.

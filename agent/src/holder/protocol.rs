@@ -14,6 +14,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::bypass::Bypass;
 use crate::capture::CgroupRef;
 use crate::capture::door::Seen;
 use crate::capture::real::Real;
@@ -120,6 +121,8 @@ pub(crate) struct Looked {
     pub(crate) draining: usize,
     /// Why the last reload was given up; `None` after one that was not.
     pub(crate) given_up: Option<String>,
+    /// The last time that root opened this host to plaintext.
+    pub(crate) bypass: Option<Bypass>,
     /// Why something of it can not be done now.
     pub(crate) error: Option<String>,
 }

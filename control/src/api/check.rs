@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mesh_api::check::{Check, Checks};
+use mesh_api::proto;
 use mesh_core::edge::{EdgeCaller, EdgeVerdict};
 use mesh_core::expiry::Alarm;
+use mesh_core::names::HostUid;
 use mesh_core::policy::{Caller, Enforce, Level, PolicySet};
 use mesh_core::reason::Reason;
 use mesh_core::service::Transport;
@@ -33,6 +35,8 @@ struct Facts<'a> {
     /// Hosts that fell silent together and are held as live.
     held: u64,
     clocks: Offsets,
+    /// Hosts that are open to plaintext now.
+    open: Vec<(HostUid, proto::Bypass)>,
     edges: EdgesByHost,
     now_ms: u64,
 }
@@ -46,6 +50,7 @@ pub(crate) fn answer(control: &Control) -> Value {
         autonomy_s: control.leaves.autonomy().as_secs(),
         held: control.leases.held(),
         clocks: control.clocks.all(),
+        open: control.bypasses.open(clock::now_ms()),
         edges: control.edges.all(),
         now_ms: clock::now_ms(),
     };
@@ -63,6 +68,7 @@ fn judge(facts: &Facts<'_>) -> Checks {
             certificates(facts),
             hosts(facts),
             host_clocks(facts),
+            bypasses(facts),
             addresses(facts),
             versions(facts),
             reports(facts),
@@ -156,6 +162,26 @@ fn host_clocks(facts: &Facts<'_>) -> Check {
         return Check::warning(NAME, "clocks of hosts differ from control's", remedy).about(warned);
     }
     Check::ok(NAME, "the clocks of all live hosts agree with control's")
+}
+
+fn bypasses(facts: &Facts<'_>) -> Check {
+    const NAME: &str = "bypasses";
+    let open = facts.open.iter().filter_map(|(uid, bypass)| {
+        let name = &facts.now.hosts.get(uid)?.name;
+        let until = rfc3339(bypass.until_ms / 1000);
+        Some(format!(
+            "{name} until {until}, by {} ({})",
+            bypass.by, bypass.why
+        ))
+    });
+    let open: Vec<String> = open.collect();
+    if open.is_empty() {
+        return Check::ok(NAME, "no host is opened to plaintext");
+    }
+    let found =
+        "hosts are opened by their root: plaintext passes there, whatever transport and policy say";
+    let remedy = "they close by themselves; `mesh-agent bypass --end` there closes them before";
+    Check::warning(NAME, found, remedy).about(open)
 }
 
 fn addresses(facts: &Facts<'_>) -> Check {
@@ -437,6 +463,7 @@ mod tests {
             autonomy_s: 115_200,
             held: 0,
             clocks: Offsets::default(),
+            open: Vec::new(),
             edges: EdgesByHost::default(),
             now_ms: NOW_S.unsigned_abs() * 1000,
         };

@@ -20,11 +20,15 @@ const OFFERS_MAX: usize = 1024;
 const PORTS_MAX: usize = 64;
 /// Most servers without an agent that one host goes on to for a service.
 const PLAINTEXT_MAX: usize = 16;
+/// Longest texts of a bypass, in bytes.
+const BY_MAX: usize = 64;
+const WHY_MAX: usize = 800;
 
 /// A report, read: what can be read, and what is wrong with the rest.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Read {
     pub workloads: Vec<Workload>,
+    pub bypass: Option<proto::Bypass>,
     pub problems: Vec<proto::Problem>,
 }
 
@@ -40,7 +44,18 @@ pub(super) fn read(report: &proto::Report) -> Result<Read, Refusal> {
     bound("workloads", report.workloads.len(), WORKLOADS_MAX)?;
     let offered = report.workloads.iter().map(|w| w.services.len()).sum();
     bound("services", offered, OFFERS_MAX)?;
-    let mut read = Read::default();
+    if let Some(bypass) = &report.bypass {
+        bound("bytes in who opened it", bypass.by.len(), BY_MAX)?;
+        bound("bytes in why it was opened", bypass.why.len(), WHY_MAX)?;
+        if (bypass.by.chars().chain(bypass.why.chars())).any(char::is_control) {
+            let message = "who opened the host, or why, has control characters";
+            return Err(Refusal::invalid(message));
+        }
+    }
+    let mut read = Read {
+        bypass: report.bypass.clone(),
+        ..Read::default()
+    };
     let mut seen = BTreeSet::new();
     for reported in &report.workloads {
         bound(
@@ -176,6 +191,7 @@ mod tests {
             let report = proto::Report {
                 generation: 1,
                 workloads: vec![workload],
+                bypass: None,
             };
             read(&report).unwrap()
         };
@@ -203,6 +219,7 @@ mod tests {
                 workload("data", "web", 70_000),
                 workload("shop", "other", 80),
             ],
+            bypass: None,
         };
         let read = read(&report).unwrap();
         assert_eq!(read.workloads.len(), 2);
@@ -219,6 +236,7 @@ mod tests {
         let report = proto::Report {
             generation: 1,
             workloads: vec![workload("shop", "web", 80); WORKLOADS_MAX + 1],
+            bypass: None,
         };
         assert_eq!(read(&report).unwrap_err().reason, Reason::Invalid);
     }

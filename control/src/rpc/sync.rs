@@ -13,6 +13,7 @@ use mesh_core::lease::{LEASE, SessionId};
 use mesh_core::names::{HostUid, ServiceName};
 use mesh_core::reason::Reason;
 use mesh_core::revocation::Revocation;
+use mesh_runtime::clock::rfc3339;
 use mesh_runtime::tls::verify;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::mpsc;
@@ -110,6 +111,7 @@ async fn serve(
     control.leases.closed(uid, id).await;
     if !control.writer.now().hosts.contains_key(uid) {
         control.edges.forget(uid);
+        control.bypasses.forget(uid);
     }
     result
 }
@@ -247,6 +249,9 @@ impl Session {
                     workloads: read.workloads,
                 };
                 self.control.writer.ask(self.actor.clone(), command).await?;
+                if let Some(bypass) = &read.bypass {
+                    self.bypassed(bypass);
+                }
                 self.outbox.reported(report.generation, read.problems);
                 Ok(())
             }
@@ -256,6 +261,17 @@ impl Session {
             Some(Message::Edges(edges)) => self.edges(&edges),
             // A newer agent may say more.
             None => Ok(()),
+        }
+    }
+
+    /// Root of the host opened it to plaintext, or closed it.
+    fn bypassed(&self, bypass: &proto::Bypass) {
+        if self.control.bypasses.heard(&self.uid, bypass) {
+            let [from, to] = [bypass.begun_ms, bypass.until_ms].map(|ms| rfc3339(ms / 1000));
+            let (by, why) = (&bypass.by, &bypass.why);
+            let said = format!("plaintext from {from} to {to}, by {by} ({why})");
+            self.control.audited(&self.actor, "bypass", &said);
+            log::warn!(host:% = self.actor.who; "a host was opened to {said}");
         }
     }
 

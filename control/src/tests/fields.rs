@@ -166,6 +166,12 @@ impl Fields {
                     account: f.namespace(),
                     services: f.many(3, Self::service),
                 }),
+                bypass: (self.rng.below(2) == 0).then(|| proto::Bypass {
+                    begun_ms: self.number(),
+                    until_ms: self.number(),
+                    by: self.text(),
+                    why: self.text(),
+                }),
             }),
             "subscribe" => Say::Subscribe(proto::Subscribe {
                 services: self.many(30, Self::service_ref),

@@ -398,6 +398,7 @@ impl Session {
         self.say(Say::Report(proto::Report {
             generation,
             workloads,
+            bypass: None,
         }))
         .await;
     }

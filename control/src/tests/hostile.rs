@@ -1,5 +1,5 @@
 //! An agent whose host was taken over: it has a good credential and says what it likes, in any order. It gets refusals,
-//! changes nothing of others, leaves a trail, and control goes on.
+//! changes nothing of others, leaves a trail, and control goes on. Control runs within this test, over its real gRPC.
 
 use std::sync::{Mutex, Once, PoisonError};
 
@@ -94,9 +94,13 @@ fn is_refusal(status: &Status) -> bool {
     )
 }
 
+/// Called last: who has left can try nothing more.
+const LEAVE: &str = "Leave";
+
 async fn step(fields: &mut Fields, site: &Site, evil: &Agent) -> Result<(), Status> {
     let mut client = evil.client(site).await;
-    let known = methods();
+    let mut known = methods();
+    known.retain(|method| *method != LEAVE);
     // Most is in the session.
     let method = match fields.rng.below(4) {
         0 => "Sync",
@@ -268,6 +272,7 @@ async fn an_agent_that_says_anything_in_any_order_changes_nothing_of_others() {
     let actions = [
         "explain",
         "join",
+        "leave",
         "merge revocations",
         "rejoin",
         "sign",
@@ -346,6 +351,18 @@ async fn run(seed: u64) -> Tried {
         .keys()
         .filter(|s| s.namespace.as_str() != "shop");
     assert_eq!(others.count(), 0, "a service outside the token's scope");
+    drop(now);
+
+    // Who leaves takes nobody with him.
+    let mut client = evil.client(&site).await;
+    client.leave(proto::LeaveRequest {}).await.unwrap();
+    fields.tried.calls.insert(LEAVE);
+    let again = client.leave(proto::LeaveRequest {}).await.unwrap_err();
+    assert!(is_refusal(&again), "{again:?}");
+    let now = site.control.writer.now();
+    let left: Vec<&str> = now.hosts.values().map(|host| host.name.as_str()).collect();
+    assert_eq!(left, ["vm-2"]);
+    assert_eq!(host().await, host_before);
     drop(now);
     let (_, audit) = site
         .call(Method::GET, "/v1/audit?limit=10000", Value::Null)

@@ -1,6 +1,7 @@
 //! Hundreds of agents and one control for minutes of a clock of their own, over the machines that decide: sessions, leases,
 //! revocations. Everything that can fail does, by a seed: connections break, fall silent, crawl; what an old one still
 //! said comes late and twice; agents and control crash, hosts boot anew, control is restored from an old backup.
+//! What control has besides (its catalogue, its store and what it sends next) is a model of it here.
 //!
 //! Within one connection there is an order, as TCP keeps it: a lost message is one that all later ones wait for, so the
 //! connection is silent from there on. Between connections there is none.

@@ -1,11 +1,25 @@
 //! Wall-clock time, and how people and files are told it.
 
+use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Unix time, milliseconds. Before 1970 it is 0, which makes everything look valid for longer, never expired.
 pub fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Where the kernel says which boot this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The kernel's name for this boot: another after each.
+///
+/// # Errors
+/// When `/proc` is not mounted.
+pub fn boot_id() -> io::Result<String> {
+    let id = std::fs::read_to_string(BOOT_ID)
+        .map_err(|error| io::Error::new(error.kind(), format!("cannot read {BOOT_ID}: {error}")))?;
+    Ok(id.trim().to_owned())
 }
 
 /// RFC 3339, UTC, whole seconds.

@@ -79,7 +79,7 @@ fn hosts_are_installed_join_boot_without_control_and_are_rid_of_it_again() {
 
     for machine in [&deb, &rpm] {
         let left = machine.ok("mesh-agent leave");
-        assert!(left.contains("nothing of the mesh is left"), "{left}");
+        assert!(left.contains("control has forgotten it"), "{left}");
     }
     deb.ok("apt-get purge -y -q meshwork-agent");
     rpm.ok("rm -r /etc/meshwork/services.d/* && rpm --erase meshwork-agent");

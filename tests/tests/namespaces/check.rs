@@ -65,7 +65,7 @@ fn what_is_broken_on_a_host_is_named() {
         "ok       agent ",
         "ok       peers         1 of 1 agents that are in use answer\n",
         "ok       names         web.shop.mesh.internal is resolved to ",
-        "\n0 failed, 0 warnings, 0 skipped, 19 ok\n",
+        "\n0 failed, 0 warnings, 0 skipped, 20 ok\n",
     ];
     for line in lines {
         assert!(page.contains(line), "{line} is missing:\n{page}");
@@ -299,4 +299,29 @@ fn a_leaf_near_its_end_is_named() {
     pair.control.run();
     pair.wait_for_the_clients_second_leaf();
     wait_only(&pair.client, &[]);
+}
+
+/// What another program has is left to it: ours get other numbers.
+#[test]
+fn numbers_that_another_program_has_are_left_to_it() {
+    let mut pair = Pair::new("check_numbers");
+    let _web = pair.web("http", "");
+    called(&pair);
+    let client = pair.client.host.clone();
+    client.ok("ip route add 192.0.2.0/24 dev lo table 7441");
+    wait_only(&pair.client, &[("clashes", "failed", "not ours")]);
+    pair.client.stop();
+    pair.client
+        .configure("[capture]\nroute_table = 7450\nrule_priority = 760\nmark_base = 0x5d000000\n");
+    pair.client.start();
+    called(&pair);
+    wait_only(&pair.client, &[]);
+    let rules = client.ok("ip rule");
+    assert!(
+        rules.contains("760:") && rules.contains("lookup 7450"),
+        "{rules}"
+    );
+    assert!(!rules.contains("lookup 7441"), "{rules}");
+    let theirs = client.ok("ip route show table 7441");
+    assert!(theirs.contains("192.0.2.0/24"), "{theirs}");
 }

@@ -25,7 +25,7 @@ fn narrowed(enforce: &str, cidr: &str) -> String {
 }
 
 /// What a plaintext call from `from` gets: curl's exit code and the answer. 7 is a refused connection.
-fn plaintext(server: &Host, from: &Host, v6: bool) -> String {
+pub(crate) fn plaintext(server: &Host, from: &Host, v6: bool) -> String {
     let url = if v6 {
         format!("http://[{}]/", server.v6())
     } else {
@@ -36,7 +36,7 @@ fn plaintext(server: &Host, from: &Host, v6: bool) -> String {
 }
 
 #[track_caller]
-fn wait_plaintext(pair: &Pair, from: &Host, expected: &str) {
+pub(crate) fn wait_plaintext(pair: &Pair, from: &Host, expected: &str) {
     for v6 in [false, true] {
         wait_until(&format!("plaintext to get {expected:?}"), SOON, || {
             let got = plaintext(&pair.server.host, from, v6);
@@ -45,8 +45,8 @@ fn wait_plaintext(pair: &Pair, from: &Host, expected: &str) {
     }
 }
 
-const PASSES: &str = "hello\n0\n";
-const REFUSED: &str = "7\n";
+pub(crate) const PASSES: &str = "hello\n0\n";
+pub(crate) const REFUSED: &str = "7\n";
 
 /// Waits until the server has counted plaintext callers of this verdict from `source`.
 #[track_caller]

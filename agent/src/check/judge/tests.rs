@@ -84,6 +84,7 @@ fn facts() -> Facts {
         }]),
         captures: true,
         kernel: Ok(Inspection::default()),
+        bypass: Ok(None),
         mesh_port: Ok(vec![Listener {
             address: "0.0.0.0:7441".parse().unwrap(),
             uid: 0,
