@@ -171,7 +171,10 @@ impl Sources {
             host_uid: host.uid.to_string(),
             trust_domain: host.trust_domain.to_string(),
             network: host.network.to_string(),
-            address: self.membership.address.clone(),
+            address: match session.own_address {
+                Some(address) => address.to_string(),
+                None => self.membership.address.clone(),
+            },
             control: control(&session),
             index: index(&view, &session),
             policies: view.policies.as_ref().map(|p| p.revision),

@@ -38,7 +38,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-pub(crate) use dial::{ALPN_H2, DialError, Ended, channel, dial, reason_of};
+pub(crate) use dial::{ALPN_H2, DialError, Ended, channel, dial, own_address, reason_of};
 use dial::{Connection, Event};
 use followers::Follower;
 use heed::HEED_EVERY;
@@ -267,7 +267,12 @@ impl Shell {
             return;
         }
         match event {
-            Event::Connected { outgoing, channel } => {
+            Event::Connected {
+                outgoing,
+                channel,
+                from,
+            } => {
+                self.moved(from);
                 if let Some(connection) = &mut self.connection {
                     connection.outgoing = Some(outgoing);
                     connection.channel = Some(channel);
@@ -507,19 +512,8 @@ impl Shell {
     }
 
     fn send(&mut self, what: Outgoing, persisted: Persisted) {
-        let revocations = self.mirror.revocations_at();
         let message = match what {
-            Outgoing::Hello(installed) => Ours::Hello(proto::Hello {
-                boot_id: self.boot_id.clone(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-                capabilities: Vec::new(),
-                epoch: installed.map_or(0, |i| i.epoch),
-                index_revision: installed.map_or(0, |i| i.revision),
-                address: String::new(),
-                mesh_port: self.links.mesh_port.into(),
-                revocations_epoch: revocations.map_or(0, |at| at.epoch),
-                revocations_revision: revocations.map_or(0, |at| at.revision),
-            }),
+            Outgoing::Hello(installed) => Ours::Hello(self.hello(installed)),
             Outgoing::Beat { sequence } => Ours::Beat(proto::Beat {
                 sequence,
                 time_ms: now_ms(),

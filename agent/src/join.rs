@@ -9,6 +9,7 @@ mod serve;
 pub(crate) use serve::{lacking, servable, serve};
 
 use std::io::Read as _;
+use std::net::IpAddr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::sync::Arc;
 
@@ -30,7 +31,7 @@ use tonic::{Code, Status};
 use crate::Mistyped;
 use crate::capture;
 use crate::config::Config;
-use crate::control::{ALPN_H2, DialError, channel, dial, reason_of};
+use crate::control::{ALPN_H2, DialError, channel, dial, own_address, reason_of};
 use crate::keys;
 use crate::leaves::now_ms;
 use crate::state::{Kept, Membership, Pair, State};
@@ -144,8 +145,8 @@ pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<J
         mesh_port: config.mesh.listen_port.into(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let response = match ask(&token, &wire).await {
-        Ok(response) => response,
+    let answer = match ask(&token, &wire).await {
+        Ok(answer) => answer,
         Err(Failed::Unknown(error)) => {
             return Err(error.context("the join may have been taken; run the same command again"));
         }
@@ -160,8 +161,10 @@ pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<J
             return Err(error);
         }
     };
-    let skewed = now_ms().abs_diff(response.control_time_ms) > SKEW_MAX_MS;
-    let membership = commit(&state, &token, key, &response)
+    let skewed = now_ms().abs_diff(answer.response.control_time_ms) > SKEW_MAX_MS;
+    // Where an address was said, or was another to control than to the host, the host can not tell where it goes.
+    let moves = request.address.is_none() && answer.is_direct();
+    let membership = commit(&state, &token, key, moves, &answer.response)
         .context("control's answer can not be used; nothing was joined")?;
     // Files of workloads go there next. Where it can not be made the agent waits for it.
     let mut directory = std::fs::DirBuilder::new();
@@ -175,11 +178,22 @@ pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<J
     Ok(Joined::New { membership, skewed })
 }
 
+/// What control said, and the address of this host on the way to it.
+struct Answer {
+    response: proto::JoinResponse,
+    from: Option<IpAddr>,
+}
+
+impl Answer {
+    /// Peers are told the address that this host has itself: nothing between translates.
+    fn is_direct(&self) -> bool {
+        self.from
+            .is_some_and(|from| self.response.address.parse() == Ok(from))
+    }
+}
+
 /// Asks each address of the token in turn, until one answers.
-async fn ask(
-    token: &JoinToken,
-    request: &proto::JoinRequest,
-) -> Result<proto::JoinResponse, Failed> {
+async fn ask(token: &JoinToken, request: &proto::JoinRequest) -> Result<Answer, Failed> {
     let tls = pinned_client_config(PinVerifier::new(token.pins.clone()), &[ALPN_H2])
         .map_err(|e| Failed::Unreached(e.into()))?;
     let tls = Arc::new(tls);
@@ -187,7 +201,7 @@ async fn ask(
     let mut lost = false;
     for address in &token.addresses {
         match ask_one(address, &tls, request).await {
-            Ok(response) => return Ok(response),
+            Ok(answer) => return Ok(answer),
             Err(Failed::Refused(error)) => return Err(Failed::Refused(error)),
             Err(Failed::Unreached(error)) => failures.push(error.to_string()),
             Err(Failed::Unknown(error)) => {
@@ -208,14 +222,18 @@ async fn ask_one(
     address: &str,
     tls: &Arc<ClientConfig>,
     request: &proto::JoinRequest,
-) -> Result<proto::JoinResponse, Failed> {
+) -> Result<Answer, Failed> {
     let unreached = |text: String| Failed::Unreached(anyhow::anyhow!(text));
     let stream = dial(address, Arc::clone(tls)).await;
     let stream = stream.map_err(|error| unreached(not_control(address, error)))?;
+    let from = own_address(&stream);
     let channel = channel(stream).await.map_err(unreached)?;
     let mut client = MeshClient::new(channel).max_decoding_message_size(sync::MESSAGE_MAX);
     match tokio::time::timeout(CALL_MAX, client.join(request.clone())).await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Ok(response)) => Ok(Answer {
+            response: response.into_inner(),
+            from,
+        }),
         Ok(Err(status)) => Err(judge(address, &status)),
         Err(_) => Err(Failed::Unknown(anyhow::anyhow!(
             "control at {address} did not answer within {} s",
@@ -267,9 +285,10 @@ fn commit(
     state: &State,
     token: &JoinToken,
     key: String,
+    moves: bool,
     response: &proto::JoinResponse,
 ) -> anyhow::Result<Membership> {
-    let membership = membership(token, response)?;
+    let membership = membership(token, moves, response)?;
     let bundle = response.bundle.as_ref().context("it has no roots")?;
     let pair = Pair {
         key,
@@ -283,7 +302,11 @@ fn commit(
     Ok(membership)
 }
 
-fn membership(token: &JoinToken, response: &proto::JoinResponse) -> anyhow::Result<Membership> {
+fn membership(
+    token: &JoinToken,
+    moves: bool,
+    response: &proto::JoinResponse,
+) -> anyhow::Result<Membership> {
     let mesh = response
         .mesh
         .as_ref()
@@ -301,6 +324,7 @@ fn membership(token: &JoinToken, response: &proto::JoinResponse) -> anyhow::Resu
             dns_suffix: mesh.dns_suffix,
         },
         address: sync::printable(&response.address),
+        moves,
         control: token.addresses.clone(),
         token_id: token.id.clone(),
     })
@@ -470,7 +494,7 @@ mod tests {
             address: "10.0.0.1".to_owned(),
             control_time_ms: 0,
         };
-        let error = commit(state, &token("t-1"), pair.key, &response).unwrap_err();
+        let error = commit(state, &token("t-1"), pair.key, true, &response).unwrap_err();
         assert!(error.to_string().contains("pins"), "{error}");
         assert_eq!(state.membership().unwrap(), None);
     }

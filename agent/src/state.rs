@@ -38,8 +38,11 @@ const FORM: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Membership {
     pub(crate) host: HostFacts,
-    /// Where peers reach this host.
+    /// Where peers reach this host; at the time of the join, where it moves.
     pub(crate) address: String,
+    /// The address is the one from which this host reaches control, whichever that is at the time. It is not where the
+    /// operator said one, nor behind an address translation, where control saw another.
+    pub(crate) moves: bool,
     /// Where control answers: `host:port`.
     pub(crate) control: Vec<String>,
     /// The token of the join, by its public id.
@@ -64,6 +67,7 @@ struct Form {
     trust_domain: String,
     network: String,
     address: String,
+    moves: bool,
     control: Vec<String>,
     token_id: String,
     dns_suffix: String,
@@ -81,6 +85,7 @@ impl From<&Membership> for Form {
             trust_domain: host.trust_domain.to_string(),
             network: host.network.to_string(),
             address: membership.address.clone(),
+            moves: membership.moves,
             control: membership.control.clone(),
             token_id: membership.token_id.clone(),
             dns_suffix: host.dns_suffix.clone(),
@@ -112,6 +117,7 @@ impl TryFrom<Form> for Membership {
                 dns_suffix: mesh.dns_suffix,
             },
             address: form.address,
+            moves: form.moves,
             control: form.control,
             token_id: form.token_id,
         })
@@ -525,6 +531,7 @@ pub(crate) mod tests {
                 dns_suffix: "mesh.internal".to_owned(),
             },
             address: "10.0.0.1".to_owned(),
+            moves: true,
             control: vec!["10.0.0.9:7440".to_owned()],
             token_id: "t-1".to_owned(),
         }

@@ -256,7 +256,7 @@ fn conflict(taken: &[(PathBuf, Arc<Workload>)], workload: &Workload) -> Option<F
 }
 
 /// The addresses of this host's interfaces.
-fn own_addresses() -> io::Result<Vec<IpAddr>> {
+pub(crate) fn own_addresses() -> io::Result<Vec<IpAddr>> {
     let all = getifaddrs()?.filter_map(|interface| {
         let address = interface.address?;
         let v4 = address.as_sockaddr_in().map(|a| a.ip().into());

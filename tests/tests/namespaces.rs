@@ -67,6 +67,8 @@ mod keepalive;
 mod limits;
 #[path = "namespaces/local_attackers.rs"]
 mod local_attackers;
+#[path = "namespaces/mishaps.rs"]
+mod mishaps;
 #[path = "namespaces/packet_capture.rs"]
 mod packet_capture;
 #[path = "namespaces/pair.rs"]

@@ -3,6 +3,7 @@
 //! Everything that happens on it goes to the owner of the session as an [`Event`], with the attempt that it belongs to.
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -67,6 +68,8 @@ pub(super) enum Event {
     Connected {
         outgoing: mpsc::Sender<proto::FromAgent>,
         channel: Channel,
+        /// Of this host, on the way to control.
+        from: Option<IpAddr>,
     },
     Message(Box<Message>),
     /// A new credential in the place of one that ended. Nothing follows on this connection.
@@ -101,28 +104,42 @@ pub(super) async fn run(
     events: mpsc::Sender<(Attempt, Event)>,
 ) {
     let ended = match connect(&address, tls).await {
-        Ok(channel) => converse(attempt, channel, &events).await,
+        Ok((channel, from)) => converse(attempt, channel, from, &events).await,
         Err(ended) => ended,
     };
     // Fails when the session is gone; then nobody wants to know.
     let _ = events.send((attempt, Event::Lost(ended))).await;
 }
 
-pub(super) async fn connect(address: &str, tls: Arc<ClientConfig>) -> Result<Channel, Ended> {
+/// The way to control, and the address of this host on it.
+pub(super) async fn connect(
+    address: &str,
+    tls: Arc<ClientConfig>,
+) -> Result<(Channel, Option<IpAddr>), Ended> {
     let stream = dial(address, tls).await;
     let stream = stream.map_err(|error| Ended::broken(error.text))?;
-    channel(stream).await.map_err(Ended::broken)
+    let from = own_address(&stream);
+    let channel = channel(stream).await.map_err(Ended::broken)?;
+    Ok((channel, from))
+}
+
+/// Where this host is reached by whoever is reached this way. A way that does not leave the host says nothing.
+pub(crate) fn own_address(stream: &TlsStream<TcpStream>) -> Option<IpAddr> {
+    let local = stream.get_ref().0.local_addr().ok()?;
+    Some(local.ip().to_canonical()).filter(|ip| !ip.is_loopback())
 }
 
 async fn converse(
     attempt: Attempt,
     channel: Channel,
+    from: Option<IpAddr>,
     events: &mpsc::Sender<(Attempt, Event)>,
 ) -> Ended {
     let (outgoing, waiting) = mpsc::channel(OUTGOING_MAX);
     let connected = Event::Connected {
         outgoing,
         channel: channel.clone(),
+        from,
     };
     if events.send((attempt, connected)).await.is_err() {
         return Ended::broken("the agent stops".to_owned());

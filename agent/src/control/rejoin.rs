@@ -61,7 +61,7 @@ async fn ask(
         text: format!("this host's credential has ended, and it can not ask for another: {error}"),
     };
     let tls = client_config(None, verifier, &[ALPN_H2]).map_err(|e| local(&e))?;
-    let channel = dial::connect(address, Arc::new(tls)).await?;
+    let (channel, _) = dial::connect(address, Arc::new(tls)).await?;
     let mut client = MeshClient::new(channel).max_decoding_message_size(sync::MESSAGE_MAX);
     let asked = client.challenge(proto::ChallengeRequest {
         host_uid: host.to_string(),

@@ -1,13 +1,16 @@
-//! What this host tells control that it serves.
+//! What this host tells control of itself and of what it serves.
+
+use std::net::IpAddr;
 
 use mesh_api::proto;
 use mesh_api::sync::{self, SyncError};
 use mesh_core::health::Verdict;
+use mesh_core::session::Installed;
 
 use super::Shell;
 use crate::health::Verdicts;
 use crate::owners::OwnerStatus;
-use crate::workloads::WorkloadSet;
+use crate::workloads::{WorkloadSet, own_addresses};
 
 /// The report of these workloads, each service with its health, all but its generation. A service whose health is not known
 /// yet is not healthy.
@@ -43,7 +46,43 @@ fn workloads(set: &WorkloadSet, verdicts: &Verdicts) -> Vec<proto::ReportedWorkl
     workloads.collect()
 }
 
+/// Where that can not be told, nothing has changed.
+fn has_address(address: IpAddr) -> bool {
+    own_addresses().map_or(true, |own| own.contains(&address))
+}
+
 impl Shell {
+    /// Control was reached from this address. The host moves there if it is not at home any more where peers sought it.
+    pub(super) fn moved(&mut self, from: Option<IpAddr>) {
+        let Some(from) = from.filter(|_| self.membership.moves) else {
+            return;
+        };
+        let known = self.status.own_address;
+        let known = known.or_else(|| self.membership.address.parse().ok());
+        let stays = known.filter(|known| has_address(*known));
+        if stays.is_none() {
+            let before = known.map(|known| known.to_string()).unwrap_or_default();
+            log::warn!(before = before.as_str(), now:% = from; "this host's address changed; control is told");
+        }
+        self.status.own_address = Some(stays.unwrap_or(from));
+    }
+
+    pub(super) fn hello(&self, installed: Option<Installed>) -> proto::Hello {
+        let revocations = self.mirror.revocations_at();
+        let address = self.status.own_address;
+        proto::Hello {
+            boot_id: self.boot_id.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            capabilities: Vec::new(),
+            epoch: installed.map_or(0, |i| i.epoch),
+            index_revision: installed.map_or(0, |i| i.revision),
+            address: address.map(|ip| ip.to_string()).unwrap_or_default(),
+            mesh_port: self.links.mesh_port.into(),
+            revocations_epoch: revocations.map_or(0, |at| at.epoch),
+            revocations_revision: revocations.map_or(0, |at| at.revision),
+        }
+    }
+
     pub(super) fn report_changed(&mut self) {
         let set = self.links.sets.borrow_and_update();
         let verdicts = self.links.verdicts.borrow_and_update();

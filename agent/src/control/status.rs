@@ -1,5 +1,7 @@
 //! What operators see of the session.
 
+use std::net::IpAddr;
+
 use mesh_api::sync::Problem;
 use mesh_core::session::{Installed, Phase};
 
@@ -11,6 +13,8 @@ pub(crate) struct SessionStatus {
     pub(crate) phase: Phase,
     /// Of the live session, or the one last tried.
     pub(crate) address: String,
+    /// Where peers reach this host, if it moves and control was reached since the start.
+    pub(crate) own_address: Option<IpAddr>,
     /// When control was last known to be heard, Unix milliseconds; 0: never. What is in use is as old.
     pub(crate) heard_ms: u64,
     pub(crate) last_error: Option<Ended>,
@@ -27,6 +31,7 @@ impl Default for SessionStatus {
         Self {
             phase: Phase::Waiting,
             address: String::new(),
+            own_address: None,
             heard_ms: 0,
             last_error: None,
             control_version: String::new(),

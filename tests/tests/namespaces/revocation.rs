@@ -166,7 +166,11 @@ fn a_revoked_workload_is_cut_off_and_its_host_goes_on() {
     pair.control
         .meshctl("revoke workload shop/silent --host server")
         .ok();
-    wait_log(&asking, "x-meshwork-reason: peer_revoked");
+    // `peer_revoked`; or, where the called agent heard of it before the caller, what becomes of the next try.
+    wait_log(&asking, "x-meshwork-reason: ");
+    let cut = asking.log();
+    let reasons = ["peer_revoked", "no_endpoints", "peer_handshake"];
+    assert!(reasons.iter().any(|reason| cut.contains(reason)), "{cut}");
     pair.control.wait_endpoints("shop/silent", 0);
     wait_until("the host to hear why", SOON, || {
         let status = pair.server.command("status").stdout;

@@ -32,6 +32,7 @@ fn membership() -> Membership {
             dns_suffix: "mesh.internal".to_owned(),
         },
         address: "10.0.0.1".to_owned(),
+        moves: true,
         control: vec!["10.0.0.9:7440".to_owned()],
         token_id: "t-1".to_owned(),
     }
