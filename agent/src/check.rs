@@ -4,12 +4,13 @@
 mod judge;
 
 use std::net::{IpAddr, ToSocketAddrs as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use mesh_api::check::Checks;
 use mesh_runtime::tls::leaf::validity;
+use nix::sys::statvfs::{FsFlags, statvfs};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 
@@ -53,6 +54,8 @@ struct Facts {
     /// Connections that the kernel tracks, and how many it can.
     tracked: Option<(u64, u64)>,
     certificates: Vec<Certificate>,
+    /// Where the state is.
+    disk: Result<Disk, String>,
 }
 
 #[derive(Debug)]
@@ -60,6 +63,30 @@ struct Resolved {
     name: String,
     expected: Vec<IpAddr>,
     answer: Result<Vec<IpAddr>, String>,
+}
+
+/// The file system of a directory.
+#[derive(Debug)]
+struct Disk {
+    directory: PathBuf,
+    /// For who is not root, in bytes.
+    free: u64,
+    /// How many more files there can be; `None`: they are not counted.
+    files: Option<u64>,
+    read_only: bool,
+}
+
+impl Disk {
+    fn of(directory: &Path) -> Result<Self, String> {
+        let found = statvfs(directory)
+            .map_err(|e| format!("{} can not be looked at: {e}", directory.display()))?;
+        Ok(Self {
+            directory: directory.to_owned(),
+            free: found.blocks_available() * found.fragment_size(),
+            files: (found.files() > 0).then(|| found.files_available()),
+            read_only: found.flags().contains(FsFlags::ST_RDONLY),
+        })
+    }
 }
 
 /// A certificate on disk.
@@ -119,6 +146,7 @@ fn gather(config: &Config) -> Facts {
             .and_then(resolved),
         tracked: number(CONNTRACK_COUNT).zip(number(CONNTRACK_MAX)),
         certificates: certificates(&state),
+        disk: Disk::of(state.root()),
         membership,
         status,
     }

@@ -122,7 +122,7 @@ pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<J
             membership.host.trust_domain,
             membership.host.name
         );
-        return Ok(Joined::Already(membership));
+        return again(&state, membership, request.address.as_deref());
     }
     let made_dir = state.create()?;
     let kept = state.agent_key()?;
@@ -176,6 +176,27 @@ pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<J
         log::warn!("cannot make {}: {error}", config.services_dir.display());
     }
     Ok(Joined::New { membership, skewed })
+}
+
+/// A member stays what it is, but for the address that its operator says anew.
+fn again(
+    state: &State,
+    mut membership: Membership,
+    address: Option<&str>,
+) -> anyhow::Result<Joined> {
+    let Some(address) = address else {
+        return Ok(Joined::Already(membership));
+    };
+    let said: IpAddr = address
+        .parse()
+        .context("--address is no IP address; write it like 10.0.0.1")?;
+    let said = said.to_canonical().to_string();
+    if membership.moves || membership.address != said {
+        membership.address = said;
+        membership.moves = false;
+        state.set_membership(&membership)?;
+    }
+    Ok(Joined::Already(membership))
 }
 
 /// What control said, and the address of this host on the way to it.
@@ -425,6 +446,20 @@ mod tests {
         let again = request(&token(&member().token_id).reveal());
         let joined = join(&config(state), &again).await.unwrap();
         assert!(matches!(joined, Joined::Already(m) if m == member()));
+        let there = Request {
+            address: Some("10.0.0.7".to_owned()),
+            ..again
+        };
+        join(&config(state), &there).await.unwrap();
+        let moved = state.membership().unwrap().unwrap();
+        assert_eq!((moved.address.as_str(), moved.moves), ("10.0.0.7", false));
+        let nowhere = Request {
+            address: Some("there".to_owned()),
+            ..there
+        };
+        let error = join(&config(state), &nowhere).await.unwrap_err();
+        assert!(error.to_string().contains("--address"), "{error}");
+        state.set_membership(&member()).unwrap();
         let other = request(&token("t-2").reveal());
         let error = join(&config(state), &other).await.unwrap_err().to_string();
         assert!(error.contains("mesh-agent leave"), "{error}");

@@ -429,9 +429,16 @@ impl Keeper {
              stays in use",
             date(facts.not_before_s)
         );
-        match file_name(identity) {
-            None => self.links.state.set_agent_chain(&pair.chain)?,
-            Some(name) => self.links.state.set_leaf(&name, &pair)?,
+        let kept = match file_name(identity) {
+            None => self.links.state.set_agent_chain(&pair.chain),
+            Some(name) => self.links.state.set_leaf(&name, &pair),
+        };
+        if let Err(error) = kept {
+            // Calls must not end with the room on a disk.
+            log::warn!(
+                identity:% = identity, error:% = format!("{error:#}");
+                "a new certificate is in use and can not be kept on disk: a restart begins with the one before"
+            );
         }
         let facts = self.take(identity, &pair)?;
         let (not_before, not_after) = life(identity, &facts);

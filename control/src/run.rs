@@ -74,7 +74,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         ended("the admin socket")
     });
     let writing = spawn_writer(writer_loop)?;
-    tasks.spawn(writing);
+    let mut writing = tokio::spawn(writing);
     let exporting = tokio::spawn(exporter::run(
         config.state_dir.clone(),
         control.writer.watch(),
@@ -87,6 +87,9 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     });
     notify::ready();
     let result = tokio::select! {
+        // Whatever needs the writer ends with it: its cause is the one to be told.
+        biased;
+        written = &mut writing => written.map_err(anyhow::Error::from).flatten(),
         signal = signals::shutdown() => signal.context("cannot wait for signals"),
         task = tasks.join_next() => match task {
             Some(Ok(result)) => result,
@@ -134,13 +137,15 @@ fn ended(what: &str) -> anyhow::Result<()> {
 
 /// The writer blocks on the disk, so it has a thread of its own.
 fn spawn_writer(
-    writer: WriterLoop,
+    mut writer: WriterLoop,
 ) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + use<>> {
     let (tell, told) = tokio::sync::oneshot::channel();
     std::thread::Builder::new()
         .name("writer".to_owned())
         .spawn(move || {
+            // Before the queue goes, by which others would learn of it.
             let _ = tell.send(writer.run());
+            drop(writer);
         })
         .context("cannot start the writer's thread")?;
     Ok(async move {

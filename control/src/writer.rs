@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use mesh_core::reason::Reason;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::audit::{Actor, Audit};
@@ -97,7 +98,7 @@ impl Writer {
 
 impl WriterLoop {
     /// Runs until every [`Writer`] is dropped; a store that does not commit ends it.
-    pub(crate) fn run(mut self) -> Result<(), StoreError> {
+    pub(crate) fn run(&mut self) -> Result<(), StoreError> {
         let mut group = Vec::new();
         while let Some(first) = self.jobs.blocking_recv() {
             group.push(first);
@@ -128,7 +129,15 @@ impl WriterLoop {
         }
         if !ops.is_empty() {
             let meta = self.state.catalogue.meta();
-            self.store.commit(base, &meta, &ops)?;
+            if let Err(error) = self.store.commit(base, &meta, &ops) {
+                let why = format!("control can not keep it and ends: {error}");
+                for (job, ..) in done {
+                    let refusal = Refusal::new(Reason::Internal, why.clone());
+                    // Who asked may be gone.
+                    let _ = job.answer.send(Err(refusal));
+                }
+                return Err(error);
+            }
             self.metrics.commits.inc();
             self.metrics
                 .store_bytes
@@ -198,7 +207,7 @@ mod tests {
         let store = Store::create(&state, &catalogue).unwrap();
         let audit = Arc::new(Audit::open(&state).unwrap());
         let metrics = Metrics::new();
-        let (writer, writer_loop) =
+        let (writer, mut writer_loop) =
             Writer::new(store, catalogue, Arc::clone(&audit), Arc::clone(&metrics)).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .build()

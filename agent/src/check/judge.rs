@@ -6,7 +6,7 @@ use mesh_api::check::{Check, Checks};
 use mesh_core::expiry::alarm;
 use mesh_core::reason::Reason;
 
-use kernel::{bypass, clashes, conntrack, routes};
+use kernel::{bypass, clashes, conntrack, disk, routes};
 
 use super::{Certificate, Facts};
 use crate::capture::real::REALS_MAX;
@@ -47,6 +47,7 @@ pub(super) fn judge(facts: &Facts) -> Checks {
     let mut checks = vec![agent(facts), routes(facts), clashes(facts)];
     checks.push(conntrack(facts));
     checks.push(bypass(facts));
+    checks.push(disk(facts));
     checks.push(certificates(facts));
     let status = facts.status.as_ref().ok().and_then(Option::as_ref);
     checks.extend(OF_AGENT.iter().map(|(name, judge)| match status {
@@ -325,7 +326,7 @@ fn mesh_port(facts: &Facts, status: &Status) -> Check {
     }
     if is_unproven(status) {
         let remedy = format!(
-            "open port {port} of {} to the other hosts and to control, or correct the address (`mesh-agent join --address`)",
+            "open port {port} of {} to the other hosts and to control, or correct the address (`mesh-agent join TOKEN --address`, then reload the agent)",
             status.address
         );
         let found = format!(

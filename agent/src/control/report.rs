@@ -69,14 +69,14 @@ impl Shell {
 
     pub(super) fn hello(&self, installed: Option<Installed>) -> proto::Hello {
         let revocations = self.mirror.revocations_at();
-        let address = self.status.own_address;
+        let moved = self.status.own_address.map(|ip| ip.to_string());
         proto::Hello {
             boot_id: self.boot_id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             capabilities: Vec::new(),
             epoch: installed.map_or(0, |i| i.epoch),
             index_revision: installed.map_or(0, |i| i.revision),
-            address: address.map(|ip| ip.to_string()).unwrap_or_default(),
+            address: moved.unwrap_or_else(|| self.membership.address.clone()),
             mesh_port: self.links.mesh_port.into(),
             revocations_epoch: revocations.map_or(0, |at| at.epoch),
             revocations_revision: revocations.map_or(0, |at| at.revision),

@@ -75,7 +75,7 @@ impl Site {
         };
         let Opened {
             control,
-            writer_loop,
+            mut writer_loop,
             lease_loop,
         } = Control::open(&config).unwrap();
         let own = Arc::new(Own::new(&control, vec!["localhost".to_owned()]).unwrap());

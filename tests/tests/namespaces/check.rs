@@ -65,7 +65,7 @@ fn what_is_broken_on_a_host_is_named() {
         "ok       agent ",
         "ok       peers         1 of 1 agents that are in use answer\n",
         "ok       names         web.shop.mesh.internal is resolved to ",
-        "\n0 failed, 0 warnings, 0 skipped, 20 ok\n",
+        "\n0 failed, 0 warnings, 0 skipped, 21 ok\n",
     ];
     for line in lines {
         assert!(page.contains(line), "{line} is missing:\n{page}");

@@ -8,6 +8,11 @@ use crate::check::Facts;
 /// Of the connections that the kernel can track, in hundredths; at 100 it drops.
 const TRACKED_WARN: u64 = 70;
 const TRACKED_FAIL: u64 = 95;
+/// Of the disk of the state, in bytes: where logs fill it, there are hours left; and what the state may grow by.
+const FREE_WARN: u64 = 64 * 1024 * 1024;
+const FREE_FAIL: u64 = 4 * 1024 * 1024;
+/// Files of one change of the state.
+const FILES_FAIL: u64 = 16;
 
 /// Of the kernel, what would let nothing through, or through to the wrong place.
 pub(super) fn routes(facts: &Facts) -> Check {
@@ -106,5 +111,36 @@ pub(super) fn bypass(facts: &Facts) -> Check {
             format!("whether this host is opened to plaintext can not be told: {error}"),
             "as it says",
         ),
+    }
+}
+
+/// An agent that can not write goes on with what it has in memory, and begins with what is older after a restart.
+pub(super) fn disk(facts: &Facts) -> Check {
+    const NAME: &str = "disk";
+    let disk = match &facts.disk {
+        Ok(disk) => disk,
+        Err(error) => return Check::skipped(NAME, error),
+    };
+    let place = disk.directory.display();
+    let lost = "what control says and new certificates can not be kept there";
+    if disk.read_only {
+        return Check::failed(
+            NAME,
+            format!("the file system of {place} is read-only: {lost}"),
+            "look into the kernel's log (`dmesg`) why, and mount it to be written",
+        );
+    }
+    let mib = disk.free / (1024 * 1024);
+    let found = format!("{mib} MiB are free for {place}");
+    let remedy = "make room: see what fills the disk (`du -x`, `journalctl --disk-usage`)";
+    match disk.free {
+        _ if disk.files.is_some_and(|files| files < FILES_FAIL) => Check::failed(
+            NAME,
+            format!("no more files can be made in {place}: {lost}"),
+            "remove files: see where there are many (`du -x --inodes`)",
+        ),
+        0..FREE_FAIL => Check::failed(NAME, format!("{found}: {lost}"), remedy),
+        FREE_FAIL..FREE_WARN => Check::warning(NAME, found, remedy),
+        _ => Check::ok(NAME, found),
     }
 }

@@ -8,7 +8,7 @@ use mesh_core::vip::VipRanges;
 use super::*;
 use crate::capture::inspect::Inspection;
 use crate::capture::sockdiag::Listener;
-use crate::check::Resolved;
+use crate::check::{Disk, Resolved};
 use crate::probe::Probed;
 use crate::state::Membership;
 use crate::status::{
@@ -100,6 +100,12 @@ fn facts() -> Facts {
             answer: Ok(vec!["252.64.0.2".parse().unwrap()]),
         }),
         tracked: None,
+        disk: Ok(Disk {
+            directory: "/var/lib/meshwork/agent".into(),
+            free: 1 << 30,
+            files: Some(1000),
+            read_only: false,
+        }),
         certificates: vec![Certificate {
             what: "the certificate of host".to_owned(),
             not_before_s: NOW_S - DAY_S,
@@ -136,6 +142,10 @@ fn kernel(facts: &mut Facts) -> &mut Inspection {
     facts.kernel.as_mut().unwrap()
 }
 
+fn disk(facts: &mut Facts) -> &mut Disk {
+    facts.disk.as_mut().unwrap()
+}
+
 fn refused(reason: Reason) -> Option<RefusalStatus> {
     Some(RefusalStatus {
         reason: reason.code().to_owned(),
@@ -167,6 +177,10 @@ fn each_wrong_is_found_by_its_check_alone() {
         (&["conntrack"], Verdict::Failed, |f| {
             f.tracked = Some((100, 100))
         }),
+        (&["disk"], Verdict::Failed, |f| disk(f).read_only = true),
+        (&["disk"], Verdict::Failed, |f| disk(f).free = 1 << 20),
+        (&["disk"], Verdict::Failed, |f| disk(f).files = Some(0)),
+        (&["disk"], Verdict::Warning, |f| disk(f).free = 1 << 25),
         (&["certificates"], Verdict::Failed, |f| {
             f.certificates[0].not_after_s = NOW_S;
         }),
