@@ -447,7 +447,7 @@ impl Shell {
             Accept::Control(self.membership.host.trust_domain.clone()),
         );
         let credential = self.links.credential.borrow_and_update().clone();
-        if credential.as_deref().is_some_and(rejoin::is_over)
+        if credential.as_deref().is_none_or(rejoin::is_over)
             && let Ok(Some(key)) = self.links.state.agent_key()
         {
             let who = (self.membership.host.uid.clone(), key);

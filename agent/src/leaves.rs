@@ -205,10 +205,6 @@ impl Keeper {
             match self.take(identity, &pair) {
                 Ok(facts) => return Ok(Entry::of(identity, pair.key, &facts, self.seed)),
                 Err(error) => {
-                    ensure!(
-                        *identity != self.agent,
-                        "the agent's own credential is of no use: {error:#}; `mesh-agent leave`, then join again"
-                    );
                     log::warn!(
                         identity:% = identity, error:% = format!("{error:#}");
                         "a certificate on disk is of no use; a new one is asked for"
@@ -216,12 +212,19 @@ impl Keeper {
                 }
             }
         }
-        ensure!(
-            *identity != self.agent,
-            "the agent's own credential is missing; `mesh-agent leave`, then join again"
-        );
+        let key = if *identity == self.agent {
+            let key = self.links.state.agent_key()?;
+            log::warn!(
+                "the credential of this host is not there; control is asked for another, by the key of the join"
+            );
+            key.context(
+                "the key of the join is missing; `mesh-agent leave`, then `mesh-agent join` again",
+            )?
+        } else {
+            keys::generate()?
+        };
         Ok(Entry {
-            key: keys::generate()?,
+            key,
             renewal: Renewal::new(0, 0, self.seed),
             not_after_s: None,
             refused: None,

@@ -213,6 +213,20 @@ impl State {
         Ok(())
     }
 
+    /// Checks that what only a join gives is there; all else control gives again.
+    pub(crate) fn check_whole(&self) -> anyhow::Result<()> {
+        let names = ["agent.key", Kept::Bundle.name()];
+        let mut paths = names.iter().map(|name| self.root.join(name));
+        match paths.find(|path| !path.exists()) {
+            None => Ok(()),
+            Some(lost) => bail!(
+                "{} is missing, without which this host can not prove what it is: put it back from a copy of the \
+                 directory, or `mesh-agent leave`, then `mesh-agent join` with a token of `--replace`",
+                lost.display()
+            ),
+        }
+    }
+
     /// What becomes of plaintext callers, as the holder keeps it.
     pub(crate) fn door_file(&self) -> PathBuf {
         self.root.join(DOOR_FILE)

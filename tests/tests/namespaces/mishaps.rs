@@ -315,3 +315,60 @@ fn a_control_without_room_says_so_and_comes_back_whole() {
     wait_denied(&pair, false);
     pair.control.stop();
 }
+
+/// All files and directories of an agent's state, the innermost first.
+fn files_of(directory: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(directory).expect("the state").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            all.extend(files_of(&path));
+        }
+        all.push(path);
+    }
+    all.sort();
+    all
+}
+
+/// A file that a careless hand or a bad disk took: what can be had again is had again, and what makes the host what it is
+/// is named.
+#[test]
+fn a_lost_file_of_the_state_is_had_again_or_named() {
+    let mut pair = Pair::new("mishap_lost");
+    let _web = pair.web("http", "");
+    wait_answer(&pair.client, "web");
+    pair.server.stop();
+    let state = pair.server.host.dir().join("state");
+    let whole = pair.server.host.dir().join("state.whole");
+    run(&format!("cp -a {} {}", state.display(), whole.display()));
+    let files = files_of(&state);
+    for file in &files {
+        let name = file.strip_prefix(&state).unwrap().display().to_string();
+        eprintln!("without {name}");
+        if file.is_dir() {
+            fs::remove_dir_all(file).unwrap();
+        } else {
+            fs::remove_file(file).unwrap();
+        }
+        match name.as_str() {
+            // Nobody else knows who this host is, and by which roots it knows control.
+            "agent.json" | "agent.key" | "bundle" => {
+                let output = pair.server.command("run");
+                assert!(!output.status.success(), "{name}: {output}");
+                let said = output.to_string();
+                assert!(said.contains("mesh-agent join"), "{name}: {said}");
+            }
+            _ => {
+                pair.server.start();
+                wait_answer(&pair.client, "web");
+                wait_check(&pair.server, "0 failed");
+                pair.server.stop();
+            }
+        }
+        run(&format!(
+            "rm -rf {0} && cp -a {1} {0}",
+            state.display(),
+            whole.display()
+        ));
+    }
+}
