@@ -390,9 +390,11 @@ fn run(
     let Some(holder) = holder else {
         bail!("this host has not joined a mesh; run `mesh-agent join <token>`");
     };
-    State::new(&config.state_dir).check_whole()?;
     files::create_private_dir(&config.runtime_dir)?;
     let left = Left::take()?;
+    if left.is_none() {
+        State::new(&config.state_dir).check_whole()?;
+    }
     // Before anything is touched: what a running agent set up is not ours to take down.
     let lock = match &left {
         Some(left) => Alone::handed_over(left.lock()?),

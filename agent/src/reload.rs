@@ -1,11 +1,14 @@
 //! `mesh-agent reload`: asks the running agent to go over to the program and the configuration on disk, and waits until it
 //! has, or has given up. The holder does it (`holder/handover.rs`) and leaves the outcome in a file.
 
+use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use mesh_runtime::files;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{Signal, kill};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +18,8 @@ use crate::config::Config;
 pub(crate) const NAME: &str = "reload.json";
 /// The configuration of the program that handed over last.
 pub(crate) const CONFIG_COPY: &str = "agent.toml";
+/// Held by who reloads.
+const TURN: &str = "reload.lock";
 /// A few words, one of them an error.
 const BYTES_MAX: u64 = 4_096;
 /// The holder's own times come to 45 s at most.
@@ -38,6 +43,26 @@ pub(crate) fn reload(config: &Config) -> anyhow::Result<()> {
     let file = config.runtime_dir.join(NAME);
     let Some(holder) = alone::holder(config)? else {
         bail!("mesh-agent does not run here; `systemctl start mesh-agent`");
+    };
+    let until = Instant::now() + WAIT_MAX;
+    // Who asks while another reload is under way means what is on disk now, and waits for its turn.
+    let turn = config.runtime_dir.join(TURN);
+    let mut turn =
+        File::create(&turn).with_context(|| format!("cannot open {}", turn.display()))?;
+    let _turn = loop {
+        match Flock::lock(turn, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => break held,
+            Err((_, error)) if error != Errno::EWOULDBLOCK => {
+                return Err(error).context("cannot wait for another reload");
+            }
+            Err((file, _)) => turn = file,
+        }
+        ensure!(
+            Instant::now() < until,
+            "another reload did not end within {} s; see the agent's log",
+            WAIT_MAX.as_secs()
+        );
+        std::thread::sleep(LOOK_EVERY);
     };
     let before = read(&file)?.reloads;
     kill(holder, Signal::SIGHUP).context("the agent can not be told")?;

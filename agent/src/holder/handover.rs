@@ -39,7 +39,7 @@ const GAVE_UP: &str = "MESHWORK_GAVE_UP";
 /// Where a program that is executed again finds the configuration that it had: the one on disk may be of the newer one.
 const CONFIG: &str = "MESHWORK_CONFIG";
 /// The form of the file. One that is not known is refused by the program that is asked.
-const FORM: u32 = 2;
+const FORM: u32 = 3;
 /// Workloads, doors and real addresses as one message of a worker has them, doors twice, and the names of descriptors.
 const BYTES_MAX: u64 = 8 * 1024 * 1024;
 /// How long a program may take to say that it can read the file.
@@ -74,6 +74,8 @@ pub(super) struct Handover {
     /// As the kernel knows them.
     pub(super) workloads: Vec<DesiredWorkload>,
     pub(super) standing: Standing,
+    /// Where the state is, and what goes with a boot.
+    pub(super) places: [PathBuf; 2],
     /// A copy of the configuration that the program had.
     pub(super) config: PathBuf,
     pub(super) repaired: u64,
@@ -103,6 +105,11 @@ pub(super) struct LeftWorker {
     pub(super) age_ms: u64,
     /// Of one that drains: how long it may go on.
     pub(super) left_ms: u64,
+}
+
+/// Directories that all programs of one run have in common.
+pub(super) fn places(config: &HolderConfig) -> [PathBuf; 2] {
+    [config.door_file.clone(), config.outcome_file.clone()]
 }
 
 impl Handover {
@@ -140,6 +147,10 @@ impl Handover {
         ensure!(
             self.addresses == config.mesh,
             "where the mesh port listens changed: that needs a restart of the agent"
+        );
+        ensure!(
+            self.places == places(config),
+            "state_dir or runtime_dir changed: that needs a restart of the agent"
         );
         confirmed::Confirmed::handed_over(config, &self.standing)?;
         Ok(())

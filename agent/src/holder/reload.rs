@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 
-use super::handover::{Handover, Left, LeftListener, LeftRules, LeftWorker, Question};
+use super::handover::{Handover, Left, LeftListener, LeftRules, LeftWorker, Question, places};
 use super::protocol::{Sockets, Wire, WorkloadListener};
 use super::worker_process::WorkerProcess;
 use super::{
@@ -164,6 +164,7 @@ impl Holder<'_> {
             draining: draining.map(|d| left(&d.worker, Some(d.until))).collect(),
             workloads: self.applied.clone(),
             standing: self.confirmed.to_hand_over(),
+            places: places(&self.config),
             config: self.config.config_copy.clone(),
             repaired: self.repaired,
             reloads: self.reloads,

@@ -344,7 +344,6 @@ fn a_lost_file_of_the_state_is_had_again_or_named() {
     let files = files_of(&state);
     for file in &files {
         let name = file.strip_prefix(&state).unwrap().display().to_string();
-        eprintln!("without {name}");
         if file.is_dir() {
             fs::remove_dir_all(file).unwrap();
         } else {
@@ -361,7 +360,10 @@ fn a_lost_file_of_the_state_is_had_again_or_named() {
             _ => {
                 pair.server.start();
                 wait_answer(&pair.client, "web");
-                wait_check(&pair.server, "0 failed");
+                wait_until(&format!("all to be well without {name}"), SOON, || {
+                    let page = pair.server.command("check").to_string();
+                    check(page.contains("0 failed"), page)
+                });
                 pair.server.stop();
             }
         }

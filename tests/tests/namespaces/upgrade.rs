@@ -268,12 +268,39 @@ fn a_program_that_can_not_serve_is_given_up_and_the_old_one_goes_on() {
     .unwrap();
     let output = agent.reload();
     assert!(output.stderr.contains("needs a restart"), "{output}");
+    let other = agent.host.dir().join("other");
+    agent
+        .host
+        .ok(&format!("cp -a {} {}", state.display(), other.display()));
+    let [from, to] = [&state, &other].map(|dir| format!("state_dir = \"{}\"", dir.display()));
+    fs::write(agent.config(), config.replace(&from, &to)).unwrap();
+    let output = agent.reload();
+    assert!(output.stderr.contains("state_dir"), "{output}");
     fs::write(agent.config(), "no = such = thing\n").unwrap();
     assert_eq!(agent.command("reload").code(), 1);
     fs::write(agent.config(), config).unwrap();
     upgrade(agent);
     assert_eq!(rig.once("client", "app", ECHO), "open");
     open.goes_on();
+}
+
+/// Each means what is on disk when it asks, and none takes another's outcome for its own.
+#[test]
+fn reloads_that_are_asked_for_at_once_are_done_one_after_the_other() {
+    let rig = open_rig("upgrade_at_once", "");
+    let agent = &rig.pair.server;
+    let before = agent.worker();
+    std::thread::scope(|scope| {
+        let asked = [(); 3].map(|()| scope.spawn(|| agent.reload()));
+        for output in asked {
+            output.join().expect("the command").ok();
+        }
+    });
+    let told = fs::read_to_string(agent.host.dir().join("run/reload.json")).unwrap();
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(told["reloads"], 3, "{told}");
+    assert_ne!(agent.worker(), before);
+    assert_eq!(rig.once("client", "app", ECHO), "open");
 }
 
 /// Of a third, the oldest has the time that a stop gives it.
