@@ -133,10 +133,16 @@ enum Command {
         #[arg(long)]
         write: bool,
     },
-    /// Order a unit of this host: started after the agent is ready, stopped before it
+    /// Order a unit of this host: started after the agent is ready, stopped before it, and a service drained before its stop
     Unit {
         /// E.g. nginx.service
         name: String,
+        /// How long the stop of a service waits until none of its calls is open
+        #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
+        drain: Duration,
+        /// Its stop does not drain it
+        #[arg(long, conflicts_with = "drain")]
+        no_drain: bool,
         /// Take that away again
         #[arg(long)]
         remove: bool,
@@ -153,6 +159,9 @@ enum Command {
     Drain {
         /// NAMESPACE/SERVICE [default: all of this host]
         service: Option<String>,
+        /// Instead, what the programs of this unit serve, until it runs again: for its stop
+        #[arg(long, value_name = "UNIT", conflicts_with = "service")]
+        unit: Option<String>,
         /// How long to wait until no call is open
         #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
         wait: Duration,
@@ -161,6 +170,9 @@ enum Command {
     Undrain {
         /// NAMESPACE/SERVICE [default: all of this host]
         service: Option<String>,
+        /// Instead, what the stop of this unit drained
+        #[arg(long, value_name = "UNIT", conflicts_with = "service")]
+        unit: Option<String>,
     },
     /// Open this host to plaintext for a time, in an emergency
     #[command(
@@ -332,9 +344,14 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Unit {
             name,
+            drain,
+            no_drain,
             remove,
             print,
-        } => unit(&name, remove, print),
+        } => {
+            let drain = (!no_drain).then_some(drain);
+            unit(&name, drain.unwrap_or_default(), remove, print)
+        }
         Command::Leave => {
             log_to("warn", Target::Stderr)?;
             if cli.config.is_none() && units::there() {
@@ -343,8 +360,14 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             }
             say(&leave::leave(&config)?.to_string())
         }
-        Command::Drain { service, wait } => drain(&config, service.as_deref(), Some(wait)),
-        Command::Undrain { service } => drain(&config, service.as_deref(), None),
+        Command::Drain {
+            service,
+            unit,
+            wait,
+        } => drain(&config, service.as_deref(), unit.as_deref(), Some(wait)),
+        Command::Undrain { service, unit } => {
+            drain(&config, service.as_deref(), unit.as_deref(), None)
+        }
         Command::Bypass { time, why, .. } => {
             let wanted = time.map_or(Wanted::Closed, |time| Wanted::Open { time, why });
             say(&bypass::ask(&config, wanted, || guard(&config).map(drop))?)
@@ -363,7 +386,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
 }
 
 /// Orders a unit behind the agent, or no longer; or only says how it would.
-fn unit(name: &str, remove: bool, print: bool) -> anyhow::Result<ExitCode> {
+fn unit(name: &str, drain: Duration, remove: bool, print: bool) -> anyhow::Result<ExitCode> {
     const NO_UNIT: &str = "that can not be ordered";
     let owner = OwnerPath::unit(name).context(Mistyped(NO_UNIT.to_owned()))?;
     let OwnerPath::Unit(name) = owner else {
@@ -371,8 +394,8 @@ fn unit(name: &str, remove: bool, print: bool) -> anyhow::Result<ExitCode> {
     };
     say(&match (remove, print) {
         (true, _) => units::unordered(&name)?,
-        (_, true) => units::order(&name),
-        _ => units::ordered(&name)?,
+        (_, true) => units::order(&name, drain),
+        _ => units::ordered(&name, drain)?,
     })
 }
 
@@ -519,9 +542,14 @@ fn discovered(config: &Config, namespace: &Label, write: bool) -> anyhow::Result
 fn drain(
     config: &Config,
     service: Option<&str>,
+    unit: Option<&str>,
     wait: Option<Duration>,
 ) -> anyhow::Result<ExitCode> {
-    match drained::ask(config, service, wait)? {
+    if let Some(unit) = unit {
+        return say(&drained::ask_of_unit(config, unit, wait)?);
+    }
+    let what = service.map_or(drained::What::All, drained::What::Service);
+    match drained::ask(config, what, wait)? {
         Some(said) => say(&said),
         None => Err(no_agent(config)?),
     }
