@@ -1,6 +1,7 @@
 //! The checks of a set of workloads, on servers of these tests.
 
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use mesh_api::workload_file::Workload;
@@ -133,6 +134,7 @@ struct Started {
     verdicts: watch::Receiver<Arc<Verdicts>>,
     unfit: watch::Receiver<Arc<Unfit>>,
     calls: Calls,
+    file: PathBuf,
     stop: CancellationToken,
     task: tokio::task::JoinHandle<io::Result<()>>,
 }
@@ -142,9 +144,10 @@ impl Started {
         let (sets, receiver) = watch::channel(first);
         let (verdicts_by, verdicts) = watch::channel(Arc::default());
         let (unfit_by, unfit) = watch::channel(Arc::default());
+        let file = own_file();
         let publish = Publish {
             drained: watch::channel(Arc::default()).1,
-            file: std::env::temp_dir().join(format!("health-{}.json", std::process::id())),
+            file: file.clone(),
             verdicts: verdicts_by,
             unfit: Box::new(move |unfit| drop(unfit_by.send_replace(unfit))),
         };
@@ -162,6 +165,7 @@ impl Started {
             verdicts,
             unfit,
             calls,
+            file,
             stop,
             task,
         }
@@ -187,7 +191,15 @@ impl Started {
     async fn stop(self) {
         self.stop.cancel();
         self.task.await.unwrap().unwrap();
+        drop(std::fs::remove_file(self.file));
     }
+}
+
+/// What one test keeps is no other's.
+fn own_file() -> PathBuf {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    std::env::temp_dir().join(format!("health-{}-{count}.json", std::process::id()))
 }
 
 fn served(name: &str) -> Served {
