@@ -82,7 +82,7 @@ fn commands_and_units_say_what_is_listed() {
     server.ok("rm /var/lib/check/hang");
     // All that it had begun was killed.
     wait_until("nothing of it to be left", SOON, || {
-        let left = server.run("pgrep -a -f 'sleep 1234'");
+        let left = server.run("pgrep -a -f '[s]leep 1234'");
         check(left.stdout.is_empty(), left.to_string())
     });
     wait_endpoints(&mesh, "shop/app", 1);
