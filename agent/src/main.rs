@@ -63,7 +63,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use mesh_core::names::Label;
 use mesh_runtime::log::Target;
 use mesh_runtime::{files, manual};
@@ -134,22 +134,7 @@ enum Command {
         write: bool,
     },
     /// Order a unit of this host: started after the agent is ready, stopped before it, and a service drained before its stop
-    Unit {
-        /// E.g. nginx.service
-        name: String,
-        /// How long the stop of a service waits until none of its calls is open
-        #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
-        drain: Duration,
-        /// Its stop does not drain it
-        #[arg(long, conflicts_with = "drain")]
-        no_drain: bool,
-        /// Take that away again
-        #[arg(long)]
-        remove: bool,
-        /// Only show it
-        #[arg(long, conflicts_with = "remove")]
-        print: bool,
-    },
+    Unit(UnitWords),
     /// Stop the agent and remove every trace of the mesh from this host
     Leave,
     /// Take a service of this host out of the mesh: it is listed no more, and what is open ends by itself
@@ -157,22 +142,16 @@ enum Command {
         after_help = "Exit codes: 0 no call is open; 1 some still are, and it is not listed all the same; 2 what was typed is wrong."
     )]
     Drain {
-        /// NAMESPACE/SERVICE [default: all of this host]
-        service: Option<String>,
-        /// Instead, what the programs of this unit serve, until it runs again: for its stop
-        #[arg(long, value_name = "UNIT", conflicts_with = "service")]
-        unit: Option<String>,
+        #[command(flatten)]
+        meant: Meant,
         /// How long to wait until no call is open
         #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
         wait: Duration,
     },
     /// Put a drained service back
     Undrain {
-        /// NAMESPACE/SERVICE [default: all of this host]
-        service: Option<String>,
-        /// Instead, what the stop of this unit drained
-        #[arg(long, value_name = "UNIT", conflicts_with = "service")]
-        unit: Option<String>,
+        #[command(flatten)]
+        meant: Meant,
     },
     /// Open this host to plaintext for a time, in an emergency
     #[command(
@@ -240,6 +219,34 @@ enum Command {
     /// Write manual pages and completions below a directory, for packages
     #[command(hide = true)]
     Manual { dir: PathBuf },
+}
+
+#[derive(Debug, Args)]
+struct UnitWords {
+    /// E.g. nginx.service
+    name: String,
+    /// How long the stop of a service waits until none of its calls is open
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
+    drain: Duration,
+    /// Its stop does not drain it
+    #[arg(long, conflicts_with = "drain")]
+    no_drain: bool,
+    /// Take that away again
+    #[arg(long)]
+    remove: bool,
+    /// Only show it
+    #[arg(long, conflicts_with = "remove")]
+    print: bool,
+}
+
+/// Which services a command is about.
+#[derive(Debug, Args)]
+struct Meant {
+    /// NAMESPACE/SERVICE [default: all of this host]
+    service: Option<String>,
+    /// Instead, what the programs of this unit serve, until it runs again: as its stop and its start say
+    #[arg(long, value_name = "UNIT", conflicts_with = "service")]
+    unit: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -342,16 +349,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             log_to("warn", Target::Stderr)?;
             discovered(&config, &namespace, write)
         }
-        Command::Unit {
-            name,
-            drain,
-            no_drain,
-            remove,
-            print,
-        } => {
-            let drain = (!no_drain).then_some(drain);
-            unit(&name, drain.unwrap_or_default(), remove, print)
-        }
+        Command::Unit(words) => unit(&words),
         Command::Leave => {
             log_to("warn", Target::Stderr)?;
             if cli.config.is_none() && units::there() {
@@ -360,14 +358,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             }
             say(&leave::leave(&config)?.to_string())
         }
-        Command::Drain {
-            service,
-            unit,
-            wait,
-        } => drain(&config, service.as_deref(), unit.as_deref(), Some(wait)),
-        Command::Undrain { service, unit } => {
-            drain(&config, service.as_deref(), unit.as_deref(), None)
-        }
+        Command::Drain { meant, wait } => drain(&config, &meant, Some(wait)),
+        Command::Undrain { meant } => drain(&config, &meant, None),
         Command::Bypass { time, why, .. } => {
             let wanted = time.map_or(Wanted::Closed, |time| Wanted::Open { time, why });
             say(&bypass::ask(&config, wanted, || guard(&config).map(drop))?)
@@ -386,13 +378,17 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
 }
 
 /// Orders a unit behind the agent, or no longer; or only says how it would.
-fn unit(name: &str, drain: Duration, remove: bool, print: bool) -> anyhow::Result<ExitCode> {
+fn unit(words: &UnitWords) -> anyhow::Result<ExitCode> {
     const NO_UNIT: &str = "that can not be ordered";
-    let owner = OwnerPath::unit(name).context(Mistyped(NO_UNIT.to_owned()))?;
+    let owner = OwnerPath::unit(&words.name).context(Mistyped(NO_UNIT.to_owned()))?;
     let OwnerPath::Unit(name) = owner else {
         bail!(NO_UNIT);
     };
-    say(&match (remove, print) {
+    let drain = match words.no_drain {
+        true => Duration::ZERO,
+        false => words.drain,
+    };
+    say(&match (words.remove, words.print) {
         (true, _) => units::unordered(&name)?,
         (_, true) => units::order(&name, drain),
         _ => units::ordered(&name, drain)?,
@@ -539,15 +535,11 @@ fn discovered(config: &Config, namespace: &Label, write: bool) -> anyhow::Result
     say(&discovered.render(config, write))
 }
 
-fn drain(
-    config: &Config,
-    service: Option<&str>,
-    unit: Option<&str>,
-    wait: Option<Duration>,
-) -> anyhow::Result<ExitCode> {
-    if let Some(unit) = unit {
+fn drain(config: &Config, meant: &Meant, wait: Option<Duration>) -> anyhow::Result<ExitCode> {
+    if let Some(unit) = &meant.unit {
         return say(&drained::ask_of_unit(config, unit, wait)?);
     }
+    let service = meant.service.as_deref();
     let what = service.map_or(drained::What::All, drained::What::Service);
     match drained::ask(config, what, wait)? {
         Some(said) => say(&said),

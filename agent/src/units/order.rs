@@ -82,7 +82,7 @@ pub(crate) fn ordered(unit: &str, drain: Duration) -> anyhow::Result<String> {
     let companion = companion(unit);
     match &companion {
         // One of an earlier order.
-        Some(companion) if drain.is_zero() => take_away(&[companion.clone()])?,
+        Some(companion) if drain.is_zero() => take_away(std::slice::from_ref(companion))?,
         _ => reload()?,
     }
     let mut said = format!(

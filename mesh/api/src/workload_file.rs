@@ -211,37 +211,14 @@ impl Workload {
                 Some(list) => endpoints(at(list.span()), list.into_inner(), host)?,
             };
             let checked_port = form.check.as_ref().and_then(|check| check.port);
-            if let Some(port) = checked_port.filter(|_| !endpoints.is_empty()) {
-                return Err(FileError {
-                    line,
-                    message: format!("the check names port {port}, and there are endpoints"),
-                    remedy: "leave `port` out of the check: each endpoint is asked at its own port",
-                });
-            }
             let mut service = service(line, form, (&namespace, &account), owner.as_ref())?;
-            if let Some(check) = service.check.as_ref()
-                && !endpoints.is_empty()
-                && !check.kind.asks_an_address()
-            {
-                return Err(FileError {
+            if !endpoints.is_empty() {
+                let fault = fits_endpoints(&service, checked_port);
+                fault.map_err(|(message, remedy)| FileError {
                     line,
-                    message: format!(
-                        "the check is {}, which is about this host, and there are endpoints",
-                        check.kind.as_str()
-                    ),
-                    remedy: "ask the endpoints by tcp, http or grpc",
-                });
-            }
-            if !endpoints.is_empty() && service.ports.len() != 1 {
-                return Err(FileError {
-                    line,
-                    message: format!(
-                        "service {} has endpoints and {} ports",
-                        service.name,
-                        service.ports.len()
-                    ),
-                    remedy: "a service with endpoints has one port; write a service for each port",
-                });
+                    message,
+                    remedy,
+                })?;
             }
             service.endpoints = endpoints;
             let clash = services.iter().any(|s| {
@@ -423,6 +400,40 @@ fn unfit(endpoint: SocketAddr, host: &HostAddresses) -> Option<(&'static str, &'
     } else {
         None
     }
+}
+
+/// Whether a service is one that servers beyond this host can serve. `checked_port`: what its check names.
+fn fits_endpoints(
+    service: &LocalService,
+    checked_port: Option<u16>,
+) -> Result<(), (String, &'static str)> {
+    if let Some(port) = checked_port {
+        return Err((
+            format!("the check names port {port}, and there are endpoints"),
+            "leave `port` out of the check: each endpoint is asked at its own port",
+        ));
+    }
+    let kind = service.check.as_ref().map(|check| &check.kind);
+    if let Some(kind) = kind.filter(|kind| !kind.asks_an_address()) {
+        return Err((
+            format!(
+                "the check is {}, which is about this host, and there are endpoints",
+                kind.as_str()
+            ),
+            "ask the endpoints by tcp, http or grpc",
+        ));
+    }
+    if service.ports.len() != 1 {
+        return Err((
+            format!(
+                "service {} has endpoints and {} ports",
+                service.name,
+                service.ports.len()
+            ),
+            "a service with endpoints has one port; write a service for each port",
+        ));
+    }
+    Ok(())
 }
 
 fn service(

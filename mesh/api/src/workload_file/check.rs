@@ -138,14 +138,14 @@ fn kind(form: CheckForm, owner: Option<&Owner>) -> Result<CheckKind, String> {
 
 fn http(path: String) -> Result<CheckKind, String> {
     let good = path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic());
-    good.then(|| CheckKind::Http(path))
+    good.then_some(CheckKind::Http(path))
         .ok_or_else(|| "http is no path: it begins with `/` and has no spaces".to_owned())
 }
 
 fn grpc(name: String) -> Result<CheckKind, String> {
     let good =
         (1..=GRPC_NAME_MAX).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_graphic());
-    good.then(|| CheckKind::Grpc(name)).ok_or_else(|| {
+    good.then_some(CheckKind::Grpc(name)).ok_or_else(|| {
         format!("grpc is no name of a gRPC service: 1 to {GRPC_NAME_MAX} characters without spaces")
     })
 }
