@@ -166,7 +166,28 @@ fn parse(names: &[String]) -> anyhow::Result<Set> {
     Ok(names.collect::<Result<_, _>>()?)
 }
 
-/// What a command is about.
+/// Which services a command is about.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Meant {
+    /// NAMESPACE/SERVICE [default: all of this host]
+    service: Option<String>,
+    /// Instead, what the programs of this unit serve, until it runs again: as its stop and its start say
+    #[arg(long, value_name = "UNIT", conflicts_with = "service")]
+    unit: Option<String>,
+}
+
+impl Meant {
+    pub(crate) fn unit(&self) -> Option<&str> {
+        self.unit.as_deref()
+    }
+
+    pub(crate) fn what(&self) -> What<'_> {
+        let service = self.service.as_deref();
+        service.map_or(What::All, What::Service)
+    }
+}
+
+/// The same, once it is known that no unit asks, or that one does.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum What<'a> {
     All,

@@ -41,7 +41,7 @@ use task::Task;
 const VERDICTS_QUEUE: usize = 64;
 /// Calls that wait for one task; what comes while it is full is not counted.
 const CALLS_QUEUE: usize = 8;
-/// How a service without a check is, once calls have unlisted it: by a connection to its first port.
+/// How a service without a check is, once calls have unlisted it: by a connection to its lowest port.
 const UNCHECKED: Thresholds = Thresholds {
     interval: Duration::from_secs(5),
     timeout: Duration::from_secs(2),

@@ -63,15 +63,15 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use mesh_core::names::Label;
 use mesh_runtime::log::Target;
 use mesh_runtime::{files, manual};
 
 use alone::Alone;
 use bypass::Wanted;
-use capture::cgroup::OwnerPath;
 use config::Config;
+use drained::Meant;
 use holder::handover::Left;
 use holder::{Confirmed, HolderConfig};
 use join::Joined;
@@ -134,7 +134,7 @@ enum Command {
         write: bool,
     },
     /// Order a unit of this host: started after the agent is ready, stopped before it, and a service drained before its stop
-    Unit(UnitWords),
+    Unit(units::Words),
     /// Stop the agent and remove every trace of the mesh from this host
     Leave,
     /// Take a service of this host out of the mesh: it is listed no more, and what is open ends by itself
@@ -219,34 +219,6 @@ enum Command {
     /// Write manual pages and completions below a directory, for packages
     #[command(hide = true)]
     Manual { dir: PathBuf },
-}
-
-#[derive(Debug, Args)]
-struct UnitWords {
-    /// E.g. nginx.service
-    name: String,
-    /// How long the stop of a service waits until none of its calls is open
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
-    drain: Duration,
-    /// Its stop does not drain it
-    #[arg(long, conflicts_with = "drain")]
-    no_drain: bool,
-    /// Take that away again
-    #[arg(long)]
-    remove: bool,
-    /// Only show it
-    #[arg(long, conflicts_with = "remove")]
-    print: bool,
-}
-
-/// Which services a command is about.
-#[derive(Debug, Args)]
-struct Meant {
-    /// NAMESPACE/SERVICE [default: all of this host]
-    service: Option<String>,
-    /// Instead, what the programs of this unit serve, until it runs again: as its stop and its start say
-    #[arg(long, value_name = "UNIT", conflicts_with = "service")]
-    unit: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -349,7 +321,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             log_to("warn", Target::Stderr)?;
             discovered(&config, &namespace, write)
         }
-        Command::Unit(words) => unit(&words),
+        Command::Unit(words) => say(&words.heed()?),
         Command::Leave => {
             log_to("warn", Target::Stderr)?;
             if cli.config.is_none() && units::there() {
@@ -375,24 +347,6 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             .map(|()| ExitCode::SUCCESS)
             .with_context(|| format!("cannot write below {}", dir.display())),
     }
-}
-
-/// Orders a unit behind the agent, or no longer; or only says how it would.
-fn unit(words: &UnitWords) -> anyhow::Result<ExitCode> {
-    const NO_UNIT: &str = "that can not be ordered";
-    let owner = OwnerPath::unit(&words.name).context(Mistyped(NO_UNIT.to_owned()))?;
-    let OwnerPath::Unit(name) = owner else {
-        bail!(NO_UNIT);
-    };
-    let drain = match words.no_drain {
-        true => Duration::ZERO,
-        false => words.drain,
-    };
-    say(&match (words.remove, words.print) {
-        (true, _) => units::unordered(&name)?,
-        (_, true) => units::order(&name, drain),
-        _ => units::ordered(&name, drain)?,
-    })
 }
 
 fn log_to(level: &str, target: Target) -> anyhow::Result<()> {
@@ -536,12 +490,10 @@ fn discovered(config: &Config, namespace: &Label, write: bool) -> anyhow::Result
 }
 
 fn drain(config: &Config, meant: &Meant, wait: Option<Duration>) -> anyhow::Result<ExitCode> {
-    if let Some(unit) = &meant.unit {
+    if let Some(unit) = meant.unit() {
         return say(&drained::ask_of_unit(config, unit, wait)?);
     }
-    let service = meant.service.as_deref();
-    let what = service.map_or(drained::What::All, drained::What::Service);
-    match drained::ask(config, what, wait)? {
+    match drained::ask(config, meant.what(), wait)? {
         Some(said) => say(&said),
         None => Err(no_agent(config)?),
     }

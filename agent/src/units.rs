@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 
 mod order;
 
-pub(crate) use order::{order, ordered, unorder_all, unordered};
+pub(crate) use order::{Words, unorder_all};
 
 pub(crate) const AGENT: &str = "mesh-agent.service";
 /// Enabled with the agent's by its `Also=`.

@@ -4,9 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
 use super::{AGENT, Before, done, reload};
+use crate::Mistyped;
+use crate::capture::cgroup::OwnerPath;
 
 /// Where an operator's additions to units are, and the name of ours among them.
 const ADDITIONS: &str = "/etc/systemd/system";
@@ -17,6 +19,45 @@ const DRAIN: &str = "mesh-drain-";
 const MARK: &str = "# Made by `mesh-agent unit`";
 /// What a drain may take beside its wait.
 const DRAIN_REST: Duration = Duration::from_secs(15);
+
+/// What is typed after `mesh-agent unit`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Words {
+    /// E.g. nginx.service
+    name: String,
+    /// How long the stop of a service waits until none of its calls is open
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
+    drain: Duration,
+    /// Its stop does not drain it
+    #[arg(long, conflicts_with = "drain")]
+    no_drain: bool,
+    /// Take that away again
+    #[arg(long)]
+    remove: bool,
+    /// Only show it
+    #[arg(long, conflicts_with = "remove")]
+    print: bool,
+}
+
+impl Words {
+    /// Orders a unit behind the agent, or no longer; or only says how it would.
+    pub(crate) fn heed(&self) -> anyhow::Result<String> {
+        const NO_UNIT: &str = "that can not be ordered";
+        let owner = OwnerPath::unit(&self.name).context(Mistyped(NO_UNIT.to_owned()))?;
+        let OwnerPath::Unit(name) = owner else {
+            bail!(NO_UNIT);
+        };
+        let drain = match self.no_drain {
+            true => Duration::ZERO,
+            false => self.drain,
+        };
+        match (self.remove, self.print) {
+            (true, _) => unordered(&name),
+            (_, true) => Ok(order(&name, drain)),
+            _ => ordered(&name, drain),
+        }
+    }
+}
 
 /// The files for a unit that calls by the mesh, or is called: what each is, and where. `drain`: how long the stop of a service
 /// waits for its calls.
@@ -64,7 +105,7 @@ fn files(unit: &str, drain: Duration) -> Vec<(PathBuf, String)> {
 }
 
 /// What [`ordered`] would write.
-pub(crate) fn order(unit: &str, drain: Duration) -> String {
+fn order(unit: &str, drain: Duration) -> String {
     let shown = files(unit, drain);
     let shown = shown
         .iter()
@@ -73,7 +114,7 @@ pub(crate) fn order(unit: &str, drain: Duration) -> String {
 }
 
 /// Adds it.
-pub(crate) fn ordered(unit: &str, drain: Duration) -> anyhow::Result<String> {
+fn ordered(unit: &str, drain: Duration) -> anyhow::Result<String> {
     for (path, text) in files(unit, drain) {
         let dir = path.parent().unwrap_or_else(|| Path::new(ADDITIONS));
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
@@ -104,7 +145,7 @@ pub(crate) fn ordered(unit: &str, drain: Duration) -> anyhow::Result<String> {
 }
 
 /// Takes it away.
-pub(crate) fn unordered(unit: &str) -> anyhow::Result<String> {
+fn unordered(unit: &str) -> anyhow::Result<String> {
     let path = addition(unit);
     let removed = remove_ours(&path)?;
     let companions: Vec<String> = companion(unit).into_iter().collect();
