@@ -418,8 +418,9 @@ fn workload_status(
             name: service.name.to_string(),
             ports: service.ports.iter().map(|p| p.number).collect(),
             health: match &service.check {
-                Some(_) => verdict.as_str(),
-                None => NOT_CHECKED,
+                // Calls may have unlisted it.
+                None if verdict == Verdict::Healthy => NOT_CHECKED,
+                _ => verdict.as_str(),
             }
             .to_owned(),
             plaintext: Vec::new(),

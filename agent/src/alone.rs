@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use nix::unistd::Pid;
 
 use crate::config::Config;
-use crate::{health, reload};
+use crate::{drained, health, reload};
 
 const NAME: &str = "agent.lock";
 
@@ -78,9 +78,22 @@ pub(crate) fn alone(config: &Config) -> anyhow::Result<Alone> {
 /// Removes the runtime directory with what agents leave in it; it stays where somebody put something else into it.
 pub(crate) fn remove_runtime_dir(config: &Config) {
     let _ = std::fs::remove_file(config.admin_socket());
-    for name in [NAME, reload::NAME, reload::CONFIG_COPY, health::KEPT] {
+    let names = [
+        NAME,
+        reload::NAME,
+        reload::CONFIG_COPY,
+        health::KEPT,
+        drained::STOPPING,
+    ];
+    for name in names {
         let _ = std::fs::remove_file(config.runtime_dir.join(name));
     }
+    // Pipes are gone with the worker that made them, or it was killed.
+    let pipes = config.runtime_dir.join(health::PIPES);
+    for entry in std::fs::read_dir(&pipes).into_iter().flatten().flatten() {
+        let _ = std::fs::remove_file(entry.path());
+    }
+    let _ = std::fs::remove_dir(pipes);
     let _ = std::fs::remove_dir(&config.runtime_dir);
 }
 

@@ -31,6 +31,7 @@ use crate::capture::app_socket::AppDialer;
 use crate::capture::sockdiag::SockDiag;
 use crate::drain;
 use crate::explicit::LocalListener;
+use crate::health::Calls;
 use crate::http::Heads;
 use crate::inbound::app::{AppPool, KEPT_MAX};
 use crate::inbound::front::Fronts;
@@ -97,6 +98,8 @@ pub(crate) struct DataShared {
     pub(crate) view: ViewReader,
     /// Services whose endpoints are wanted.
     pub(crate) wants: mpsc::Sender<ServiceName>,
+    /// Where health hears whether programs take their calls.
+    pub(crate) calls: Calls,
     pub(crate) trust: SharedTrust,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) settings: DataSettings,
@@ -264,6 +267,7 @@ impl DataPlane {
 pub(crate) struct Thread {
     pub(crate) view: ViewReader,
     pub(crate) wants: mpsc::Sender<ServiceName>,
+    pub(crate) calls: Calls,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) settings: DataSettings,
     pub(crate) peers: Peers,
@@ -465,6 +469,7 @@ async fn run(shared: DataShared, mut inbox: mpsc::Receiver<Command>) -> anyhow::
         dialer: AppDialer::new(shared.settings.app_mark, shared.settings.keepalive.clone()),
         view: shared.view,
         wants: shared.wants,
+        calls: shared.calls,
         metrics: shared.metrics,
         settings: shared.settings,
         peers: Peers::default(),

@@ -70,8 +70,8 @@ use mesh_runtime::{files, manual};
 
 use alone::Alone;
 use bypass::Wanted;
-use capture::cgroup::OwnerPath;
 use config::Config;
+use drained::Meant;
 use holder::handover::Left;
 use holder::{Confirmed, HolderConfig};
 use join::Joined;
@@ -133,17 +133,8 @@ enum Command {
         #[arg(long)]
         write: bool,
     },
-    /// Order a unit of this host: started after the agent is ready, stopped before it
-    Unit {
-        /// E.g. nginx.service
-        name: String,
-        /// Take that away again
-        #[arg(long)]
-        remove: bool,
-        /// Only show it
-        #[arg(long, conflicts_with = "remove")]
-        print: bool,
-    },
+    /// Order a unit of this host: started after the agent is ready, stopped before it, and a service drained before its stop
+    Unit(units::Words),
     /// Stop the agent and remove every trace of the mesh from this host
     Leave,
     /// Take a service of this host out of the mesh: it is listed no more, and what is open ends by itself
@@ -151,16 +142,16 @@ enum Command {
         after_help = "Exit codes: 0 no call is open; 1 some still are, and it is not listed all the same; 2 what was typed is wrong."
     )]
     Drain {
-        /// NAMESPACE/SERVICE [default: all of this host]
-        service: Option<String>,
+        #[command(flatten)]
+        meant: Meant,
         /// How long to wait until no call is open
         #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = mesh_api::duration::parse)]
         wait: Duration,
     },
     /// Put a drained service back
     Undrain {
-        /// NAMESPACE/SERVICE [default: all of this host]
-        service: Option<String>,
+        #[command(flatten)]
+        meant: Meant,
     },
     /// Open this host to plaintext for a time, in an emergency
     #[command(
@@ -330,11 +321,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             log_to("warn", Target::Stderr)?;
             discovered(&config, &namespace, write)
         }
-        Command::Unit {
-            name,
-            remove,
-            print,
-        } => unit(&name, remove, print),
+        Command::Unit(words) => say(&words.heed()?),
         Command::Leave => {
             log_to("warn", Target::Stderr)?;
             if cli.config.is_none() && units::there() {
@@ -343,8 +330,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             }
             say(&leave::leave(&config)?.to_string())
         }
-        Command::Drain { service, wait } => drain(&config, service.as_deref(), Some(wait)),
-        Command::Undrain { service } => drain(&config, service.as_deref(), None),
+        Command::Drain { meant, wait } => drain(&config, &meant, Some(wait)),
+        Command::Undrain { meant } => drain(&config, &meant, None),
         Command::Bypass { time, why, .. } => {
             let wanted = time.map_or(Wanted::Closed, |time| Wanted::Open { time, why });
             say(&bypass::ask(&config, wanted, || guard(&config).map(drop))?)
@@ -360,20 +347,6 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
             .map(|()| ExitCode::SUCCESS)
             .with_context(|| format!("cannot write below {}", dir.display())),
     }
-}
-
-/// Orders a unit behind the agent, or no longer; or only says how it would.
-fn unit(name: &str, remove: bool, print: bool) -> anyhow::Result<ExitCode> {
-    const NO_UNIT: &str = "that can not be ordered";
-    let owner = OwnerPath::unit(name).context(Mistyped(NO_UNIT.to_owned()))?;
-    let OwnerPath::Unit(name) = owner else {
-        bail!(NO_UNIT);
-    };
-    say(&match (remove, print) {
-        (true, _) => units::unordered(&name)?,
-        (_, true) => units::order(&name),
-        _ => units::ordered(&name)?,
-    })
 }
 
 fn log_to(level: &str, target: Target) -> anyhow::Result<()> {
@@ -518,12 +491,11 @@ fn discovered(config: &Config, namespace: &Label, write: bool) -> anyhow::Result
     say(&discovered.render(config, write))
 }
 
-fn drain(
-    config: &Config,
-    service: Option<&str>,
-    wait: Option<Duration>,
-) -> anyhow::Result<ExitCode> {
-    match drained::ask(config, service, wait)? {
+fn drain(config: &Config, meant: &Meant, wait: Option<Duration>) -> anyhow::Result<ExitCode> {
+    if let Some(unit) = meant.unit() {
+        return say(&drained::ask_of_unit(config, unit, wait)?);
+    }
+    match drained::ask(config, meant.what(), wait)? {
         Some(said) => say(&said),
         None => Err(no_agent(config)?),
     }

@@ -1,10 +1,14 @@
 //! This host's systemd: our units in it, and what a command of ours asks of it. Everything goes through `systemctl`,
 //! which is wherever systemd is and needs no bus of our own.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, bail, ensure};
+
+mod order;
+
+pub(crate) use order::{Words, unorder_all};
 
 pub(crate) const AGENT: &str = "mesh-agent.service";
 /// Enabled with the agent's by its `Also=`.
@@ -77,79 +81,6 @@ pub(crate) fn stop(before: Option<Before>) -> anyhow::Result<()> {
     done(&["stop", AGENT, GUARD])
 }
 
-/// Where an operator's additions to units are, and the name of ours among them.
-const ADDITIONS: &str = "/etc/systemd/system";
-const ORDER: &str = "meshwork.conf";
-/// Begins each of ours: others of that name stay.
-const MARK: &str = "# Made by `mesh-agent unit`";
-
-/// What is added to a unit that calls by the mesh, or is called.
-pub(crate) fn order(unit: &str) -> String {
-    format!(
-        "{MARK}; `mesh-agent unit --remove {unit}` takes it away.\n\
-         [Unit]\n\
-         # Its names and calls work from its first moment to its last. Wants, not Requires: it also runs without.\n\
-         Wants={AGENT}\n\
-         After={AGENT}\n"
-    )
-}
-
-/// Adds it.
-pub(crate) fn ordered(unit: &str) -> anyhow::Result<String> {
-    let path = addition(unit);
-    let dir = path.parent().unwrap_or_else(|| Path::new(ADDITIONS));
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    mesh_runtime::files::write_atomic(&path, order(unit).as_bytes())?;
-    reload()?;
-    Ok(format!(
-        "wrote {}: from its next start on {unit} begins after the agent is ready, and ends before it\n",
-        path.display()
-    ))
-}
-
-/// Takes it away.
-pub(crate) fn unordered(unit: &str) -> anyhow::Result<String> {
-    let path = addition(unit);
-    let removed = remove_ours(&path)?;
-    reload()?;
-    Ok(match removed {
-        true => format!("removed {}\n", path.display()),
-        false => format!("{unit} was not ordered: {} is not there\n", path.display()),
-    })
-}
-
-/// Takes away all of them.
-pub(crate) fn unorder_all() -> anyhow::Result<()> {
-    let Ok(entries) = std::fs::read_dir(ADDITIONS) else {
-        return Ok(());
-    };
-    let mut removed = false;
-    for entry in entries.flatten() {
-        removed |= remove_ours(&entry.path().join(ORDER))?;
-    }
-    if removed {
-        reload()?;
-    }
-    Ok(())
-}
-
-fn addition(unit: &str) -> PathBuf {
-    Path::new(ADDITIONS).join(format!("{unit}.d")).join(ORDER)
-}
-
-fn remove_ours(path: &Path) -> anyhow::Result<bool> {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    if !text.starts_with(MARK) {
-        return Ok(false);
-    }
-    std::fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
-    if let Some(dir) = path.parent() {
-        // Stays where there are others' additions.
-        let _ = std::fs::remove_dir(dir);
-    }
-    Ok(true)
-}
-
 fn reload() -> anyhow::Result<()> {
     match Path::new(BOOTED).is_dir() {
         true => done(&["daemon-reload"]),
@@ -190,6 +121,14 @@ pub(crate) fn lacking(kernel: &str, cgroups: bool) -> Vec<String> {
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Whether a service unit has programs that can be called. `None`: systemd can not be asked.
+pub(crate) fn runs(unit: &str) -> Option<bool> {
+    let output = systemctl(&["show", "--property=ActiveState", "--value", "--", unit]).ok()?;
+    let state = String::from_utf8_lossy(&output.stdout);
+    let runs = matches!(state.trim(), "active" | "reloading" | "refreshing");
+    output.status.success().then_some(runs)
 }
 
 fn done(words: &[&str]) -> anyhow::Result<()> {

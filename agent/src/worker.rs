@@ -267,6 +267,7 @@ impl Parts {
         let (judged_by, judged) = watch::channel(0);
         let (edges_by, edges) = watch::channel(Arc::default());
         let (rejoined_by, rejoined) = mpsc::channel(1);
+        let (calls_by, calls) = health::channel();
 
         // All that is on disk is in use before the first call is taken.
         let keeper = leaves::Keeper::new(
@@ -310,6 +311,7 @@ impl Parts {
         let shared = DataShared {
             view: self.view.reader(),
             wants: wants_by.clone(),
+            calls: calls_by,
             trust: self.trust,
             metrics: Arc::clone(&metrics),
             settings: config.data(),
@@ -361,9 +363,16 @@ impl Parts {
         tasks.spawn("owners", owners.run(stop.clone()));
         tasks.spawn("workload files", self.files.run(stop));
         let verdicts_file = config.runtime_dir.join(health::KEPT);
-        let drained = Drained::load(&config.state_dir);
+        let drained = Drained::load(&config.state_dir, &config.runtime_dir);
         let publish = publish(self.view.clone(), verdicts_by, verdicts_file, &drained);
-        start_health(&self.sets, publish, &mut tasks)?;
+        let sources = health::Sources {
+            listening: listening()?,
+            calls,
+            results: health::Results::register(&metrics),
+            pipes: config.runtime_dir.join(health::PIPES),
+        };
+        let checks = health::run(self.sets.clone(), sources, publish, tasks.stop.clone());
+        tasks.spawn("health", checks);
         start_admin(
             admin::Sources {
                 config: config.clone(),
@@ -516,16 +525,6 @@ fn publish(
         drained: drained.watch(),
         unfit: Box::new(move |unfit| view.change(|view| view.unfit = unfit)),
     }
-}
-
-fn start_health(
-    sets: &watch::Receiver<Arc<WorkloadSet>>,
-    publish: health::Publish,
-    tasks: &mut Tasks,
-) -> anyhow::Result<()> {
-    let checks = health::run(sets.clone(), listening()?, publish, tasks.stop.clone());
-    tasks.spawn("health", checks);
-    Ok(())
 }
 
 fn start_admin(sources: admin::Sources, handing: Handing, tasks: &mut Tasks) -> anyhow::Result<()> {

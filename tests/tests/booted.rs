@@ -8,6 +8,8 @@ mod crash;
 mod discover;
 #[path = "booted/early.rs"]
 mod early;
+#[path = "booted/health.rs"]
+mod health;
 #[path = "booted/join.rs"]
 mod join;
 #[path = "booted/life.rs"]

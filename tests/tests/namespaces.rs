@@ -43,6 +43,8 @@ mod grpc;
 mod half_close;
 #[path = "namespaces/harness.rs"]
 mod harness;
+#[path = "namespaces/health.rs"]
+mod health;
 #[path = "namespaces/hostile.rs"]
 mod hostile;
 #[path = "namespaces/http.rs"]

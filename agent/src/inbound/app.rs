@@ -182,6 +182,24 @@ pub(super) async fn connect(
     if !admitted.beyond.is_empty() {
         return front::connect(thread, admitted).await;
     }
+    let outcome = connect_here(thread, admitted, shown).await;
+    let (target, server) = (admitted.permit.target(), &admitted.server);
+    match &outcome {
+        Ok(_) => thread.calls.taken(server, &target.service, target.port),
+        Err(Reason::AppUnreachable) => {
+            thread.calls.failed(server, &target.service, target.port);
+        }
+        // No word on the program.
+        Err(_) => {}
+    }
+    outcome
+}
+
+async fn connect_here(
+    thread: &Thread,
+    admitted: &Admitted,
+    shown: IpAddr,
+) -> Result<TcpStream, Reason> {
     let port = admitted.permit.target().port;
     let target = listener(thread, &admitted.server, port, shown)?;
     let connect = thread.dialer.connect(target, shown);

@@ -9,7 +9,7 @@
 //! name = "web"                # default: the account
 //! ports = [{ port = 80, protocol = "http" }]
 //! transport = "permissive"    # value at creation only
-//! check = { http = "/healthz", port = 80, interval_s = 5 }   # or { tcp = true }
+//! check = { http = "/healthz", port = 80, interval_s = 5 }   # or tcp, grpc, exec, systemd
 //! endpoints = ["10.9.0.5:5432"]   # servers without an agent, which this host goes on to in plaintext
 //! [[call]]                    # a local port or unix socket by which this workload, and nobody else, calls a service
 //! service = "shop/db"
@@ -18,6 +18,7 @@
 //! ```
 
 mod calls;
+mod check;
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
@@ -32,6 +33,8 @@ use serde::{Deserialize, Deserializer};
 use crate::resource::check_ports;
 pub use calls::{CALLS_MAX, CallAt, LocalCall};
 use calls::{CallForm, calls};
+pub use check::{Check, CheckKind, RunAs};
+use check::{CheckForm, check};
 
 /// Largest file we read, in bytes.
 pub const FILE_MAX: u64 = 64 * 1024;
@@ -94,28 +97,6 @@ pub struct HostAddresses {
     pub vips: Option<VipRanges>,
     /// Its agent has no privileges: it can show no program the address of its caller.
     pub calls_only: bool,
-}
-
-/// How a service's health is asked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Check {
-    pub kind: CheckKind,
-    pub port: u16,
-    /// Seconds between checks, 1 to 3600.
-    pub interval_s: u32,
-    /// Seconds until a check counts as failed, 1 to 60.
-    pub timeout_s: u32,
-    /// Results in a row that change the verdict, 1 to 10.
-    pub rise: u32,
-    pub fall: u32,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CheckKind {
-    /// The port accepts a connection.
-    Tcp,
-    /// `GET` of this path answers 2xx or 3xx.
-    Http(String),
 }
 
 /// What is wrong with a file, where, and what to do.
@@ -190,18 +171,6 @@ impl<'de> Visitor<'de> for PortVisitor {
     }
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct CheckForm {
-    http: Option<String>,
-    tcp: Option<bool>,
-    port: Option<u16>,
-    interval_s: Option<u32>,
-    timeout_s: Option<u32>,
-    rise: Option<u32>,
-    fall: Option<u32>,
-}
-
 impl Workload {
     /// Reads a file named `<stem>.toml`, of no host in particular.
     pub fn parse(stem: &str, text: &str) -> Result<Self, FileError> {
@@ -242,24 +211,14 @@ impl Workload {
                 Some(list) => endpoints(at(list.span()), list.into_inner(), host)?,
             };
             let checked_port = form.check.as_ref().and_then(|check| check.port);
-            if let Some(port) = checked_port.filter(|_| !endpoints.is_empty()) {
-                return Err(FileError {
+            let mut service = service(line, form, (&namespace, &account), owner.as_ref())?;
+            if !endpoints.is_empty() {
+                let fault = fits_endpoints(&service, checked_port);
+                fault.map_err(|(message, remedy)| FileError {
                     line,
-                    message: format!("the check names port {port}, and there are endpoints"),
-                    remedy: "leave `port` out of the check: each endpoint is asked at its own port",
-                });
-            }
-            let mut service = service(line, form, &namespace, &account)?;
-            if !endpoints.is_empty() && service.ports.len() != 1 {
-                return Err(FileError {
-                    line,
-                    message: format!(
-                        "service {} has endpoints and {} ports",
-                        service.name,
-                        service.ports.len()
-                    ),
-                    remedy: "a service with endpoints has one port; write a service for each port",
-                });
+                    message,
+                    remedy,
+                })?;
             }
             service.endpoints = endpoints;
             let clash = services.iter().any(|s| {
@@ -443,11 +402,45 @@ fn unfit(endpoint: SocketAddr, host: &HostAddresses) -> Option<(&'static str, &'
     }
 }
 
+/// Whether a service is one that servers beyond this host can serve. `checked_port`: what its check names.
+fn fits_endpoints(
+    service: &LocalService,
+    checked_port: Option<u16>,
+) -> Result<(), (String, &'static str)> {
+    if let Some(port) = checked_port {
+        return Err((
+            format!("the check names port {port}, and there are endpoints"),
+            "leave `port` out of the check: each endpoint is asked at its own port",
+        ));
+    }
+    let kind = service.check.as_ref().map(|check| &check.kind);
+    if let Some(kind) = kind.filter(|kind| !kind.asks_an_address()) {
+        return Err((
+            format!(
+                "the check is {}, which is about this host, and there are endpoints",
+                kind.as_str()
+            ),
+            "ask the endpoints by tcp, http or grpc",
+        ));
+    }
+    if service.ports.len() != 1 {
+        return Err((
+            format!(
+                "service {} has endpoints and {} ports",
+                service.name,
+                service.ports.len()
+            ),
+            "a service with endpoints has one port; write a service for each port",
+        ));
+    }
+    Ok(())
+}
+
 fn service(
     line: usize,
     form: ServiceForm,
-    namespace: &Label,
-    account: &Label,
+    (namespace, account): (&Label, &Label),
+    owner: Option<&Owner>,
 ) -> Result<LocalService, FileError> {
     let fault = |message: String, remedy| FileError {
         line,
@@ -485,7 +478,7 @@ fn service(
     let check = match form.check {
         None => None,
         Some(form) => Some(
-            check(form, &ports)
+            check(form, &ports, owner)
                 .map_err(|m| fault(m, "write e.g. check = { http = \"/healthz\", port = 80 }"))?,
         ),
     };
@@ -498,41 +491,6 @@ fn service(
         transport,
         check,
         endpoints: Vec::new(),
-    })
-}
-
-fn check(form: CheckForm, ports: &[Port]) -> Result<Check, String> {
-    let kind = match (form.http, form.tcp) {
-        (Some(path), None)
-            if path.starts_with('/') && path.bytes().all(|b| b.is_ascii_graphic()) =>
-        {
-            CheckKind::Http(path)
-        }
-        (None, Some(true)) => CheckKind::Tcp,
-        _ => return Err("a check has exactly one of http = \"/path\" or tcp = true".to_owned()),
-    };
-    let port = form
-        .port
-        .or_else(|| ports.first().map(|p| p.number))
-        .unwrap_or_default();
-    let within = |name: &str, value: Option<u32>, default: u32, max: u32| {
-        let value = value.unwrap_or(default);
-        if (1..=max).contains(&value) {
-            Ok(value)
-        } else {
-            Err(format!("{name} = {value} is not within 1 to {max}"))
-        }
-    };
-    if port == 0 {
-        return Err("port 0 can not be checked".to_owned());
-    }
-    Ok(Check {
-        kind,
-        port,
-        interval_s: within("interval_s", form.interval_s, 5, 3600)?,
-        timeout_s: within("timeout_s", form.timeout_s, 2, 60)?,
-        rise: within("rise", form.rise, 1, 10)?,
-        fall: within("fall", form.fall, 3, 10)?,
     })
 }
 

@@ -2,8 +2,19 @@
 //!
 //! The first result decides at once: a service is not listed before it, and waits for no more than it.
 //! Afterwards only [`Thresholds::rise`] good or [`Thresholds::fall`] bad results in a row change anything.
+//!
+//! Calls speak too, against a service only: [`CALLS_FALL`] that its program did not take, in a row and within
+//! [`CALLS_WINDOW`], unlist it before its next check. Only checks bring it back, by the same `rise`; they come soon then, and
+//! ever later up to the interval. A service without a check is checked while it is unlisted so, and not otherwise.
 
 use std::time::{Duration, Instant};
+
+/// Calls in a row that the program did not take, after which a service is unlisted. One or two are a restart.
+pub const CALLS_FALL: u32 = 3;
+/// How old the first of them may be: what failed long ago says nothing of now.
+pub const CALLS_WINDOW: Duration = Duration::from_secs(10);
+/// When a service that calls unlisted is checked first. The time doubles until it is the interval.
+pub const RECHECK: Duration = Duration::from_secs(1);
 
 /// How a service is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +64,12 @@ pub struct HealthMachine {
     against: u32,
     check: Check,
     next: Next,
+    /// Checked only while calls have unlisted it.
+    unchecked: bool,
+    /// Calls in a row that were not taken, and when the first of them was.
+    failed: Option<(u32, Instant)>,
+    /// Calls have unlisted it: the time until the check after the next.
+    recheck: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -71,6 +88,19 @@ impl HealthMachine {
             against: 0,
             check: Check(0),
             next: Next::Start { at: now },
+            unchecked: false,
+            failed: None,
+            recheck: None,
+        }
+    }
+
+    /// A machine of a service without a check: healthy until calls say otherwise.
+    pub fn unchecked(thresholds: Thresholds, now: Instant) -> Self {
+        Self {
+            verdict: Verdict::Healthy,
+            next: Next::Nothing,
+            unchecked: true,
+            ..Self::new(thresholds, now)
         }
     }
 
@@ -85,9 +115,12 @@ impl HealthMachine {
         match self.next {
             Next::Start { at } if at <= now => {
                 self.check.0 += 1;
+                let interval = self.thresholds.interval;
+                let wait = self.recheck.map_or(interval, |wait| wait.min(interval));
+                self.recheck = self.recheck.map(|_| wait * 2);
                 self.next = Next::Result {
                     by: now + self.thresholds.timeout,
-                    next_at: now + self.thresholds.interval,
+                    next_at: now + wait,
                 };
                 Some(self.check)
             }
@@ -102,6 +135,41 @@ impl HealthMachine {
             self.next = Next::Start { at: next_at };
             self.judge(good);
         }
+    }
+
+    /// What became of a call: whether the program took the connection.
+    pub fn handle_call(&mut self, good: bool, now: Instant) {
+        if good || self.verdict != Verdict::Healthy {
+            self.failed = None;
+            return;
+        }
+        let (count, since) = match self.failed {
+            Some((count, since)) if now < since + CALLS_WINDOW => (count + 1, since),
+            Some(_) | None => (1, now),
+        };
+        self.failed = Some((count, since));
+        if CALLS_FALL <= count {
+            self.unlist(now);
+        }
+    }
+
+    /// Calls failed, seen here or by whoever had the service before. A check that runs still saw the time before them: its
+    /// result does not count.
+    pub fn unlist(&mut self, now: Instant) {
+        if self.verdict == Verdict::Draining {
+            return;
+        }
+        self.verdict = Verdict::Unhealthy;
+        self.against = 0;
+        self.failed = None;
+        let wait = RECHECK.min(self.thresholds.interval);
+        self.recheck = Some(wait);
+        self.next = Next::Start { at: now + wait };
+    }
+
+    /// Whether a call that is taken changes anything.
+    pub fn counts_calls(&self) -> bool {
+        self.failed.is_some()
     }
 
     /// The service goes away: it is unlisted now and not checked any more.
@@ -141,6 +209,13 @@ impl HealthMachine {
             } else {
                 Verdict::Unhealthy
             };
+            self.failed = None;
+        }
+        if self.verdict == Verdict::Healthy {
+            self.recheck = None;
+            if self.unchecked {
+                self.next = Next::Nothing;
+            }
         }
     }
 }
@@ -212,11 +287,92 @@ mod tests {
     }
 
     #[test]
+    fn calls_in_a_row_unlist_and_only_checks_bring_back() {
+        let mut service = Service::new();
+        service.check(true);
+        let machine = &mut service.machine;
+        for good in [false, false, true, false, false] {
+            machine.handle_call(good, service.now);
+            assert_eq!(machine.verdict(), Verdict::Healthy);
+        }
+        assert!(machine.counts_calls());
+        machine.handle_call(false, service.now);
+        assert_eq!(machine.verdict(), Verdict::Unhealthy);
+        for _ in 0..10 {
+            machine.handle_call(true, service.now);
+        }
+        assert_eq!(machine.verdict(), Verdict::Unhealthy);
+        service.check(true);
+        assert_eq!(service.machine.verdict(), Verdict::Unhealthy);
+        service.check(true);
+        assert_eq!(service.machine.verdict(), Verdict::Healthy);
+    }
+
+    #[test]
+    fn calls_that_failed_long_ago_do_not_count() {
+        let mut service = Service::new();
+        service.check(true);
+        for _ in 0..20 {
+            service.machine.handle_call(false, service.now);
+            service.now += CALLS_WINDOW / 2;
+            assert_eq!(service.machine.verdict(), Verdict::Healthy);
+        }
+    }
+
+    #[test]
+    fn a_check_from_before_the_failed_calls_does_not_count_and_the_next_come_soon() {
+        let mut service = Service::new();
+        service.check(true);
+        let early = service.start();
+        for _ in 0..CALLS_FALL {
+            service.machine.handle_call(false, service.now);
+        }
+        service.machine.handle_result(early, true);
+        assert_eq!(service.machine.verdict(), Verdict::Unhealthy);
+        let mut waits = Vec::new();
+        for _ in 0..6 {
+            let before = service.now;
+            service.check(false);
+            waits.push((service.now - before).as_secs());
+        }
+        assert_eq!(waits, [1, 1, 2, 4, 5, 5]);
+        service.check(true);
+        service.check(true);
+        assert_eq!(service.machine.verdict(), Verdict::Healthy);
+        let before = service.now;
+        service.start();
+        assert_eq!(service.now - before, THRESHOLDS.interval);
+    }
+
+    #[test]
+    fn a_service_without_a_check_is_checked_while_calls_have_unlisted_it() {
+        let mut service = Service::new();
+        service.machine = HealthMachine::unchecked(THRESHOLDS, service.now);
+        assert_eq!(service.machine.verdict(), Verdict::Healthy);
+        for _ in 0..3 {
+            assert_eq!(service.machine.poll_timeout(), None);
+            for _ in 0..CALLS_FALL {
+                service.machine.handle_call(false, service.now);
+            }
+            assert_eq!(service.machine.verdict(), Verdict::Unhealthy);
+            for good in [false, true, false, true, true] {
+                assert_eq!(service.machine.verdict(), Verdict::Unhealthy);
+                service.check(good);
+            }
+            assert_eq!(service.machine.verdict(), Verdict::Healthy);
+        }
+    }
+
+    #[test]
     fn draining_is_final() {
         let mut service = Service::new();
         let check = service.start();
         service.machine.drain();
         service.machine.handle_result(check, true);
+        for _ in 0..CALLS_FALL {
+            service.machine.handle_call(false, service.now);
+        }
+        service.machine.unlist(service.now);
         assert_eq!(service.machine.verdict(), Verdict::Draining);
         assert_eq!(service.machine.poll_timeout(), None);
     }
