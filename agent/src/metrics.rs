@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use mesh_core::edge::{EdgeCaller, EdgeKey, EdgeVerdict};
@@ -289,6 +290,8 @@ pub(crate) struct Metrics {
     plaintext_callers: Family<PlaintextCallerLabels, Counter>,
     door_disarmed: Gauge,
     repairs: Gauge,
+    /// Of them, what is not the holder's to count.
+    names_repaired: AtomicU64,
     draining_workers: Gauge,
     reload_given_up: Gauge,
     bypass: Gauge,
@@ -320,6 +323,7 @@ impl Metrics {
             plaintext_callers: Family::default(),
             door_disarmed: Gauge::default(),
             repairs: Gauge::default(),
+            names_repaired: AtomicU64::new(0),
             draining_workers: Gauge::default(),
             reload_given_up: Gauge::default(),
             bypass: Gauge::default(),
@@ -509,7 +513,14 @@ impl Metrics {
     /// Shows how the input door stands.
     pub(crate) fn door(&self, disarmed: bool, repairs: u64) {
         self.door_disarmed.set(disarmed.into());
+        let repairs = repairs.saturating_add(self.names_repaired.load(Ordering::Relaxed));
         self.repairs.set(i64::try_from(repairs).unwrap_or(i64::MAX));
+    }
+
+    /// Counts that names were wired in again.
+    pub(crate) fn names_repaired(&self) {
+        self.names_repaired.fetch_add(1, Ordering::Relaxed);
+        self.repairs.inc();
     }
 
     /// Shows what became of the workers before this one.
