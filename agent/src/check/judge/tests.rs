@@ -12,8 +12,8 @@ use crate::check::{Disk, Resolved};
 use crate::probe::Probed;
 use crate::state::Membership;
 use crate::status::{
-    CaptureStatus, ControlStatus, ExampleStatus, IndexStatus, RefusalStatus, ServiceStatus,
-    UsageStatus, WorkloadStatus,
+    CaptureStatus, ControlStatus, ExampleStatus, IndexStatus, NamesStatus, RefusalStatus,
+    ServiceStatus, UsageStatus, WorkloadStatus,
 };
 use crate::view::HostFacts;
 
