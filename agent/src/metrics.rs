@@ -372,7 +372,7 @@ impl Metrics {
             );
             registry.register(
                 "capture_repairs",
-                "How often other programs took away links, routes, rules or tables of ours since the holder started",
+                "How often other programs took away links, routes, rules or tables of ours, or the wiring of names since the holder started",
                 metrics.repairs.clone(),
             );
             let of_before = "Workers of before, which carry what was open when another took over";
