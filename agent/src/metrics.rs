@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use mesh_core::edge::{EdgeCaller, EdgeKey, EdgeVerdict};
@@ -26,14 +26,13 @@ use tokio::sync::watch;
 pub(crate) use decisions::DecisionCount;
 use decisions::Edges;
 
-use crate::bypass::Bypass;
-use crate::holder::protocol::Looked;
 use crate::leaves::Standings;
 use crate::limits::Limits;
 use crate::peers::unix_now_s;
 use crate::workloads::WorkloadSet;
 
 mod decisions;
+mod kernel;
 mod open;
 
 /// Different flows that are told apart; later ones are counted together under `overflow`. A peer can make us see
@@ -508,28 +507,6 @@ impl Metrics {
             verdict: verdict.as_str(),
         };
         self.plaintext_callers.get_or_create(&labels).inc_by(count);
-    }
-
-    /// Shows how the input door stands.
-    pub(crate) fn door(&self, disarmed: bool, repairs: u64) {
-        self.door_disarmed.set(disarmed.into());
-        let repairs = repairs.saturating_add(self.names_repaired.load(Ordering::Relaxed));
-        self.repairs.set(i64::try_from(repairs).unwrap_or(i64::MAX));
-    }
-
-    /// Counts that names were wired in again.
-    pub(crate) fn names_repaired(&self) {
-        self.names_repaired.fetch_add(1, Ordering::Relaxed);
-        self.repairs.inc();
-    }
-
-    /// Shows what became of the workers before this one.
-    pub(crate) fn reloaded(&self, looked: &Looked) {
-        let draining = i64::try_from(looked.draining).unwrap_or(i64::MAX);
-        self.draining_workers.set(draining);
-        self.reload_given_up.set(looked.given_up.is_some().into());
-        let open = looked.bypass.as_ref().and_then(Bypass::left);
-        self.bypass.set(open.is_some().into());
     }
 
     /// Counts an attempt to connect to a server without an agent. As many labels as the workload files have endpoints.

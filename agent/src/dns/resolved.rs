@@ -42,7 +42,7 @@ pub(crate) struct Wish {
     pub(crate) domains: Vec<String>,
 }
 
-/// What it leaves in files when it starts, or when somebody sets anything of a link. A change of it asks for a closer look.
+/// The link, and what it leaves in files when it starts, or when somebody sets anything of a link. A change of it asks for a closer look.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Trace(Vec<Option<(u64, i64, i64)>>);
 
@@ -56,9 +56,10 @@ impl Trace {
             Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec()))
         });
         let seen = seen.into_iter();
-        // Another link of the same name.
-        let index = index.parse().ok().map(|index: u64| (index, 0, 0));
-        Self(seen.chain([index]).collect())
+        // Another link of the same name, or one that lost its carrier.
+        let carries = i64::from(link_carries(link));
+        let link = index.parse().ok().map(|index: u64| (index, carries, 0));
+        Self(seen.chain([link]).collect())
     }
 }
 
@@ -72,14 +73,14 @@ pub(crate) fn wire(wish: &Wish) -> Result<bool, Error> {
     if !answers() {
         return Err(Error::Silent);
     }
-    if is_wired(wish)? {
-        return Ok(false);
-    }
     let link = wish.link.as_str();
     if link_stands(link) && !link_carries(link) {
         return Err(Error::NoCarrier {
             link: link.to_owned(),
         });
+    }
+    if is_wired(wish)? {
+        return Ok(false);
     }
     // The server last: without one nothing is asked there, whatever else is half set.
     run("resolvectl", &["default-route", link, "no"])?;

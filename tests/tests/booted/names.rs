@@ -154,6 +154,15 @@ fn resolved_asks_the_agent_for_names_of_the_mesh_only() {
     });
     works(&mesh, &client, &server);
 
+    // As udev does with links that it was not told to leave alone: nothing is asked there any more, which is said.
+    client.ok("ip link set mesh0 address 02:00:00:00:00:02");
+    wait_until("the check to tell", SOON, || {
+        let checked = client.run("mesh-agent check").stdout;
+        check(checked.contains("has no carrier"), checked)
+    });
+    client.ok("systemctl stop mesh-agent mesh-guard && systemctl start mesh-agent");
+    works_again(&mesh, &client, &server);
+
     // Stopped: the link stays, and nobody is asked there.
     client.ok("systemctl stop mesh-agent");
     assert!(
