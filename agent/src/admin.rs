@@ -31,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::owners::OwnerStatus;
 use crate::state::Membership;
 use crate::status::{
-    CaptureStatus, ControlStatus, DoorStatus, ExampleStatus, IndexStatus, LeafStatus,
+    CaptureStatus, ControlStatus, DoorStatus, ExampleStatus, IndexStatus, LeafStatus, NamesStatus,
     RefusalStatus, ServiceStatus, Status, UsageStatus, WorkloadStatus,
 };
 use crate::view::{View, ViewReader};
@@ -61,6 +61,7 @@ pub(crate) struct Sources {
     /// Local ports and sockets that could not be opened.
     pub(crate) closed: watch::Receiver<Arc<Closed>>,
     pub(crate) dns: Option<Arc<dns::Counters>>,
+    pub(crate) names: Option<watch::Receiver<NamesStatus>>,
     pub(crate) diag: Mutex<SockDiag>,
     /// Services whose endpoints are wanted.
     pub(crate) wants: mpsc::Sender<ServiceName>,
@@ -203,6 +204,7 @@ impl Sources {
             file_problems: set.problems.iter().map(ToString::to_string).collect(),
             autonomy_s: None,
             dns: self.dns.as_deref().map(counters).unwrap_or_default(),
+            names: self.names.as_ref().map(|names| names.borrow().clone()),
             in_use: self.in_use(),
         };
         let mut ports = PORTS_MAX;

@@ -13,6 +13,7 @@ use socket2::TcpKeepalive;
 
 use crate::capture::CaptureSettings;
 use crate::data::DataSettings;
+use crate::dns::wiring::Wiring;
 
 /// Where the file is looked for; only here it may be missing.
 pub(crate) const DEFAULT_PATH: &str = "/etc/meshwork/agent.toml";
@@ -56,8 +57,10 @@ pub(crate) struct Mesh {
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Dns {
     pub(crate) enabled: bool,
+    pub(crate) wiring: Wiring,
     /// Empty: no file is changed.
     pub(crate) resolv_conf: PathBuf,
+    pub(crate) dnsmasq_dir: PathBuf,
     /// Empty: those that stood in `resolv_conf`.
     pub(crate) upstreams: Vec<SocketAddr>,
 }
@@ -136,7 +139,9 @@ impl Default for Dns {
     fn default() -> Self {
         Self {
             enabled: true,
+            wiring: Wiring::Auto,
             resolv_conf: "/etc/resolv.conf".into(),
+            dnsmasq_dir: "/etc/dnsmasq.d".into(),
             upstreams: Vec::new(),
         }
     }
@@ -325,12 +330,6 @@ impl Config {
         self.drain() + DRAIN_MARGIN
     }
 
-    /// The resolver's file, if it is to be changed.
-    pub(crate) fn resolv_conf(&self) -> Option<&Path> {
-        let wire = self.dns.enabled && !self.dns.resolv_conf.as_os_str().is_empty();
-        wire.then_some(self.dns.resolv_conf.as_path())
-    }
-
     /// Bytes that the buffers of all mesh connections may hold: what is set, and at most half of what the service
     /// manager lets the agent have.
     pub(crate) fn buffer_max(&self) -> usize {
@@ -412,6 +411,7 @@ mod tests {
             ("[keepalive]\npeer_s = 0", "keepalive.peer_s"),
             ("[timeouts]\nhead_s = 0", "timeouts.head_s"),
             ("[log]\nto = \"syslog\"", "agent.toml:2"),
+            ("[dns]\nwiring = \"on\"", "agent.toml:2"),
             ("[dns]\nupstreams = [\"10.0.0.1\"]", "agent.toml:2"),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());

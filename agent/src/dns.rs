@@ -3,14 +3,23 @@
 //! The life of a query: received → decided (`dns/answer.rs`) → answered, or forwarded (`dns/forward.rs`) to the
 //! servers that stood in resolv.conf before the agent (`dns/resolv_conf.rs`). Names under the suffix never
 //! leave the host. The index is kept on disk, so answering them never waits for control.
+//!
+//! How queries come here: `dns/wiring.rs` chooses a way, `dns/keeper.rs` keeps to it.
 
 mod answer;
+mod command;
 mod counters;
+mod dnsmasq;
 mod forward;
-pub(crate) mod resolv_conf;
+pub(crate) mod keeper;
+mod resolv_conf;
+mod resolved;
+pub(crate) mod wiring;
+mod zones;
 
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,6 +58,14 @@ pub(crate) struct Config {
     pub(crate) ranges: VipRanges,
     /// Tried in this order; one that is ourselves is left out.
     pub(crate) upstreams: Vec<SocketAddr>,
+}
+
+/// The servers that the host's resolver has beside the agent.
+pub(crate) fn upstreams(resolv_conf: &Path) -> Vec<SocketAddr> {
+    resolv_conf::upstreams(resolv_conf).unwrap_or_else(|error| {
+        log::warn!("whom to ask for other names is not known: {error}");
+        Vec::new()
+    })
 }
 
 /// The sockets to answer on, each bound to one address: the answer leaves from where the query came to.

@@ -41,6 +41,8 @@ use crate::alone::Alone;
 use crate::bypass::Bypass;
 use crate::capture::door::Arm;
 use crate::capture::{Capture, CaptureSettings, Contents, LeftTable, VipRanges};
+use crate::config;
+use crate::dns::wiring;
 pub(crate) use confirmed::Confirmed;
 pub(crate) use desired::{DOORS_MAX, RANGES_MAX};
 use handover::Left;
@@ -70,6 +72,8 @@ pub(crate) struct HolderConfig {
     pub(crate) ranges: VipRanges,
     /// Where other agents reach this one.
     pub(crate) mesh: Vec<SocketAddr>,
+    /// How names are wired in, which says at which port they are answered.
+    pub(crate) dns: config::Dns,
     /// Arguments that make this program a worker: `worker`, `--config`, its path.
     pub(crate) worker_arguments: Vec<OsString>,
     /// How long a worker may go on serving after SIGTERM.
@@ -202,7 +206,8 @@ fn begin<'a>(
 ) -> anyhow::Result<Holder<'a>> {
     let captures = config.capture.enabled;
     let ranges = captures.then_some(&config.ranges);
-    let sockets = sockets::bind(&config.mesh, ranges, &mut stored).inspect_err(|_| {
+    let names = wiring::choose(&config.dns).way.port();
+    let sockets = sockets::bind(&config.mesh, ranges, names, &mut stored).inspect_err(|_| {
         // One that the configuration does not name any more may be in the way: the next start is without them.
         stored::unstore(iter::empty());
     })?;

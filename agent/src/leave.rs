@@ -17,7 +17,7 @@ use crate::alone::{self, Alone};
 use crate::capture;
 use crate::config::Config;
 use crate::control::{ALPN_H2, channel, dial, reason_of};
-use crate::dns::resolv_conf;
+use crate::dns::keeper;
 use crate::keys;
 use crate::state::{Kept, Membership, State};
 
@@ -60,7 +60,7 @@ impl fmt::Display for Left {
     }
 }
 
-/// Removes rules, routes, link, the resolver's line, and all state, and tells control, which forgets this host. May be
+/// Removes rules, routes, link, what the host's resolver was told, and all state, and tells control, which forgets this host. May be
 /// repeated. Where control is not reached the host leaves all the same.
 pub(crate) fn leave(config: &Config) -> anyhow::Result<Left> {
     let _alone = stopped(config)?;
@@ -122,7 +122,7 @@ async fn tell_one(address: &str, tls: &Arc<ClientConfig>) -> anyhow::Result<()> 
     }
 }
 
-/// Removes rules, routes, link and the resolver's line, and keeps what the join gave this host. May be repeated.
+/// Removes rules, routes, link and what the host's resolver was told, and keeps what the join gave this host. May be repeated.
 pub(crate) fn open(config: &Config) -> anyhow::Result<()> {
     let _alone = stopped(config)?;
     undo(config)
@@ -140,17 +140,6 @@ pub(crate) fn undo(config: &Config) -> anyhow::Result<()> {
     if config.capture.enabled {
         capture::remove_all(&config.capture)?;
     }
-    if let Some(path) = config.resolv_conf() {
-        resolv_conf::unwire(path)?;
-    }
+    keeper::undo(config)?;
     Ok(())
-}
-
-/// Takes our line out of the resolver's file; what can not be done is said.
-pub(crate) fn unwire(config: &Config) {
-    if let Some(path) = config.resolv_conf()
-        && let Err(error) = resolv_conf::unwire(path)
-    {
-        log::warn!("mesh names stay wired in, and resolvers pass over them after a time: {error}");
-    }
 }

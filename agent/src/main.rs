@@ -206,7 +206,7 @@ enum Command {
     Reload,
     /// Make what must stand before the network does, without an agent: the link, its routes and the guard
     Guard {
-        /// Take all of that away instead, and the resolver's line; this host stays a member. The agent must not run
+        /// Take all of that away instead, and what the host's resolver was told; this host stays a member. The agent must not run
         #[arg(long)]
         remove: bool,
     },
@@ -374,7 +374,7 @@ fn run(
         None => alone::alone(config)?,
     };
     // Also when the worker could not do it.
-    holder::run(&holder, lock, left, || leave::unwire(config))
+    holder::run(&holder, lock, left, || dns::keeper::pause(config))
 }
 
 /// At boot, before the agent and the network: a host that is in no mesh has nothing to guard.
@@ -413,6 +413,7 @@ fn holder_config(
         capture: config.capture.clone(),
         ranges,
         mesh: config.mesh_addresses(),
+        dns: config.dns.clone(),
         worker_arguments,
         drain: config.holder_drain(),
         handover: config.holder_handover(),

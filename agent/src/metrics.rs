@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use mesh_core::edge::{EdgeCaller, EdgeKey, EdgeVerdict};
@@ -25,14 +26,13 @@ use tokio::sync::watch;
 pub(crate) use decisions::DecisionCount;
 use decisions::Edges;
 
-use crate::bypass::Bypass;
-use crate::holder::protocol::Looked;
 use crate::leaves::Standings;
 use crate::limits::Limits;
 use crate::peers::unix_now_s;
 use crate::workloads::WorkloadSet;
 
 mod decisions;
+mod kernel;
 mod open;
 
 /// Different flows that are told apart; later ones are counted together under `overflow`. A peer can make us see
@@ -289,6 +289,8 @@ pub(crate) struct Metrics {
     plaintext_callers: Family<PlaintextCallerLabels, Counter>,
     door_disarmed: Gauge,
     repairs: Gauge,
+    /// Of them, what is not the holder's to count.
+    names_repaired: AtomicU64,
     draining_workers: Gauge,
     reload_given_up: Gauge,
     bypass: Gauge,
@@ -320,6 +322,7 @@ impl Metrics {
             plaintext_callers: Family::default(),
             door_disarmed: Gauge::default(),
             repairs: Gauge::default(),
+            names_repaired: AtomicU64::new(0),
             draining_workers: Gauge::default(),
             reload_given_up: Gauge::default(),
             bypass: Gauge::default(),
@@ -368,7 +371,7 @@ impl Metrics {
             );
             registry.register(
                 "capture_repairs",
-                "How often other programs took away links, routes, rules or tables of ours since the holder started",
+                "How often other programs took away links, routes, rules or tables of ours, or the wiring of names since the holder started",
                 metrics.repairs.clone(),
             );
             let of_before = "Workers of before, which carry what was open when another took over";
@@ -504,21 +507,6 @@ impl Metrics {
             verdict: verdict.as_str(),
         };
         self.plaintext_callers.get_or_create(&labels).inc_by(count);
-    }
-
-    /// Shows how the input door stands.
-    pub(crate) fn door(&self, disarmed: bool, repairs: u64) {
-        self.door_disarmed.set(disarmed.into());
-        self.repairs.set(i64::try_from(repairs).unwrap_or(i64::MAX));
-    }
-
-    /// Shows what became of the workers before this one.
-    pub(crate) fn reloaded(&self, looked: &Looked) {
-        let draining = i64::try_from(looked.draining).unwrap_or(i64::MAX);
-        self.draining_workers.set(draining);
-        self.reload_given_up.set(looked.given_up.is_some().into());
-        let open = looked.bypass.as_ref().and_then(Bypass::left);
-        self.bypass.set(open.is_some().into());
     }
 
     /// Counts an attempt to connect to a server without an agent. As many labels as the workload files have endpoints.

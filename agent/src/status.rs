@@ -59,6 +59,9 @@ pub(crate) struct Status {
     /// How long everything goes on without control: the shortest life left of a certificate.
     pub(crate) autonomy_s: Option<i64>,
     pub(crate) dns: BTreeMap<String, u64>,
+    /// How the host's resolver comes to ask the agent; `None`: names are not answered.
+    #[serde(default)]
+    pub(crate) names: Option<NamesStatus>,
     /// What is in use of the bounds of the data path.
     pub(crate) in_use: Vec<UsageStatus>,
 }
@@ -113,6 +116,20 @@ pub(crate) struct CaptureStatus {
     /// Real addresses at which calls are taken over, and how many more there are than can be.
     pub(crate) reals: usize,
     pub(crate) reals_left_out: usize,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NamesStatus {
+    /// resolved, dnsmasq, resolv_conf or off
+    pub(crate) wiring: String,
+    /// Why this one.
+    pub(crate) why: String,
+    /// Where the agent answers.
+    pub(crate) server: String,
+    /// Why it is not in place.
+    pub(crate) error: Option<String>,
+    /// How often it was put back.
+    pub(crate) repaired: u64,
 }
 
 /// How the input door stands, which looks at plaintext callers.
@@ -230,6 +247,7 @@ impl Status {
             None if self.capture.applied => writeln!(page, "capture      in force")?,
             None => writeln!(page, "capture      being set up")?,
         }
+        self.write_names(page)?;
         if let Some(why) = &self.reload_given_up {
             writeln!(
                 page,
@@ -287,10 +305,33 @@ impl Status {
             + usize::from(self.policies.is_none())
             + usize::from(self.revocations_unknown)
             + usize::from(self.reload_given_up.is_some())
+            + usize::from(
+                self.names
+                    .as_ref()
+                    .is_some_and(|names| names.error.is_some()),
+            )
             + usize::from(self.bypass.is_some())
             + usize::from(self.host_leaf.refused.is_some());
         let workloads = self.workloads.iter().map(|w| w.problems().len());
         host + workloads.sum::<usize>()
+    }
+
+    fn write_names(&self, page: &mut String) -> std::fmt::Result {
+        let Some(names) = &self.names else {
+            return writeln!(page, "names        not answered");
+        };
+        match &names.error {
+            Some(error) => writeln!(
+                page,
+                "names        NOT WIRED IN by {}: {error}",
+                names.wiring
+            ),
+            None => writeln!(
+                page,
+                "names        by {} at {}: {}",
+                names.wiring, names.server, names.why
+            ),
+        }
     }
 
     fn write_control(&self, page: &mut String, now_s: u64) -> std::fmt::Result {

@@ -4,9 +4,7 @@
 //! The main thread runs everything here; calls have threads of their own (`data.rs`). Each part is one task with a name;
 //! when one fails the worker ends, and the holder starts another.
 
-use std::convert::Infallible;
-use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,11 +20,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::admin;
 use crate::capture::sockdiag::SockDiag;
 use crate::config::Config;
 use crate::control::{self, SessionStatus};
 use crate::data::{DataPlane, DataShared, Ending};
-use crate::dns::{self, Dns, resolv_conf};
+use crate::dns::keeper::{self, Keeper};
+use crate::dns::{self, Dns, wiring};
 use crate::door::Door;
 use crate::drained::Drained;
 use crate::explicit::Explicit;
@@ -39,14 +39,12 @@ use crate::metrics::{CertificateLives, FrontedServices, Metrics};
 use crate::owners::{self, OwnerStatus, Owners};
 use crate::reals::Spared;
 use crate::state::{Kept, Membership, State};
+use crate::status::NamesStatus;
 use crate::view::{Leaves, View, ViewReader, ViewWriter};
 use crate::workloads::{Watch, WorkloadSet};
-use crate::{admin, leave};
 
 /// Services that wait to be asked for: a full queue only delays the asking to the next call.
 const WANTS_MAX: usize = 1_024;
-/// How often the resolver's file is looked at.
-const WIRED_EVERY: Duration = Duration::from_secs(30);
 /// How long the tasks may take to end after the calls have.
 const END_MAX: Duration = Duration::from_secs(3);
 
@@ -180,7 +178,7 @@ impl Worker {
         log::info!("the worker takes no new calls and lets the open ones end");
         // The resolver first: names must go where they went before.
         self.tasks.draining.cancel();
-        leave::unwire(&self.config);
+        keeper::pause(&self.config);
         self.plane.drain(Ending::Stop, self.config.drain()).await;
         self.tasks.end().await;
         Ok(())
@@ -350,7 +348,8 @@ impl Parts {
             tcp: sockets.dns_tcp,
         };
         let watching = hander.watching();
-        let counters = start_dns(&config, names, self.view.reader(), &watching, &mut tasks)?;
+        let found = (self.view.reader(), &metrics);
+        let names = start_dns(&config, names, found, &watching, &mut tasks).await?;
         let stop = tasks.stop.clone();
         let (closed_by, closed) = watch::channel(Arc::default());
         let explicit = Explicit::new(self.sets.clone(), Arc::clone(&plane), closed_by);
@@ -386,7 +385,8 @@ impl Parts {
                 owners: owner_status,
                 drained,
                 closed,
-                dns: counters,
+                dns: names.counters,
+                names: names.status,
                 diag: Mutex::new(sockdiag()?),
                 wants: wants_by,
                 channel,
@@ -428,89 +428,52 @@ async fn stand_by(holder: &mut HolderLink, sender: &mut HolderSender) -> anyhow:
     }
 }
 
-fn start_dns(
+/// What there is to say of names, if they are answered.
+#[derive(Debug, Default)]
+struct Names {
+    counters: Option<Arc<dns::Counters>>,
+    status: Option<watch::Receiver<NamesStatus>>,
+}
+
+/// Answers names, and then lets the host's resolver ask.
+async fn start_dns(
     config: &Config,
     sockets: dns::Sockets,
-    view: ViewReader,
+    (view, metrics): (ViewReader, &Arc<Metrics>),
     handing: &Handing,
     tasks: &mut Tasks,
-) -> anyhow::Result<Option<Arc<dns::Counters>>> {
+) -> anyhow::Result<Names> {
+    let port = sockets.udp.first().and_then(|s| s.local_addr().ok());
+    let port = port.map_or(0, |address| address.port());
     if !config.dns.enabled {
-        return Ok(None);
-    }
-    let mut upstreams = config.dns.upstreams.clone();
-    if let Some(path) = config.resolv_conf()
-        && let Some(address) = own_address(&sockets)
-    {
-        match wire(path, address) {
-            Ok(found) if upstreams.is_empty() => upstreams = found,
-            Ok(_) => (),
-            Err(error) => log::warn!("mesh names are not wired in: {error}"),
-        }
-        let task = keep_wired(path.to_owned(), address, tasks.draining.clone());
-        tasks.spawn("resolver", task);
+        keeper::undo_others(config, wiring::Way::Off);
+        return Ok(Names::default());
     }
     let host = Arc::clone(&view.borrow().host);
+    let chosen = wiring::choose_at(&config.dns, port);
+    let found = (&sockets, host.dns_suffix.as_str(), &host.vips);
+    let keeper = Keeper::new(config, &chosen, found, Arc::clone(metrics));
     let dns = Dns::new(
         dns::Config {
             suffix: host.dns_suffix.clone(),
             ranges: host.vips,
-            upstreams,
+            upstreams: match config.dns.upstreams.is_empty() {
+                true => dns::upstreams(&config.dns.resolv_conf),
+                false => config.dns.upstreams.clone(),
+            },
         },
         Box::new(move || view.borrow().index.clone()),
     )?;
-    let counters = dns.counters();
+    let counters = Some(dns.counters());
     let task = dns.run(sockets, handing.clone(), tasks.stop.clone());
     tasks.spawn("dns", task);
-    Ok(Some(counters))
-}
-
-/// Makes us the resolver's first server and returns those that stood there.
-fn wire(path: &Path, address: IpAddr) -> Result<Vec<SocketAddr>, resolv_conf::Error> {
-    let wired = resolv_conf::wire(path, address)?;
-    if wired.displaced > 0 {
-        log::warn!(
-            file:% = path.display(), servers = wired.displaced;
-            "resolvers read three servers only: these are reached through the agent alone"
-        );
+    let mut status = None;
+    if let Some((mut keeper, seen)) = keeper {
+        keeper.begin(config).await;
+        tasks.spawn("resolver", keeper.keep(tasks.draining.clone()));
+        status = Some(seen);
     }
-    Ok(wired.upstreams)
-}
-
-/// Puts our line back when another program wrote the file anew, as DHCP clients do.
-async fn keep_wired(
-    path: PathBuf,
-    address: IpAddr,
-    draining: CancellationToken,
-) -> Result<(), Infallible> {
-    let mut ok = true;
-    loop {
-        tokio::select! {
-            // Once our line was taken away at the end it must not come back.
-            biased;
-            () = draining.cancelled() => return Ok(()),
-            () = tokio::time::sleep(WIRED_EVERY) => (),
-        }
-        let now = match resolv_conf::is_wired(&path, address) {
-            Ok(true) => continue,
-            Ok(false) => wire(&path, address).map(drop),
-            Err(error) => Err(error),
-        };
-        match &now {
-            Ok(()) => {
-                log::info!(file:% = path.display(); "another program wrote the resolver's file; mesh names are wired in again");
-            }
-            Err(error) if ok => log::warn!("mesh names are not wired in: {error}"),
-            Err(_) => (),
-        }
-        ok = now.is_ok();
-    }
-}
-
-/// Where resolvers of this host reach us: IPv4 where there is one.
-fn own_address(sockets: &dns::Sockets) -> Option<IpAddr> {
-    let addresses = sockets.udp.iter().filter_map(|s| s.local_addr().ok());
-    addresses.map(|a| a.ip()).min_by_key(IpAddr::is_ipv6)
+    Ok(Names { counters, status })
 }
 
 fn publish(

@@ -16,5 +16,7 @@ mod join;
 mod life;
 #[path = "booted/mesh.rs"]
 mod mesh;
+#[path = "booted/names.rs"]
+mod names;
 #[path = "booted/networkd.rs"]
 mod networkd;

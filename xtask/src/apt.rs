@@ -82,6 +82,8 @@ pub(crate) const PACKAGE: &[Need] = &[
     ("git", "git"),
     ("lintian", "lintian"),
     ("rpmlint", "rpmlint"),
+    // rpmlint reads packages by it, and does not depend on it.
+    ("rpm", "rpm"),
     // Zig comes by pip.
     ("/usr/lib/python3/dist-packages/pip", "python3-pip"),
 ];

@@ -10,18 +10,24 @@ use crate::{child, root};
 
 /// The oldest Debian with all that the agent needs.
 const SUITE: &str = "bookworm";
-/// Beside what Debian can not be without. `rpm` since one of the hosts is installed by it.
-const PACKAGES: &str = "systemd-sysv,dbus,nftables,iproute2,procps,curl,nginx-light,rpm";
+/// Beside what Debian can not be without. `rpm` since one of the hosts is installed by it; `systemd-resolved` and `dnsmasq`
+/// for the hosts that turn them on.
+const PACKAGES: &str =
+    "systemd-sysv,dbus,nftables,iproute2,procps,curl,nginx-light,rpm,systemd-resolved,dnsmasq";
 /// What would work at times of its own, or stand in a test's way.
 const DISABLED: &[&str] = &[
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
+    "dnsmasq.service",
     "dpkg-db-backup.timer",
     "e2scrub_all.timer",
     "e2scrub_reap.service",
     "fstrim.timer",
     "nginx.service",
+    "systemd-resolved.service",
 ];
+/// The package of systemd-resolved makes it a link to a file of its own.
+const RESOLV_CONF: &str = "etc/resolv.conf";
 
 /// Makes it unless it is there.
 pub(crate) fn make() -> anyhow::Result<()> {
@@ -52,6 +58,9 @@ pub(crate) fn make() -> anyhow::Result<()> {
             .arg("disable")
             .args(DISABLED),
     )?;
+    let resolv_conf = system.join(RESOLV_CONF);
+    fs::remove_file(&resolv_conf).with_context(|| format!("removing {}", resolv_conf.display()))?;
+    fs::write(&resolv_conf, "").with_context(|| format!("writing {}", resolv_conf.display()))?;
     for dir in ["var/cache/apt/archives", "var/lib/apt/lists"] {
         let path = system.join(dir);
         fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;

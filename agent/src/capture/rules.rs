@@ -29,6 +29,7 @@ use super::netlink::Message;
 use super::nft::{Base, Compare, Hook, Meta, R0, Register, Scribe, SetShape, Steps, Type};
 use super::real;
 use super::{CaptureSettings, Marks, VipRanges, Workload};
+use crate::dns::wiring;
 
 /// A flow is forgotten this long after our last packet; the keepalive of `app_socket` comes twice in it at least.
 const FLOW_LIFETIME_MS: u64 = 120_000;
@@ -59,7 +60,6 @@ const NAMES: Common = Common {
     rate: 10_000,
     burst: 4_000,
 };
-const DNS_PORT: u16 = 53;
 
 pub(super) const IPV4: u8 = 2;
 pub(super) const IPV6: u8 = 10;
@@ -361,12 +361,12 @@ fn vip_rules(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Steps> {
         };
         destination_in(Steps::default(), single)
     };
-    let names = |range: Cidr| {
+    let names = |range: Cidr, port: u16| {
         own(range)
             .meta(Meta::Protocol, R0)
             .compare(R0, Compare::Equal, &[UDP])
             .payload(Base::Transport, 2, 2, R0)
-            .compare(R0, Compare::Equal, &DNS_PORT.to_be_bytes())
+            .compare(R0, Compare::Equal, &port.to_be_bytes())
             .go_to(ASKERS)
     };
     // A socket bound to a device leaves by it even with our mark: nothing for the mesh may go out in the clear.
@@ -377,16 +377,17 @@ fn vip_rules(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Steps> {
             .meta(Meta::OutputName, R0)
             .compare(R0, Compare::NotEqual, &link)
     };
-    vec![
-        names(ranges.v4),
-        names(ranges.v6),
+    let ports = wiring::PORTS.into_iter();
+    let names = ports.flat_map(|port| [names(ranges.v4, port), names(ranges.v6, port)]);
+    let others = [
         own(ranges.v4).back(),
         own(ranges.v6).back(),
         tcp(Steps::default(), Compare::NotEqual).reject_as_unreachable(),
         elsewhere().reject_with_reset(),
         syn(Steps::default(), Compare::Equal).go_to(WHOSE),
         marked(Steps::default(), settings.marks().established()),
-    ]
+    ];
+    names.chain(others).collect()
 }
 
 /// Counts and refuses.

@@ -10,7 +10,7 @@ use kernel::{bypass, clashes, conntrack, disk, routes};
 
 use super::{Certificate, Facts};
 use crate::capture::real::REALS_MAX;
-use crate::status::{Status, span};
+use crate::status::{NamesStatus, Status, span};
 
 /// A difference of clocks that is worth a look, and one at which certificates are judged wrongly, milliseconds.
 const OFFSET_WARN_MS: u64 = 5_000;
@@ -212,30 +212,64 @@ fn index(facts: &Facts, status: &Status) -> Check {
     }
 }
 
-fn names(facts: &Facts, _: &Status) -> Check {
+fn names(facts: &Facts, status: &Status) -> Check {
     const NAME: &str = "names";
+    let Some(names) = &status.names else {
+        return Check::skipped(NAME, "`dns.enabled` is false");
+    };
+    let (wiring, server) = (&names.wiring, &names.server);
+    if let Some(error) = &names.error {
+        let found = format!("the host's resolver does not ask the agent at {server}: {error}");
+        let remedy = "mend the cause, the agent tries again; docs/operations.md, Names, says which `dns.wiring` suits which resolver";
+        return Check::failed(NAME, found, remedy);
+    }
     let Some(resolved) = &facts.name else {
-        return Check::skipped(
-            NAME,
-            "there is no service to ask for yet, or `dns.enabled` is false",
-        );
+        return Check::skipped(NAME, "there is no service to ask for yet");
     };
     let name = &resolved.name;
-    let remedy = "the agent must be the first server of the host's resolver: look at /etc/resolv.conf, `dns.resolv_conf` and who \
-         writes the file";
+    let remedy = names_remedy(names);
     match &resolved.answer {
-        Err(error) => Check::failed(NAME, format!("{name} is not resolved: {error}"), remedy),
-        Ok(answer) if answer.iter().any(|ip| resolved.expected.contains(ip)) => {
-            Check::ok(NAME, format!("{name} is resolved to {}", answer[0]))
-        }
+        Err(error) => Check::failed(
+            NAME,
+            format!("{name} is not resolved (`dns.wiring` {wiring}): {error}"),
+            remedy,
+        ),
+        Ok(answer) if answer.iter().any(|ip| resolved.expected.contains(ip)) => Check::ok(
+            NAME,
+            format!(
+                "{name} is resolved to {} (`dns.wiring` {wiring})",
+                answer[0]
+            ),
+        ),
         Ok(answer) => {
             let answer: Vec<String> = answer.iter().map(ToString::to_string).collect();
             let found = format!(
-                "{name} is resolved to {}, which is not its address",
+                "{name} is resolved to {}, which is not its address (`dns.wiring` {wiring})",
                 answer.join(", ")
             );
             Check::failed(NAME, found, remedy)
         }
+    }
+}
+
+/// What may stand between a resolver that was told of the agent and an answer.
+fn names_remedy(names: &NamesStatus) -> String {
+    let server = &names.server;
+    match names.wiring.as_str() {
+        "resolved" => "programs must ask systemd-resolved: make /etc/resolv.conf a link to \
+             ../run/systemd/resolve/stub-resolv.conf, or use nss-resolve; `resolvectl status` shows the link's domain"
+            .to_owned(),
+        "dnsmasq" => format!(
+            "dnsmasq must have been started anew with the file meshwork.conf of `dns.dnsmasq_dir` (`systemctl restart \
+             dnsmasq`; mesh-names.path does it), its configuration must name that directory (`conf-dir=`), and its own address \
+             must be the first of resolv.conf; names are answered at {server}"
+        ),
+        "resolv_conf" => "the agent must be the first server of the host's resolver: look at /etc/resolv.conf, \
+             `dns.resolv_conf` and who writes the file"
+            .to_owned(),
+        _ => format!(
+            "wiring is off: have the host's resolver ask {server} for the mesh's names, or set `dns.wiring`"
+        ),
     }
 }
 

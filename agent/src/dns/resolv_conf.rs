@@ -24,15 +24,14 @@ const COMMENT: &str =
 /// In place of [`COMMENT`] where there was no file.
 const COMMENT_NEW: &str =
     "# meshwork: mesh-agent made this file, and takes it away when it stops (no file before)";
-/// Where systemd-resolved keeps its files.
-const RESOLVED: &str = "systemd/resolve/";
+/// Where systemd-resolved keeps its files, and the one that comes with it.
+const RESOLVED: [&str; 2] = ["systemd/resolve/", "lib/systemd/resolv.conf"];
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(
-        "{} is managed by systemd-resolved ({}) and is not changed; mesh names must be a routing domain of the \
-         mesh link: `resolvectl dns mesh0 <agent's address>` and `resolvectl domain mesh0 ~<suffix>`, or turn \
-         the resolver's wiring off",
+        "{} is systemd-resolved's ({}) and is not changed; when that runs, restart the agent, or set \
+         `dns.wiring = \"resolved\"`; else write a file of the site's there",
         path.display(),
         target.display()
     )]
@@ -50,9 +49,6 @@ pub(crate) enum Error {
 /// What [`wire`] found and did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Wired {
-    /// The servers that stood there, without us, for forwarding. All of them, though resolvers use
-    /// [`SERVERS_MAX`].
-    pub(crate) upstreams: Vec<SocketAddr>,
     /// Whether the file was changed; false when our lines stood there already.
     pub(crate) changed: bool,
     /// Servers that resolvers do not reach by themselves any more, since ours took a place.
@@ -74,13 +70,9 @@ pub(crate) fn wire(path: &Path, address: IpAddr) -> Result<Wired, Error> {
     if changed {
         write(path, &new)?;
     }
-    let upstreams: Vec<SocketAddr> = servers(rest)
-        .into_iter()
-        .filter(|server| server.ip() != address)
-        .collect();
+    let others = servers(rest).into_iter().filter(|s| s.ip() != address);
     Ok(Wired {
-        displaced: upstreams.len().saturating_sub(SERVERS_MAX - 1),
-        upstreams,
+        displaced: others.count().saturating_sub(SERVERS_MAX - 1),
         changed,
     })
 }
@@ -111,8 +103,28 @@ pub(crate) fn is_wired(path: &Path, address: IpAddr) -> Result<bool, Error> {
     Ok(ours.ends_with(&format!("\nnameserver {address}\n")))
 }
 
+/// The servers of the file at `path` without ours. Without a file a resolver asks this host.
+pub(crate) fn upstreams(path: &Path) -> Result<Vec<SocketAddr>, Error> {
+    let text = read(path)?.unwrap_or_default();
+    Ok(servers(without_ours(&text)))
+}
+
+/// The first of them, if the file names any.
+pub(crate) fn first_server(path: &Path) -> Option<IpAddr> {
+    let text = read(path).ok()??;
+    named(without_ours(&text)).first().map(SocketAddr::ip)
+}
+
 /// The servers of a resolv.conf, as a resolver reads them; without any line it asks this host (resolv.conf(5)).
 fn servers(text: &str) -> Vec<SocketAddr> {
+    let found = named(text);
+    match found.is_empty() {
+        true => vec![(Ipv4Addr::LOCALHOST, PORT).into()],
+        false => found,
+    }
+}
+
+fn named(text: &str) -> Vec<SocketAddr> {
     let mut found: Vec<SocketAddr> = Vec::new();
     for line in text.lines() {
         let mut words = line.split_ascii_whitespace();
@@ -122,9 +134,6 @@ fn servers(text: &str) -> Vec<SocketAddr> {
         {
             found.push(address);
         }
-    }
-    if found.is_empty() {
-        found.push((Ipv4Addr::LOCALHOST, PORT).into());
     }
     found
 }
@@ -158,13 +167,22 @@ fn made_by_us(text: &str) -> bool {
     text.starts_with(COMMENT_NEW)
 }
 
+/// Where the file leads, if that is one of systemd-resolved.
+pub(crate) fn link_to_resolved(path: &Path) -> Option<PathBuf> {
+    let target = fs::read_link(path).ok()?;
+    let is_its = RESOLVED
+        .iter()
+        .any(|part| target.to_string_lossy().contains(part));
+    is_its.then_some(target)
+}
+
 fn refuse_resolved(path: &Path) -> Result<(), Error> {
-    match fs::read_link(path) {
-        Ok(target) if target.to_string_lossy().contains(RESOLVED) => Err(Error::Resolved {
+    match link_to_resolved(path) {
+        Some(target) => Err(Error::Resolved {
             path: path.to_owned(),
             target,
         }),
-        _ => Ok(()),
+        None => Ok(()),
     }
 }
 
@@ -254,11 +272,21 @@ mod tests {
         ]
         .map(|a| a.parse().unwrap())
         .to_vec();
-        assert_eq!(wired.upstreams, expected);
+        assert_eq!(upstreams(&file.path).unwrap(), expected);
         assert_eq!(wired.displaced, 2);
-        assert_eq!(file.wire().upstreams, expected, "ours is not among them");
+        file.wire();
+        assert_eq!(
+            upstreams(&file.path).unwrap(),
+            expected,
+            "ours is not among them"
+        );
+        assert_eq!(first_server(&file.path), Some("10.0.0.1".parse().unwrap()));
         let none = File::with(Some("search example.com\n"));
-        assert_eq!(none.wire().upstreams, ["127.0.0.1:53".parse().unwrap()]);
+        assert_eq!(
+            upstreams(&none.path).unwrap(),
+            ["127.0.0.1:53".parse().unwrap()]
+        );
+        assert_eq!(first_server(&none.path), None);
     }
 
     #[test]
@@ -275,7 +303,10 @@ mod tests {
         assert!(!unwire(&file.path).unwrap());
         let wired = file.wire();
         assert!(wired.changed);
-        assert_eq!(wired.upstreams, ["10.0.0.9:53".parse().unwrap()]);
+        assert_eq!(
+            upstreams(&file.path).unwrap(),
+            ["10.0.0.9:53".parse().unwrap()]
+        );
         // Someone removed our server only.
         fs::write(
             &file.path,
@@ -316,7 +347,7 @@ mod tests {
         std::os::unix::fs::symlink("../run/systemd/resolve/stub-resolv.conf", &file.path).unwrap();
         let error = wire(&file.path, OURS).unwrap_err();
         assert!(matches!(error, Error::Resolved { .. }));
-        assert!(error.to_string().contains("resolvectl domain"));
+        assert!(error.to_string().contains("dns.wiring"));
     }
 
     struct File {

@@ -282,6 +282,7 @@ mod tests {
 
     fn config(directory: &Path) -> HolderConfig {
         HolderConfig {
+            dns: crate::config::Dns::default(),
             capture: CaptureSettings {
                 enabled: false,
                 ..CaptureSettings::default()

@@ -31,6 +31,7 @@ use super::protocol::DesiredWorkload;
 use super::worker_process;
 use super::{HolderConfig, confirmed};
 use crate::capture::CaptureSettings;
+use crate::dns::wiring;
 
 /// Where the new program finds the file, by the number of its descriptor.
 const PLACE: &str = "MESHWORK_HANDOVER";
@@ -63,6 +64,9 @@ pub(super) struct Handover {
     pub(super) mesh: Vec<RawFd>,
     pub(super) dns_udp: Vec<RawFd>,
     pub(super) dns_tcp: Vec<RawFd>,
+    /// Their port; 0: there are none.
+    #[serde(default)]
+    pub(super) names: u16,
     pub(super) listeners: Vec<LeftListener>,
     pub(super) table: Option<LeftRules>,
     pub(super) settings: CaptureSettings,
@@ -153,6 +157,17 @@ impl Handover {
             "state_dir or runtime_dir changed: that needs a restart of the agent"
         );
         confirmed::Confirmed::handed_over(config, &self.standing)?;
+        if let Some(chosen) = wiring::fixed(&config.dns)
+            && self.names != 0
+        {
+            ensure!(
+                chosen.way.works_at(self.names),
+                "`dns.wiring` is {} now, for which names must be answered at another port than {}: that needs a restart \
+                 of the agent",
+                chosen.way,
+                self.names
+            );
+        }
         Ok(())
     }
 

@@ -148,6 +148,9 @@ impl Holder<'_> {
                 .map(AsRawFd::as_raw_fd)
                 .collect(),
             dns_tcp: numbers(&self.sockets.dns_tcp),
+            names: (self.sockets.dns_tcp.iter())
+                .find_map(|listener| Some(listener.local_addr().ok()?.port()))
+                .unwrap_or_default(),
             listeners: listeners.collect(),
             table: self
                 .capture

@@ -14,7 +14,6 @@ use crate::capture::VipRanges;
 
 /// Connections that may wait while a worker is replaced; the host's `somaxconn` bounds it too.
 const BACKLOG: i32 = 4096;
-const DNS_PORT: u16 = 53;
 /// Room for questions that wait while the worker is busy or replaced. The kernel doubles it, and counts about 768 bytes for
 /// each: twice what the packet filter lets users send together at once and in a second.
 const NAMES_BYTES: usize = 12 * 1024 * 1024;
@@ -28,7 +27,7 @@ pub(crate) enum BindError {
         #[source]
         source: io::Error,
     },
-    #[error("could not answer DNS at {address}{}", taken(.source))]
+    #[error("could not answer DNS at {address}{}{}", taken(.source), instead(.source, address))]
     Dns {
         address: SocketAddr,
         #[source]
@@ -56,6 +55,16 @@ fn taken(error: &io::Error) -> &'static str {
     }
 }
 
+/// One that listens at all addresses is in the way at the port of names only.
+fn instead(error: &io::Error, address: &SocketAddr) -> &'static str {
+    match (error.kind(), address.port()) {
+        (io::ErrorKind::AddrInUse, 53) => {
+            "; if it is this host's resolver, set `dns.wiring` to it, so that names are answered at another port"
+        }
+        _ => "",
+    }
+}
+
 fn limit(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EMFILE | libc::ENFILE) => "; raise LimitNOFILE of the agent's unit",
@@ -63,11 +72,12 @@ fn limit(error: &io::Error) -> &'static str {
     }
 }
 
-/// Binds what every worker needs: the mesh port and, where there is the link with these ranges, its DNS addresses.
+/// Binds what every worker needs: the mesh port and, where there is the link with these ranges, port `names` of its addresses.
 /// What is `stored` of that is taken on.
 pub(super) fn bind(
     mesh: &[SocketAddr],
     ranges: Option<&VipRanges>,
+    names: u16,
     stored: &mut Stored,
 ) -> Result<Sockets, BindError> {
     let mut sockets = Sockets {
@@ -90,7 +100,7 @@ pub(super) fn bind(
         return Ok(sockets);
     };
     for ip in ranges.own_addresses() {
-        let address = SocketAddr::new(ip, DNS_PORT);
+        let address = SocketAddr::new(ip, names);
         let failed = |source| BindError::Dns { address, source };
         let tcp = match stored.names_tcp(address) {
             Some(socket) => Some(socket),

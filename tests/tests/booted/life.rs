@@ -17,6 +17,13 @@ fn hosts_are_installed_join_boot_without_control_and_are_rid_of_it_again() {
     rpm_system(&rpm);
     run_client(&deb);
     serve_web(&rpm);
+    for machine in [&deb, &rpm] {
+        // Then the kernel adds a route of it.
+        wait_until("the link's own address to be in use", SOON, || {
+            let tentative = machine.ok("ip -o address show tentative");
+            check(tentative.is_empty(), tentative)
+        });
+    }
     let before = [facts_of(&deb), facts_of(&rpm)];
     install_deb(&deb);
     install_rpm(&rpm);

@@ -12,8 +12,8 @@ use crate::check::{Disk, Resolved};
 use crate::probe::Probed;
 use crate::state::Membership;
 use crate::status::{
-    CaptureStatus, ControlStatus, ExampleStatus, IndexStatus, RefusalStatus, ServiceStatus,
-    UsageStatus, WorkloadStatus,
+    CaptureStatus, ControlStatus, ExampleStatus, IndexStatus, NamesStatus, RefusalStatus,
+    ServiceStatus, UsageStatus, WorkloadStatus,
 };
 use crate::view::HostFacts;
 
@@ -64,6 +64,11 @@ fn status() -> Status {
             ..WorkloadStatus::default()
         }],
         autonomy_s: Some(DAY_S),
+        names: Some(NamesStatus {
+            wiring: "resolved".to_owned(),
+            server: "252.64.0.1:7453".to_owned(),
+            ..NamesStatus::default()
+        }),
         in_use: vec![UsageStatus {
             limit: "callers".to_owned(),
             used: 1,
@@ -301,4 +306,31 @@ fn without_an_agent_the_kernel_is_still_looked_at() {
     let found = verdicts(&facts);
     assert_eq!(found["agent"], Verdict::Failed);
     assert_eq!(found["routes"], Verdict::Skipped);
+}
+
+#[test]
+fn the_check_of_names_says_which_wiring_and_what_is_wrong_with_it() {
+    let mut facts = facts();
+    let check = |facts: &Facts| {
+        let mut checks = judge(facts).checks.into_iter();
+        checks.find(|check| check.name == "names").unwrap()
+    };
+    assert!(check(&facts).found.contains("`dns.wiring` resolved"));
+    facts.name.as_mut().unwrap().answer = Err("no such name".to_owned());
+    for (wiring, remedy) in [
+        ("resolved", "stub-resolv.conf"),
+        ("dnsmasq", "systemctl restart dnsmasq"),
+        ("resolv_conf", "first server"),
+        ("off", "252.64.0.1:7453"),
+    ] {
+        let names = of(&mut facts).names.as_mut().unwrap();
+        names.wiring = wiring.to_owned();
+        let check = check(&facts);
+        assert_eq!(check.verdict, Verdict::Failed);
+        assert!(check.remedy.contains(remedy), "{check:?}");
+    }
+    of(&mut facts).names.as_mut().unwrap().error = Some("no carrier".to_owned());
+    assert!(check(&facts).found.contains("no carrier"));
+    of(&mut facts).names = None;
+    assert_eq!(check(&facts).verdict, Verdict::Skipped);
 }
