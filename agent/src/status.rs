@@ -211,6 +211,7 @@ impl Status {
             "host         {} ({}) in {}",
             self.host, self.address, self.trust_domain
         )?;
+        writeln!(page, "agent        {}", self.version)?;
         writeln!(page, "network      {}", self.network)?;
         self.write_control(page, now_s)?;
         match &self.index {

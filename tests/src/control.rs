@@ -185,14 +185,10 @@ impl Control {
     #[track_caller]
     pub fn wait_endpoints(&self, service: &str, count: usize) {
         wait_until(&format!("{count} endpoints of {service}"), SOON, || {
-            let output = self.meshctl(&format!("get services {service} -o json"));
-            let value: serde_json::Value =
-                serde_json::from_str(&output.stdout).map_err(|_| output.to_string())?;
-            let endpoints = value.pointer("/status/endpoints");
-            let endpoints = endpoints.and_then(|e| e.as_array()).cloned();
-            let healthy = endpoints.unwrap_or_default();
-            let healthy = healthy.iter().filter(|e| is_healthy(e)).count();
-            check(healthy == count, format!("{healthy} of {value}"))
+            has_endpoints(
+                &self.meshctl(&format!("get services {service} -o json")),
+                count,
+            )
         });
     }
 
@@ -232,6 +228,17 @@ impl Control {
     fn program(&self) -> String {
         binary("mesh-control").display().to_string()
     }
+}
+
+/// Whether a service, as `meshctl get services NAME -o json` shows it, has this many endpoints that answer.
+pub(crate) fn has_endpoints(shown: &Output, count: usize) -> Result<(), String> {
+    let value: serde_json::Value =
+        serde_json::from_str(&shown.stdout).map_err(|_| shown.to_string())?;
+    let endpoints = value.pointer("/status/endpoints");
+    let endpoints = endpoints.and_then(|e| e.as_array()).cloned();
+    let healthy = endpoints.unwrap_or_default();
+    let healthy = healthy.iter().filter(|e| is_healthy(e)).count();
+    check(healthy == count, format!("{healthy} of {value}"))
 }
 
 fn is_healthy(endpoint: &serde_json::Value) -> bool {

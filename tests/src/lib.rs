@@ -8,6 +8,7 @@ pub mod agent;
 pub mod app;
 pub mod attack;
 pub mod bench;
+pub mod booted;
 pub mod cgroup;
 mod clock;
 pub mod control;

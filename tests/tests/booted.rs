@@ -14,9 +14,11 @@ mod health;
 mod join;
 #[path = "booted/life.rs"]
 mod life;
-#[path = "booted/mesh.rs"]
-mod mesh;
 #[path = "booted/names.rs"]
 mod names;
 #[path = "booted/networkd.rs"]
 mod networkd;
+#[path = "booted/security.rs"]
+mod security;
+#[path = "booted/upgrade.rs"]
+mod upgrade;

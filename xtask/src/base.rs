@@ -11,9 +11,9 @@ use crate::{child, root};
 /// The oldest Debian with all that the agent needs.
 const SUITE: &str = "bookworm";
 /// Beside what Debian can not be without. `rpm` since one of the hosts is installed by it; `systemd-resolved` and `dnsmasq`
-/// for the hosts that turn them on.
-const PACKAGES: &str =
-    "systemd-sysv,dbus,nftables,iproute2,procps,curl,nginx-light,rpm,systemd-resolved,dnsmasq";
+/// for the hosts that turn them on; from `wrk` on what an upgrade may not cut.
+const PACKAGES: &str = "systemd-sysv,dbus,nftables,iproute2,procps,curl,nginx-light,rpm,systemd-resolved,dnsmasq,\
+     wrk,postgresql,python3-grpcio,python3-websockets";
 /// What would work at times of its own, or stand in a test's way.
 const DISABLED: &[&str] = &[
     "apt-daily.timer",
@@ -25,6 +25,7 @@ const DISABLED: &[&str] = &[
     "fstrim.timer",
     "nginx.service",
     "systemd-resolved.service",
+    "postgresql.service",
 ];
 /// The package of systemd-resolved makes it a link to a file of its own.
 const RESOLV_CONF: &str = "etc/resolv.conf";

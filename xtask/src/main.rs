@@ -36,6 +36,9 @@ enum Command {
         /// Instead of that: six attacks, and how an operator learns of each
         #[arg(long, conflicts_with_all = ["keep", "end"])]
         attack: bool,
+        /// Instead of that: machines that boot are installed from packages, join, call, are upgraded under load, and leave
+        #[arg(long, conflicts_with_all = ["keep", "end", "attack"])]
+        booted: bool,
     },
     /// Run the tests of these tiers, or of all that stand
     Test {
@@ -92,6 +95,7 @@ fn main() -> ExitCode {
     let done = child::watch_signals().and_then(|()| match args.command {
         Command::Demo { end: true, .. } => sweep(),
         Command::Demo { attack: true, .. } => demo(&["--attack"]),
+        Command::Demo { booted: true, .. } => booted_demo(),
         Command::Demo { keep: true, .. } => demo(&["--keep"]),
         Command::Demo { .. } => demo(&[]),
         Command::Test { tier, lint, filter } => test::run(&tier, lint, filter.as_deref()),
@@ -112,6 +116,16 @@ fn demo(options: &[&str]) -> anyhow::Result<()> {
     apt::install(apt::DEMO)?;
     child::say("building everything: the first time that takes some minutes");
     child::build(Profile::Dev)?;
+    run_demo(options)
+}
+
+fn booted_demo() -> anyhow::Result<()> {
+    apt::need_root("the demonstration boots machines")?;
+    test::prepare_booted()?;
+    run_demo(&["--booted"])
+}
+
+fn run_demo(options: &[&str]) -> anyhow::Result<()> {
     child::owns_demo();
     let mut words = vec!["demo"];
     words.extend(options);

@@ -181,12 +181,22 @@ fn prepare(tier: Tier) -> anyhow::Result<()> {
         }
         Tier::Booted => {
             apt::need_root("the booted tier boots hosts")?;
-            apt::install(apt::BOOTED)?;
-            base::make()?;
-            package::run(true)?;
+            return prepare_booted();
         }
         _ => return Ok(()),
     }
+    build_and_sweep()
+}
+
+/// All that hosts need which boot, and are installed from packages of what the tests build.
+pub(crate) fn prepare_booted() -> anyhow::Result<()> {
+    apt::install(apt::BOOTED)?;
+    base::make()?;
+    package::run(true)?;
+    build_and_sweep()
+}
+
+fn build_and_sweep() -> anyhow::Result<()> {
     child::build(child::Profile::Dev)?;
     // What an earlier run left when it was killed together with us.
     child::site(child::Profile::Dev, &["sweep"])

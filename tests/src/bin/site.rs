@@ -28,6 +28,9 @@ enum Command {
         /// Leave everything running
         #[arg(long)]
         keep: bool,
+        /// Show the life of machines that boot
+        #[arg(long, conflicts_with_all = ["attack", "keep"])]
+        booted: bool,
     },
     /// Measure a pair of agents and what it is compared with
     Bench {
@@ -84,6 +87,7 @@ fn main() {
             meshwork_tests::sweep::demo();
             meshwork_tests::attack::run(&Site::demo(false));
         }
+        Command::Demo { booted: true, .. } => meshwork_tests::booted::demo::run(),
         Command::Demo { keep, .. } => meshwork_tests::demo::run(keep),
         Command::Bench {
             show: Some(json), ..

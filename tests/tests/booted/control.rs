@@ -1,6 +1,6 @@
 //! What an operator does as root to a control that is stopped.
 
-use crate::mesh::Mesh;
+use meshwork_tests::booted::Mesh;
 
 #[test]
 fn what_root_restores_and_renews_belongs_to_the_daemon() {

@@ -3,16 +3,11 @@
 use meshwork_tests::machine::Machine;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::mesh::{Mesh, wait_answer};
+use meshwork_tests::booted::{Mesh, holder, wait_answer, workers};
 
-fn holder(machine: &Machine) -> String {
-    let pid = machine.ok("systemctl show --property MainPID --value mesh-agent");
-    pid.trim().to_owned()
-}
-
+/// The one that runs, or nothing.
 fn worker(machine: &Machine) -> String {
-    let pid = machine.run(&format!("pgrep --parent {}", holder(machine)));
-    pid.stdout.trim().to_owned()
+    workers(machine).join(" ")
 }
 
 #[test]

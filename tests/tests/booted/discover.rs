@@ -3,7 +3,7 @@
 use meshwork_tests::machine::Machine;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::mesh::{Mesh, declare_client, install_deb, join, run_client, serve_web};
+use meshwork_tests::booted::{Mesh, declare_client, install_deb, join, run_client, serve_web};
 
 const ADDITION: &str = "/etc/systemd/system/nginx.service.d/meshwork.conf";
 

@@ -2,7 +2,7 @@
 
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::mesh::Mesh;
+use meshwork_tests::booted::Mesh;
 
 /// Must be mTLS, and is captured at the host's own address.
 const STRICT: &str = "\

@@ -5,7 +5,7 @@ use std::time::Duration;
 use meshwork_tests::machine::Machine;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::mesh::{Mesh, declare_web, install_deb, join, serve_web, wait_answer};
+use meshwork_tests::booted::{Mesh, declare_web, install_deb, join, serve_web, wait_answer};
 
 /// A program of a user that is not root, in groups of its own.
 const APP_UNIT: &str = "\

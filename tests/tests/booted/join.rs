@@ -4,7 +4,7 @@ use meshwork_tests::facts;
 use meshwork_tests::machine::Machine;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::mesh::{
+use meshwork_tests::booted::{
     Mesh, declare_client, declare_web, facts_of, install_deb, join, run_client, serve_web,
     wait_answer,
 };

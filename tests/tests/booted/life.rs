@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use meshwork_tests::facts;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::mesh::{
+use meshwork_tests::booted::{
     Mesh, declare_client, declare_web, facts_of, install_deb, install_rpm, join, rpm_system,
     run_client, serve_web, wait_answer,
 };

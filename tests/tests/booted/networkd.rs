@@ -3,7 +3,7 @@
 use meshwork_tests::machine::Machine;
 use meshwork_tests::wait::{SOON, check, wait_until};
 
-use crate::mesh::{Mesh, wait_answer};
+use meshwork_tests::booted::{Mesh, wait_answer};
 
 /// A host whose networkd manages every link that it may. On `lo` the address would make its whole network local.
 fn manage_all(machine: &Machine) {
