@@ -86,7 +86,8 @@ async fn calls_that_fail_unlist_and_a_check_brings_back() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let port = address.port();
-        let text = format!("[[service]]\nports = [{{ port = {port} }}, {{ port = 65535 }}]\n{check}");
+        let text =
+            format!("[[service]]\nports = [{{ port = {port} }}, {{ port = 65535 }}]\n{check}");
         let mut checks = Started::new(set(&text));
         checks.until("web", Some(Verdict::Healthy)).await;
         drop(listener);
