@@ -153,12 +153,13 @@ impl CaptureSettings {
 /// |---|---|---|
 /// | `0x8nnn` | output | SYN of workload `nnn` (0: common); to `lo`, then to its listener |
 /// | `0x9000` | output | later packet of a captured connection; to `lo` |
-/// | `0xa000` | output | answer of an app to an address that we showed it; to `lo` |
-/// | `0xc000` | output | later packet of a captured connection to a real address; to `lo` |
-/// | `0xc001` | output | the same, of one that is over |
-/// | `0xb000` | the worker, on its sockets to apps | remember this flow; to `lo` |
+/// | `0x9001` | output | answer of an app to an address that we showed it; to `lo` |
+/// | `0x9002` | the worker, on its sockets to apps | remember this flow; to `lo` |
+/// | `0x9003` | output | later packet of a captured connection to a real address; to `lo` |
+/// | `0x9004` | output | the same, of one that is over |
 ///
-/// One bit, `0x8000`, is what the policy rule looks at.
+/// One bit, `0x8000`, is what the policy rule looks at. `0x2000` and `0x4000` are never set: by them podman and Kubernetes
+/// mark what they translate, and they look at nothing else of a mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Marks {
     base: u32,
@@ -177,20 +178,20 @@ impl Marks {
     }
 
     const fn way_back(self) -> u32 {
-        self.base | 0xa000
+        self.base | 0x9001
     }
 
     const fn carried(self) -> u32 {
-        self.base | 0xc000
+        self.base | 0x9003
     }
 
     const fn carried_over(self) -> u32 {
-        self.base | 0xc001
+        self.base | 0x9004
     }
 
     /// The mark of the worker's sockets to apps.
     pub(crate) const fn app(self) -> u32 {
-        self.base | 0xb000
+        self.base | 0x9002
     }
 
     /// What the policy rule matches: value and mask.
@@ -547,6 +548,7 @@ mod tests {
         ];
         for (index, mark) in all.iter().enumerate() {
             assert_eq!(mark & mask, value);
+            assert_eq!(mark & 0x6000, 0, "podman and Kubernetes translate by it");
             assert!(!all[..index].contains(mark));
         }
         assert_eq!(

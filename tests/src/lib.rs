@@ -10,6 +10,7 @@ pub mod attack;
 pub mod bench;
 pub mod cgroup;
 mod clock;
+pub mod container;
 pub mod control;
 pub mod demo;
 pub mod facts;
