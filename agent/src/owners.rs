@@ -22,6 +22,7 @@ use crate::bypass::Bypass;
 use crate::capture::CgroupRef;
 use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch, Directory, OwnerPath, uid_of};
 use crate::capture::real::Real;
+use crate::containers::Containers;
 use crate::data::DataPlane;
 use crate::door::{Door, DoorStatus, WantedDoors};
 use crate::handing::Handing;
@@ -39,6 +40,8 @@ use crate::workloads::WorkloadSet;
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// How long control's machine may take to take a connection.
 const REACH_MAX: Duration = Duration::from_secs(6);
+/// How often containers are looked for: the kernel tells nobody that one has its address now.
+const CONTAINERS_EVERY: Duration = Duration::from_secs(1);
 /// How often what failed is tried again: a user that is not there yet, rules that the kernel refused.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -87,6 +90,7 @@ pub(crate) struct Links {
     pub(crate) metrics: Arc<Metrics>,
     /// Where control answers, and what else is never taken over.
     pub(crate) spared: Spared,
+    pub(crate) containers: Containers,
 }
 
 #[derive(Debug)]
@@ -146,6 +150,8 @@ impl Owners {
         let mut view = self.links.view.reader();
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut containers = tokio::time::interval(CONTAINERS_EVERY);
+        containers.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.follow_set().await?;
         loop {
             self.publish();
@@ -187,6 +193,11 @@ impl Owners {
                         sender.look().await.context("the holder takes no messages")?;
                     }
                 }
+                _ = containers.tick(), if self.links.containers.is_looking() && !self.follows_only => {
+                    if self.containers_moved() {
+                        self.tell(false).await?;
+                    }
+                }
                 reached = finished(self.reaching.as_mut()) => {
                     self.reaching = None;
                     if let Some((_, sender)) = &mut self.links.holder {
@@ -220,7 +231,13 @@ impl Owners {
 
     /// Resolves all owners, shows them to the data path, and tells the holder what changed; `again`: in any case.
     async fn tell(&mut self, again: bool) -> anyhow::Result<()> {
-        let (desired, table, problems, absent) = self.resolve()?;
+        let (mut desired, table, mut problems, absent) = self.resolve()?;
+        self.links.containers.look(&table, &mut desired);
+        for (account, problem) in self.links.containers.problems() {
+            problems
+                .entry(account.clone())
+                .or_insert_with(|| problem.clone());
+        }
         for (account, problem) in &problems {
             if self.status.problems.get(account) != Some(problem) {
                 log::warn!(workload:% = account; "{problem}");
@@ -298,6 +315,13 @@ impl Owners {
         self.status.error = Some(error);
     }
 
+    /// Whether containers came, went, or have other addresses.
+    fn containers_moved(&mut self) -> bool {
+        let view = self.links.view.now();
+        let mut workloads = self.sent.workloads.clone();
+        self.links.containers.look(&view.owners, &mut workloads)
+    }
+
     /// Whether other real addresses are to be taken over, now that endpoints changed.
     fn reals_moved(&mut self, view: &View) -> bool {
         if Arc::ptr_eq(&self.endpoints, &view.endpoints) {
@@ -359,6 +383,7 @@ impl Owners {
                 cgroups: found.own.iter().map(|d| d.cgroup).collect(),
                 root: found.uids.contains(&0),
                 uids: found.uids.clone(),
+                addresses: Vec::new(),
             });
             let mut directories = found.own;
             directories.extend(found.sockets);

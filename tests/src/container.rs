@@ -101,6 +101,13 @@ impl Container {
         ])
     }
 
+    /// A process of the host in its network that does nothing.
+    pub fn beside(&self) -> Cmd {
+        let target = format!("--target={}", self.pid);
+        self.host
+            .program(["nsenter", &target, "--net", "sleep", "1000"])
+    }
+
     /// Its first address of a family (`4` or `6`) that reaches beyond the link.
     #[track_caller]
     pub fn address(&self, family: u8) -> String {
