@@ -1,7 +1,9 @@
 //! Tells the kernel, by way of the holder, whose processes are which workload, and takes the listeners that come for
 //! it. Follows the workload files and the cgroups of their owners: a unit that restarts is another directory.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod found;
+
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,8 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::bypass::Bypass;
-use crate::capture::CgroupRef;
-use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch, Directory, OwnerPath, uid_of};
+use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch};
 use crate::capture::real::Real;
 use crate::containers::Containers;
 use crate::data::DataPlane;
@@ -35,6 +36,7 @@ use crate::state::State;
 use crate::view::{Endpoints, View, ViewWriter};
 use crate::whose::{Owned, OwnerTable};
 use crate::workloads::WorkloadSet;
+use found::{Resolved, Seen, missing, path, uid};
 
 /// How often plaintext callers are read: far oftener than the kernel forgets them.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -497,79 +499,6 @@ pub(crate) async fn take_listeners(
     Ok(())
 }
 
-#[derive(Debug, Default)]
-struct Resolved {
-    owner: Found,
-    problem: Option<String>,
-}
-
-#[derive(Debug, Default)]
-struct Found {
-    own: Vec<Directory>,
-    /// Of the socket unit, which may listen in the place of the service.
-    sockets: Vec<Directory>,
-    uids: Vec<u32>,
-}
-
-/// What is claimed already: two owners may name one thing by two names.
-#[derive(Debug, Default)]
-struct Seen {
-    cgroups: BTreeSet<CgroupRef>,
-    uids: BTreeSet<u32>,
-}
-
-impl Seen {
-    fn claim(&mut self, found: &Found) -> Option<String> {
-        if let Some(twice) = found.own.iter().find(|d| self.cgroups.contains(&d.cgroup)) {
-            let path = twice.path.display();
-            return Some(format!(
-                "its cgroup {path} belongs to another workload too; give each an owner of its own"
-            ));
-        }
-        if let Some(uid) = found.uids.iter().find(|uid| self.uids.contains(uid)) {
-            return Some(format!(
-                "its user {uid} belongs to another workload too; give each an owner of its own"
-            ));
-        }
-        self.cgroups.extend(found.own.iter().map(|d| d.cgroup));
-        self.uids.extend(&found.uids);
-        None
-    }
-}
-
-/// The owner as a place in the cgroup tree; `None` for a user.
-fn path(owner: &Owner) -> Result<Option<OwnerPath>, String> {
-    let path = match owner {
-        Owner::Unit(name) => OwnerPath::unit(name),
-        Owner::Cgroup(path) => OwnerPath::cgroup(path),
-        Owner::User(_) => return Ok(None),
-    };
-    path.map(Some).map_err(|error| error.to_string())
-}
-
-/// What is to be said of an owner without processes.
-fn missing(owner: &Owner, found: &Found) -> Option<String> {
-    if !found.own.is_empty() || !found.sockets.is_empty() {
-        return None;
-    }
-    match owner {
-        Owner::Unit(name) => Some(format!(
-            "the unit {name} does not run or is none; see `systemctl status {name}`"
-        )),
-        Owner::Cgroup(path) => Some(format!(
-            "there is no cgroup {path}; start its program, or correct the path"
-        )),
-        Owner::User(_) => None,
-    }
-}
-
-fn uid(owner: &Owner) -> Result<u32, String> {
-    match owner {
-        Owner::User(name) => uid_of(name).map_err(|error| error.to_string()),
-        _ => Err("its owner is no user".to_owned()),
-    }
-}
-
 /// The next word of the holder; none comes where another worker has taken over.
 async fn heard(holder: Option<&mut (HolderLink, HolderSender)>) -> std::io::Result<FromHolder> {
     match holder {
@@ -599,39 +528,5 @@ async fn moved(cgroups: Option<&mut CgroupWatch>) -> Result<(), CgroupError> {
     match cgroups {
         Some(cgroups) => cgroups.changed().await.map(drop),
         None => std::future::pending().await,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn users_are_found_by_name_or_number() {
-        assert_eq!(uid(&Owner::User("4711".to_owned())), Ok(4711));
-        assert_eq!(uid(&Owner::User("root".to_owned())), Ok(0));
-        let error = uid(&Owner::User("no-such-user-here".to_owned())).unwrap_err();
-        assert!(error.contains("no-such-user-here"), "{error}");
-    }
-
-    #[test]
-    fn an_owner_that_is_not_there_is_told() {
-        let unit = Owner::Unit("no-such.service".to_owned());
-        let told = missing(&unit, &Found::default()).unwrap();
-        assert!(told.contains("no-such.service"), "{told}");
-        let user = Owner::User("33".to_owned());
-        assert_eq!(missing(&user, &Found::default()), None);
-    }
-
-    #[test]
-    fn one_thing_under_two_names_belongs_to_the_first() {
-        let mut seen = Seen::default();
-        let user = |uid| Found {
-            uids: vec![uid],
-            ..Found::default()
-        };
-        assert_eq!(seen.claim(&user(33)), None);
-        assert!(seen.claim(&user(33)).unwrap().contains("33"));
-        assert_eq!(seen.claim(&user(34)), None);
     }
 }
