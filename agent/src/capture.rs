@@ -73,7 +73,6 @@ pub(crate) struct CaptureSettings {
     /// Ports that the door never looks at, whatever a workload declares.
     pub(crate) keep_open: Vec<u16>,
     /// Bridges whose containers' calls to virtual addresses are taken over.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) bridges: Vec<String>,
 }
 

@@ -62,7 +62,7 @@ impl Containers {
             }
         };
         let accounts = table.workloads.iter().map(|owned| &owned.account);
-        let (own, problems) = settle(accounts.zip(found).collect());
+        let (own, problems) = settle(&accounts.zip(found).collect::<Vec<_>>());
         let mut changed = problems != self.problems;
         self.problems = problems;
         for workload in desired {
@@ -77,13 +77,13 @@ impl Containers {
 
 /// What two workloads have is neither's.
 fn settle(
-    found: Vec<(&Account, BTreeSet<IpAddr>)>,
+    found: &[(&Account, BTreeSet<IpAddr>)],
 ) -> (
     BTreeMap<String, BTreeSet<IpAddr>>,
     BTreeMap<Account, String>,
 ) {
     let mut claims: BTreeMap<IpAddr, Vec<&Account>> = BTreeMap::new();
-    for (account, addresses) in &found {
+    for (account, addresses) in found {
         for address in addresses {
             claims.entry(*address).or_default().push(account);
         }
@@ -133,7 +133,7 @@ mod tests {
         let account = |name| Account::parse(name).unwrap();
         let (a, b, c) = (account("shop/a"), account("shop/b"), account("shop/c"));
         let addresses = |all: &[&str]| all.iter().map(|text| text.parse().unwrap()).collect();
-        let (own, problems) = settle(vec![
+        let (own, problems) = settle(&[
             (&a, addresses(&["10.88.0.2", "10.88.0.3"])),
             (&b, addresses(&["10.88.0.3"])),
             (&c, addresses(&["fd88::2"])),
