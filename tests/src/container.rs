@@ -51,7 +51,7 @@ pub fn network(host: &Host, bridge: &str, number: u8) {
 }
 
 impl Container {
-    /// Runs a command line on this network, in the cgroup of the container's name; `options` are of `podman run`.
+    /// Runs a command line on this network, in a cgroup below that of the container's name; `options` are of `podman run`.
     #[track_caller]
     pub fn run(host: &Host, name: &str, network: &str, options: &[&str], line: &str) -> Self {
         let rootfs = host.subdir(&format!("{name}-rootfs"), None);
@@ -81,7 +81,9 @@ impl Container {
         words.extend(shared.iter().map(String::as_str));
         words.extend(options);
         words.extend(["--rootfs", &rootfs, "/bin/sh", "-c", line]);
-        let mut process = podman(host, &words).cgroup(name).spawn(name);
+        let mut process = podman(host, &words)
+            .cgroup(&format!("{name}/payload"))
+            .spawn(name);
         let pid = wait_until(&format!("the container {name}"), SOON, || {
             process.is_alive()?;
             number(&pid_file)

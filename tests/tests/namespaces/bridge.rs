@@ -47,6 +47,8 @@ impl Site {
         host.own_etc_and_run();
         let (outside, gateway) = (pair.site.host("outside"), pair.site.host("gateway"));
         lead_by(&gateway, &host);
+        // As strict about ways back as hosts are.
+        host.ok("echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter");
         for (bridge, number) in bridges.iter().zip(88..) {
             network(&host, bridge, number);
         }
