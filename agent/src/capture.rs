@@ -1,15 +1,17 @@
 //! Taking over the traffic of local programs: who calls is decided by the kernel at the SYN, and nothing of it is ever
 //! answered by another program.
 //!
-//! `rules` is the packet filter, `real` its part for real addresses, `door` its part for what comes from elsewhere in plaintext, `guard` what is left of that
+//! `rules` is the packet filter, `real` its part for real addresses, `bridged` for containers, `door` its part for what comes from elsewhere in plaintext, `guard` what is left of that
 //! when the agent is gone, `routes` the link, routes and policy rules, `sockdiag` asks whose a socket is,
 //! `cgroup` follows the owners, `app_socket` is the way to a local app. Only the holder opens [`Capture`]; the worker uses
 //! the last three.
 
 mod advice;
 pub(crate) mod app_socket;
+mod bridged;
 pub(crate) mod bypass;
 pub(crate) mod cgroup;
+pub(crate) mod containers;
 pub(crate) mod door;
 pub(crate) mod gateways;
 mod guard;
@@ -25,6 +27,7 @@ mod table;
 mod vips;
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
@@ -69,9 +72,13 @@ pub(crate) struct CaptureSettings {
     pub(crate) input_priority: i32,
     /// Ports that the door never looks at, whatever a workload declares.
     pub(crate) keep_open: Vec<u16>,
+    /// Bridges whose containers' calls to virtual addresses are taken over.
+    pub(crate) bridges: Vec<String>,
 }
 
 const SSH: u16 = 22;
+/// Two rules each, which every packet that comes in passes.
+const BRIDGES_MAX: usize = 16;
 
 impl Default for CaptureSettings {
     fn default() -> Self {
@@ -86,6 +93,7 @@ impl Default for CaptureSettings {
             prerouting_priority: -150,
             input_priority: 10,
             keep_open: vec![SSH],
+            bridges: Vec::new(),
         }
     }
 }
@@ -137,6 +145,19 @@ impl CaptureSettings {
         if !(1..=200).contains(&self.input_priority) {
             return wrong("input_priority", "1 to 200: after the host's firewall");
         }
+        let is_bridge = |name: &String| {
+            (1..libc::IFNAMSIZ).contains(&name.len())
+                && !["lo", ".", "..", self.link.as_str()].contains(&name.as_str())
+                && name
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        };
+        if self.bridges.len() > BRIDGES_MAX || !self.bridges.iter().all(is_bridge) {
+            return wrong(
+                "bridges",
+                "at most 16 names of links of at most 15 bytes: letters, digits, `-`, `_`, `.`; not `lo` or `link`",
+            );
+        }
         Ok(())
     }
 
@@ -153,12 +174,13 @@ impl CaptureSettings {
 /// |---|---|---|
 /// | `0x8nnn` | output | SYN of workload `nnn` (0: common); to `lo`, then to its listener |
 /// | `0x9000` | output | later packet of a captured connection; to `lo` |
-/// | `0xa000` | output | answer of an app to an address that we showed it; to `lo` |
-/// | `0xc000` | output | later packet of a captured connection to a real address; to `lo` |
-/// | `0xc001` | output | the same, of one that is over |
-/// | `0xb000` | the worker, on its sockets to apps | remember this flow; to `lo` |
+/// | `0x9001` | output | answer of an app to an address that we showed it; to `lo` |
+/// | `0x9002` | the worker, on its sockets to apps | remember this flow; to `lo` |
+/// | `0x9003` | output | later packet of a captured connection to a real address; to `lo` |
+/// | `0x9004` | output | the same, of one that is over |
 ///
-/// One bit, `0x8000`, is what the policy rule looks at.
+/// One bit, `0x8000`, is what the policy rule looks at. `0x2000` and `0x4000` are never set: by them podman and Kubernetes
+/// mark what they translate, and they look at nothing else of a mark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Marks {
     base: u32,
@@ -177,20 +199,20 @@ impl Marks {
     }
 
     const fn way_back(self) -> u32 {
-        self.base | 0xa000
+        self.base | 0x9001
     }
 
     const fn carried(self) -> u32 {
-        self.base | 0xc000
+        self.base | 0x9003
     }
 
     const fn carried_over(self) -> u32 {
-        self.base | 0xc001
+        self.base | 0x9004
     }
 
     /// The mark of the worker's sockets to apps.
     pub(crate) const fn app(self) -> u32 {
-        self.base | 0xb000
+        self.base | 0x9002
     }
 
     /// What the policy rule matches: value and mask.
@@ -215,6 +237,8 @@ pub(crate) struct Workload {
     pub(crate) number: u16,
     pub(crate) cgroups: Vec<CgroupRef>,
     pub(crate) uids: Vec<u32>,
+    /// Of its containers on the bridges that the settings name.
+    pub(crate) addresses: Vec<IpAddr>,
     /// Ports of its listeners on 127.0.0.1 and ::1.
     pub(crate) port4: Option<u16>,
     pub(crate) port6: Option<u16>,
@@ -547,6 +571,7 @@ mod tests {
         ];
         for (index, mark) in all.iter().enumerate() {
             assert_eq!(mark & mask, value);
+            assert_eq!(mark & 0x6000, 0, "podman and Kubernetes translate by it");
             assert!(!all[..index].contains(mark));
         }
         assert_eq!(
@@ -599,5 +624,13 @@ mod tests {
         assert!(with(|s| s.table = "x y".to_owned()));
         assert!(with(|s| s.output_priority = 0));
         assert!(with(|s| s.input_priority = 0));
+        for bridge in ["", "lo", "mesh0", "a/b", "a-name-too-long-for-a-link"] {
+            let settings = CaptureSettings {
+                bridges: vec!["podman0".to_owned(), bridge.to_owned()],
+                ..CaptureSettings::default()
+            };
+            assert!(settings.check().is_err(), "{bridge}");
+        }
+        assert!(with(|s| s.bridges = vec!["podman0".to_owned(); 17]));
     }
 }

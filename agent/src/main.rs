@@ -8,6 +8,7 @@ mod alone;
 mod bypass;
 mod check;
 mod config;
+mod containers;
 mod discover;
 mod explain;
 mod join;

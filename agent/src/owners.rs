@@ -1,7 +1,9 @@
 //! Tells the kernel, by way of the holder, whose processes are which workload, and takes the listeners that come for
 //! it. Follows the workload files and the cgroups of their owners: a unit that restarts is another directory.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod found;
+
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,9 +21,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::bypass::Bypass;
-use crate::capture::CgroupRef;
-use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch, Directory, OwnerPath, uid_of};
+use crate::capture::cgroup::{CgroupError, CgroupTree, CgroupWatch};
 use crate::capture::real::Real;
+use crate::containers::Containers;
 use crate::data::DataPlane;
 use crate::door::{Door, DoorStatus, WantedDoors};
 use crate::handing::Handing;
@@ -34,11 +36,14 @@ use crate::state::State;
 use crate::view::{Endpoints, View, ViewWriter};
 use crate::whose::{Owned, OwnerTable};
 use crate::workloads::WorkloadSet;
+use found::{Resolved, Seen, missing, path, uid};
 
 /// How often plaintext callers are read: far oftener than the kernel forgets them.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// How long control's machine may take to take a connection.
 const REACH_MAX: Duration = Duration::from_secs(6);
+/// How often containers are looked for: the kernel tells nobody that one has its address now.
+const CONTAINERS_EVERY: Duration = Duration::from_secs(1);
 /// How often what failed is tried again: a user that is not there yet, rules that the kernel refused.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -87,6 +92,7 @@ pub(crate) struct Links {
     pub(crate) metrics: Arc<Metrics>,
     /// Where control answers, and what else is never taken over.
     pub(crate) spared: Spared,
+    pub(crate) containers: Containers,
 }
 
 #[derive(Debug)]
@@ -146,6 +152,8 @@ impl Owners {
         let mut view = self.links.view.reader();
         let mut look = tokio::time::interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut containers = tokio::time::interval(CONTAINERS_EVERY);
+        containers.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.follow_set().await?;
         loop {
             self.publish();
@@ -187,6 +195,11 @@ impl Owners {
                         sender.look().await.context("the holder takes no messages")?;
                     }
                 }
+                _ = containers.tick(), if self.links.containers.is_looking() && !self.follows_only => {
+                    if self.containers_moved() {
+                        self.tell(false).await?;
+                    }
+                }
                 reached = finished(self.reaching.as_mut()) => {
                     self.reaching = None;
                     if let Some((_, sender)) = &mut self.links.holder {
@@ -220,7 +233,13 @@ impl Owners {
 
     /// Resolves all owners, shows them to the data path, and tells the holder what changed; `again`: in any case.
     async fn tell(&mut self, again: bool) -> anyhow::Result<()> {
-        let (desired, table, problems, absent) = self.resolve()?;
+        let (mut desired, table, mut problems, absent) = self.resolve()?;
+        self.links.containers.look(&table, &mut desired);
+        for (account, problem) in self.links.containers.problems() {
+            problems
+                .entry(account.clone())
+                .or_insert_with(|| problem.clone());
+        }
         for (account, problem) in &problems {
             if self.status.problems.get(account) != Some(problem) {
                 log::warn!(workload:% = account; "{problem}");
@@ -298,6 +317,13 @@ impl Owners {
         self.status.error = Some(error);
     }
 
+    /// Whether containers came, went, or have other addresses.
+    fn containers_moved(&mut self) -> bool {
+        let view = self.links.view.now();
+        let mut workloads = self.sent.workloads.clone();
+        self.links.containers.look(&view.owners, &mut workloads)
+    }
+
     /// Whether other real addresses are to be taken over, now that endpoints changed.
     fn reals_moved(&mut self, view: &View) -> bool {
         if Arc::ptr_eq(&self.endpoints, &view.endpoints) {
@@ -359,6 +385,7 @@ impl Owners {
                 cgroups: found.own.iter().map(|d| d.cgroup).collect(),
                 root: found.uids.contains(&0),
                 uids: found.uids.clone(),
+                addresses: Vec::new(),
             });
             let mut directories = found.own;
             directories.extend(found.sockets);
@@ -472,79 +499,6 @@ pub(crate) async fn take_listeners(
     Ok(())
 }
 
-#[derive(Debug, Default)]
-struct Resolved {
-    owner: Found,
-    problem: Option<String>,
-}
-
-#[derive(Debug, Default)]
-struct Found {
-    own: Vec<Directory>,
-    /// Of the socket unit, which may listen in the place of the service.
-    sockets: Vec<Directory>,
-    uids: Vec<u32>,
-}
-
-/// What is claimed already: two owners may name one thing by two names.
-#[derive(Debug, Default)]
-struct Seen {
-    cgroups: BTreeSet<CgroupRef>,
-    uids: BTreeSet<u32>,
-}
-
-impl Seen {
-    fn claim(&mut self, found: &Found) -> Option<String> {
-        if let Some(twice) = found.own.iter().find(|d| self.cgroups.contains(&d.cgroup)) {
-            let path = twice.path.display();
-            return Some(format!(
-                "its cgroup {path} belongs to another workload too; give each an owner of its own"
-            ));
-        }
-        if let Some(uid) = found.uids.iter().find(|uid| self.uids.contains(uid)) {
-            return Some(format!(
-                "its user {uid} belongs to another workload too; give each an owner of its own"
-            ));
-        }
-        self.cgroups.extend(found.own.iter().map(|d| d.cgroup));
-        self.uids.extend(&found.uids);
-        None
-    }
-}
-
-/// The owner as a place in the cgroup tree; `None` for a user.
-fn path(owner: &Owner) -> Result<Option<OwnerPath>, String> {
-    let path = match owner {
-        Owner::Unit(name) => OwnerPath::unit(name),
-        Owner::Cgroup(path) => OwnerPath::cgroup(path),
-        Owner::User(_) => return Ok(None),
-    };
-    path.map(Some).map_err(|error| error.to_string())
-}
-
-/// What is to be said of an owner without processes.
-fn missing(owner: &Owner, found: &Found) -> Option<String> {
-    if !found.own.is_empty() || !found.sockets.is_empty() {
-        return None;
-    }
-    match owner {
-        Owner::Unit(name) => Some(format!(
-            "the unit {name} does not run or is none; see `systemctl status {name}`"
-        )),
-        Owner::Cgroup(path) => Some(format!(
-            "there is no cgroup {path}; start its program, or correct the path"
-        )),
-        Owner::User(_) => None,
-    }
-}
-
-fn uid(owner: &Owner) -> Result<u32, String> {
-    match owner {
-        Owner::User(name) => uid_of(name).map_err(|error| error.to_string()),
-        _ => Err("its owner is no user".to_owned()),
-    }
-}
-
 /// The next word of the holder; none comes where another worker has taken over.
 async fn heard(holder: Option<&mut (HolderLink, HolderSender)>) -> std::io::Result<FromHolder> {
     match holder {
@@ -574,39 +528,5 @@ async fn moved(cgroups: Option<&mut CgroupWatch>) -> Result<(), CgroupError> {
     match cgroups {
         Some(cgroups) => cgroups.changed().await.map(drop),
         None => std::future::pending().await,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn users_are_found_by_name_or_number() {
-        assert_eq!(uid(&Owner::User("4711".to_owned())), Ok(4711));
-        assert_eq!(uid(&Owner::User("root".to_owned())), Ok(0));
-        let error = uid(&Owner::User("no-such-user-here".to_owned())).unwrap_err();
-        assert!(error.contains("no-such-user-here"), "{error}");
-    }
-
-    #[test]
-    fn an_owner_that_is_not_there_is_told() {
-        let unit = Owner::Unit("no-such.service".to_owned());
-        let told = missing(&unit, &Found::default()).unwrap();
-        assert!(told.contains("no-such.service"), "{told}");
-        let user = Owner::User("33".to_owned());
-        assert_eq!(missing(&user, &Found::default()), None);
-    }
-
-    #[test]
-    fn one_thing_under_two_names_belongs_to_the_first() {
-        let mut seen = Seen::default();
-        let user = |uid| Found {
-            uids: vec![uid],
-            ..Found::default()
-        };
-        assert_eq!(seen.claim(&user(33)), None);
-        assert!(seen.claim(&user(33)).unwrap().contains("33"));
-        assert_eq!(seen.claim(&user(34)), None);
     }
 }

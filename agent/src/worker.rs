@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin;
 use crate::capture::sockdiag::SockDiag;
 use crate::config::Config;
+use crate::containers::Containers;
 use crate::control::{self, SessionStatus};
 use crate::data::{DataPlane, DataShared, Ending};
 use crate::dns::keeper::{self, Keeper};
@@ -335,6 +336,7 @@ impl Parts {
                 door: Door::new(self.state.clone(), &metrics, edges_by, config.keep_open()),
                 state: self.state,
                 metrics: Arc::clone(&metrics),
+                containers: Containers::new(config.capture.bridges.clone()),
                 spared: Spared {
                     everything: !config.capture.enabled,
                     keep_open: config.keep_open(),

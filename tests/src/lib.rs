@@ -11,6 +11,7 @@ pub mod bench;
 pub mod booted;
 pub mod cgroup;
 mod clock;
+pub mod container;
 pub mod control;
 pub mod demo;
 pub mod facts;

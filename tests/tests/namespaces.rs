@@ -9,6 +9,8 @@ mod authz;
 mod bench;
 #[path = "namespaces/bounds.rs"]
 mod bounds;
+#[path = "namespaces/bridge.rs"]
+mod bridge;
 #[path = "namespaces/bypass.rs"]
 mod bypass;
 #[path = "namespaces/capture.rs"]

@@ -71,6 +71,10 @@ pub(crate) const NAMESPACES: &[Need] = &[
     ("firewalld", "firewalld"),
     ("dbus-daemon", "dbus-daemon"),
     ("faketime", "faketime"),
+    ("podman", "podman"),
+    ("crun", "crun"),
+    ("/usr/lib/podman/netavark", "netavark"),
+    ("iptables", "iptables"),
 ];
 
 pub(crate) const PACKAGE: &[Need] = &[

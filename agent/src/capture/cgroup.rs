@@ -234,7 +234,7 @@ impl CgroupTree {
     }
 
     /// Names and inodes of the directories in one; none if it is gone.
-    fn children(&self, path: &Path) -> Result<Vec<(String, u64)>, CgroupError> {
+    pub(super) fn children(&self, path: &Path) -> Result<Vec<(String, u64)>, CgroupError> {
         let entries = match fs::read_dir(self.root.join(path)) {
             Ok(entries) => entries,
             Err(error) if is_gone(&error) => return Ok(Vec::new()),

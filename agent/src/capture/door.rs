@@ -15,6 +15,8 @@ use std::time::Duration;
 use mesh_core::policy::{Cidr, widest};
 use serde::{Deserialize, Serialize};
 
+use super::Marks;
+use super::bridged;
 use super::bypass;
 use super::netlink::{Connection, Message};
 use super::nft::{
@@ -116,7 +118,7 @@ pub(crate) struct Seen {
 }
 
 /// Sets, chains and rules that do not change while the table lives.
-pub(super) fn frame(scribe: Scribe<'_>, priority: i32) -> Vec<Message> {
+pub(super) fn frame(scribe: Scribe<'_>, priority: i32, marks: Marks) -> Vec<Message> {
     let mut messages = vec![
         scribe.new_set(SetShape::plain(DOOR_PORTS, 10, &[Type::Port], None)),
         // Its elements may have a lifetime; the set says none.
@@ -156,18 +158,21 @@ pub(super) fn frame(scribe: Scribe<'_>, priority: i32) -> Vec<Message> {
         messages.push(scribe.new_rule(names.refused, &Steps::default().reject_with_reset()));
     }
     messages.push(scribe.new_hook(DOOR, "filter", Hook::Input, priority));
-    let rules = door_rules();
+    let rules = door_rules(marks);
     messages.extend(rules.iter().map(|steps| scribe.new_rule(DOOR, steps)));
     messages
 }
 
-/// Which packets a chain of the input hook is about: SYNs from elsewhere to one of the ports in `ports`.
-pub(super) fn from_elsewhere(ports: &str) -> Vec<Steps> {
+/// Which packets a chain of the input hook is about: SYNs from elsewhere to one of the ports in `ports`, but for those that
+/// go to a listener of ours.
+pub(super) fn from_elsewhere(ports: &str, marks: Marks) -> Vec<Steps> {
     vec![
         Steps::default()
             .meta(Meta::InputType, R0)
             .compare(R0, Compare::Equal, &LOOPBACK.to_ne_bytes())
             .back(),
+        // Of a container; none comes marked from another host.
+        bridged::captured(marks).back(),
         tcp(Steps::default(), Compare::NotEqual).back(),
         syn(Steps::default(), Compare::NotEqual).back(),
         Steps::default()
@@ -177,8 +182,9 @@ pub(super) fn from_elsewhere(ports: &str) -> Vec<Steps> {
     ]
 }
 
-fn door_rules() -> Vec<Steps> {
-    let mut rules = from_elsewhere(DOOR_PORTS);
+fn door_rules(marks: Marks) -> Vec<Steps> {
+    let mut rules = bridged::input_rules(marks).to_vec();
+    rules.extend(from_elsewhere(DOOR_PORTS, marks));
     for names in &FAMILIES {
         let of_family = || family(Steps::default(), names.family);
         let within = |set| caller(of_family(), names.family).only_if_in(set, R0);

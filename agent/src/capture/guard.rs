@@ -153,7 +153,7 @@ impl Guard {
         ];
         let ports = self.doors.iter().map(|d| d.port.to_be_bytes().to_vec());
         messages.extend(scribe.members(STRICT_PORTS, &ports.collect::<Vec<_>>()));
-        let mut rules = from_elsewhere(STRICT_PORTS);
+        let mut rules = from_elsewhere(STRICT_PORTS, self.marks);
         rules.push(bypass::if_open(Steps::default()).back());
         for (id, (version, address, name)) in (2..).zip(SETS) {
             messages.push(scribe.new_set(SetShape {

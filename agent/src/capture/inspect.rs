@@ -28,6 +28,8 @@ const POLICY_DROP: u32 = 0;
 const LOCAL_TABLE: u32 = 255;
 /// The kernel's switch for IPv6 of one link; absent without IPv6.
 const IPV6_OFF: &str = "/proc/sys/net/ipv6/conf";
+/// Where bridges call the packet filter; absent where they can not.
+const BRIDGES_CALL: &str = "/proc/sys/net/bridge";
 
 /// What stands in the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -58,6 +60,9 @@ pub(crate) fn inspect(
     let failed = |error: io::Error| format!("the kernel can not be asked: {error}");
     let mut found = Inspection::default();
     look_at_filter(settings, &mut found).map_err(failed)?;
+    if !settings.bridges.is_empty() {
+        found.clashes.extend(bridges_that_call());
+    }
     let mut routes = Connection::open(netlink_sys::protocols::NETLINK_ROUTE).map_err(failed)?;
     found.missing.link = !link_is_up(&mut routes, &settings.link).map_err(failed)?;
     for (family, range) in [(V4, ranges.v4), (V6, ranges.v6)] {
@@ -69,6 +74,20 @@ pub(crate) fn inspect(
         look_at_routes(&mut routes, settings, family, &octets, &mut found).map_err(failed)?;
     }
     Ok(found)
+}
+
+/// A SYN of a container then loses its listener on the way from the bridge to the host.
+fn bridges_that_call() -> Vec<String> {
+    let on = |name: &&str| {
+        let text = std::fs::read_to_string(format!("{BRIDGES_CALL}/{name}"));
+        text.is_ok_and(|text| text.trim() != "0")
+    };
+    let names = ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"];
+    let names = names.iter().filter(|name| on(name));
+    let told = names.map(|name| {
+        format!("net.bridge.{name} is not 0, so calls of containers (capture.bridges) are refused")
+    });
+    told.collect()
 }
 
 fn does_ipv6(link: &str) -> bool {

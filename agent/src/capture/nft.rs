@@ -53,6 +53,7 @@ pub(super) const R0: Register = Register::word(0);
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Meta {
     Mark = 3,
+    InputName = 6,
     OutputName = 7,
     InputType = 8,
     OutputType = 9,

@@ -12,7 +12,7 @@
 //!
 //! What was marked comes in again by `lo`. In `prerouting` a SYN is handed to the listener of its number, or reset if
 //! there is none: it must never reach another program that listens on the same port. Later packets find their
-//! socket by themselves.
+//! socket by themselves. Before that stands what comes from containers, see `bridged.rs`.
 //!
 //! What comes in from elsewhere, straight to a program's own port, passes the door (`door.rs`).
 //!
@@ -23,6 +23,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use mesh_core::policy::Cidr;
 use serde::{Deserialize, Serialize};
 
+use super::bridged;
 use super::bypass;
 use super::door;
 use super::netlink::Message;
@@ -171,6 +172,7 @@ pub(super) fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Messa
         scribe.new_hook(LEAVING, "filter", Hook::Postrouting, LEAVING_PRIORITY),
     ];
     messages.extend(real::frame(scribe, marks));
+    messages.extend(bridged::frame(scribe, marks, ranges));
     let mut add = |chain, rules: Vec<Steps>| {
         messages.extend(rules.iter().map(|steps| scribe.new_rule(chain, steps)));
     };
@@ -179,10 +181,11 @@ pub(super) fn frame(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Messa
     add(VIP, vip_rules(settings, ranges));
     add(ASKERS, NAMES.rules(ASKERS).into());
     add(SHED, shed_rules());
+    add(PREROUTING, bridged::prerouting_rules(settings, ranges));
     add(PREROUTING, prerouting_rules(marks));
     add(WHOSE, whose_rules(marks, &[]));
     add(LEAVING, real::leaving_rules(marks));
-    messages.extend(door::frame(scribe, settings.input_priority));
+    messages.extend(door::frame(scribe, settings.input_priority, marks));
     messages
 }
 
@@ -236,6 +239,7 @@ pub(super) fn contents(
     messages.extend(scribe.elements(PORT_OF_6, &ports(|w| w.port6)));
     let rules = whose_rules(marks, levels);
     messages.extend(rules.iter().map(|steps| scribe.new_rule(WHOSE, steps)));
+    messages.extend(bridged::contents(scribe, marks, workloads));
     messages
 }
 
@@ -286,7 +290,7 @@ pub(super) fn flow_key(steps: Steps, family: u8, reversed: bool) -> Steps {
 }
 
 /// Compares the destination's network part with a range.
-fn destination_in(steps: Steps, range: Cidr) -> Steps {
+pub(super) fn destination_in(steps: Steps, range: Cidr) -> Steps {
     let (protocol, offset, address) = match range.address {
         std::net::IpAddr::V4(v4) => (IPV4, 16, v4.octets().to_vec()),
         std::net::IpAddr::V6(v6) => (IPV6, 24, v6.octets().to_vec()),
@@ -351,16 +355,15 @@ fn own_rules() -> Vec<Steps> {
     vec![update(IPV4, FLOWS_4), update(IPV6, FLOWS_6)]
 }
 
+/// What goes to the link's own address, where the agent answers for names.
+pub(super) fn own_address(ranges: &VipRanges, range: Cidr) -> Steps {
+    let address = ranges.own(range);
+    let prefix = if address.is_ipv4() { 32 } else { 128 };
+    destination_in(Steps::default(), Cidr { address, prefix })
+}
+
 fn vip_rules(settings: &CaptureSettings, ranges: &VipRanges) -> Vec<Steps> {
-    let own = |range: Cidr| {
-        let address = ranges.own(range);
-        let bits = if address.is_ipv4() { 32 } else { 128 };
-        let single = Cidr {
-            address,
-            prefix: bits,
-        };
-        destination_in(Steps::default(), single)
-    };
+    let own = |range| own_address(ranges, range);
     let names = |range: Cidr, port: u16| {
         own(range)
             .meta(Meta::Protocol, R0)
@@ -422,7 +425,8 @@ fn whose_rules(marks: Marks, levels: &[u8]) -> Vec<Steps> {
     rules
 }
 
-fn prerouting_rules(marks: Marks) -> Vec<Steps> {
+/// Hands a SYN to the listener of its number, or resets it if there is none.
+pub(super) fn give_to_listeners() -> [Steps; 3] {
     let give = |version, address: &[u8], ports| {
         let port = Register::word(4);
         tcp(family(Steps::default(), version), Compare::Equal)
@@ -432,7 +436,15 @@ fn prerouting_rules(marks: Marks) -> Vec<Steps> {
             .tproxy(version, R0, port)
             .accept()
     };
-    vec![
+    [
+        give(IPV4, &Ipv4Addr::LOCALHOST.octets(), PORT_OF_4),
+        give(IPV6, &Ipv6Addr::LOCALHOST.octets(), PORT_OF_6),
+        Steps::default().reject_with_reset(),
+    ]
+}
+
+fn prerouting_rules(marks: Marks) -> Vec<Steps> {
+    let mut rules = vec![
         Steps::default()
             .meta(Meta::Mark, R0)
             .mask(R0, &Marks::KIND_MASK.to_ne_bytes())
@@ -444,8 +456,7 @@ fn prerouting_rules(marks: Marks) -> Vec<Steps> {
             .back(),
         // With `tcp_fwmark_accept` set on the host, the listeners' answers carry the mark of the SYN.
         syn(tcp(Steps::default(), Compare::Equal), Compare::NotEqual).back(),
-        give(IPV4, &Ipv4Addr::LOCALHOST.octets(), PORT_OF_4),
-        give(IPV6, &Ipv6Addr::LOCALHOST.octets(), PORT_OF_6),
-        Steps::default().reject_with_reset(),
-    ]
+    ];
+    rules.extend(give_to_listeners());
+    rules
 }

@@ -239,16 +239,20 @@ pub(super) fn workloads<'a>(
     wanted: &[DesiredWorkload],
     listener: impl Fn(&u16) -> Option<&'a WorkloadListener>,
 ) -> Vec<Workload> {
-    let common = (COMMON, Vec::new(), Vec::new());
+    let common = (COMMON, Vec::new(), Vec::new(), Vec::new());
     let wanted = wanted.iter();
-    let wanted = wanted.map(|w| (w.number, w.cgroups.clone(), w.uids.clone()));
+    let wanted = wanted.map(|w| {
+        let (cgroups, uids) = (w.cgroups.clone(), w.uids.clone());
+        (w.number, cgroups, uids, w.addresses.clone())
+    });
     let all = std::iter::once(common).chain(wanted);
-    let all = all.map(|(number, cgroups, uids)| {
+    let all = all.map(|(number, cgroups, uids, addresses)| {
         let (port4, port6) = listener(&number).map_or((None, None), ports);
         Workload {
             number,
             cgroups,
             uids,
+            addresses,
             port4,
             port6,
         }

@@ -1,12 +1,14 @@
 //! Checks what a worker wants: it is the less trusted one, and the holder writes for it what only it may write.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use thiserror::Error;
 
 use mesh_core::policy::Cidr;
 
 use super::protocol::{Desired, DesiredDoor, DesiredWorkload};
+use crate::capture::containers::ADDRESSES_MAX;
 use crate::capture::door::DoorPort;
 use crate::capture::real::{REALS_MAX, Real};
 use crate::capture::{NUMBER_MAX, VipRanges};
@@ -47,7 +49,15 @@ pub(super) enum DesiredError {
         uid: u32,
         rule: &'static str,
     },
-    #[error("the workloads have more than 16384 cgroups and users in all, or one has more than 64")]
+    #[error("the address {address} of a container of workload {number} {rule}")]
+    Address {
+        number: u16,
+        address: IpAddr,
+        rule: &'static str,
+    },
+    #[error(
+        "the workloads have more than 16384 cgroups, users and containers' addresses in all, or one has more than 64 of a kind"
+    )]
     TooManyOwners,
     #[error("the input door of port {port} {rule}")]
     Door { port: u16, rule: &'static str },
@@ -81,7 +91,7 @@ pub(super) fn check(desired: &Desired, ranges: &VipRanges) -> Result<(), Desired
     for workload in &desired.workloads {
         check_workload(workload, &mut seen)?;
     }
-    let elements = seen.cgroups.len() + seen.uids.len();
+    let elements = seen.cgroups.len() + seen.uids.len() + seen.addresses.len();
     if elements > ELEMENTS_MAX {
         return Err(DesiredError::TooManyOwners);
     }
@@ -159,6 +169,7 @@ struct Seen<'a> {
     labels: BTreeSet<&'a str>,
     cgroups: BTreeSet<u64>,
     uids: BTreeSet<u32>,
+    addresses: BTreeSet<IpAddr>,
 }
 
 fn check_workload<'a>(
@@ -178,7 +189,10 @@ fn check_workload<'a>(
     if !printable || label.len() > LABEL_MAX || !seen.labels.insert(label) {
         return Err(DesiredError::Label { number });
     }
-    if workload.cgroups.len() > CGROUPS_MAX || workload.uids.len() > UIDS_MAX {
+    if workload.cgroups.len() > CGROUPS_MAX
+        || workload.uids.len() > UIDS_MAX
+        || workload.addresses.len() > ADDRESSES_MAX
+    {
         return Err(DesiredError::TooManyOwners);
     }
     for cgroup in &workload.cgroups {
@@ -209,6 +223,20 @@ fn check_workload<'a>(
         };
         return Err(DesiredError::Uid { number, uid, rule });
     }
+    for address in workload.addresses.iter().copied() {
+        let rule = if address.is_unspecified() || address.is_loopback() || address.is_multicast() {
+            "is nobody's"
+        } else if !seen.addresses.insert(address) {
+            "belongs to another workload too"
+        } else {
+            continue;
+        };
+        return Err(DesiredError::Address {
+            number,
+            address,
+            rule,
+        });
+    }
     Ok(())
 }
 
@@ -226,6 +254,7 @@ mod tests {
                 level: 2,
             }],
             uids: vec![1_000 + u32::from(number)],
+            addresses: vec![[10, 88, (number >> 8) as u8, number as u8].into()],
             root: false,
         }
     }
@@ -315,6 +344,13 @@ mod tests {
         assert!(refused(|w| w.uids = vec![0]));
         assert!(refused(|w| w.uids = vec![u32::MAX]));
         assert!(refused(|w| w.uids = (5_000..5_065).collect()));
+        assert!(refused(|w| w.addresses = vec![[10, 88, 0, 1].into()]));
+        assert!(refused(|w| w.addresses = vec![[127, 0, 0, 1].into()]));
+        assert!(refused(|w| w.addresses = vec![[0; 16].into()]));
+        let many = |w: &mut DesiredWorkload| {
+            w.addresses = (0..65).map(|last| [10, 89, 0, last].into()).collect();
+        };
+        assert!(refused(many));
     }
 
     #[test]

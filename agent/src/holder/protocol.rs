@@ -4,7 +4,7 @@
 //! their frame, and a reader never reads past the end of a frame, so they can not be taken for another frame's.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{TcpListener, UdpSocket};
+use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -58,6 +58,9 @@ pub(crate) struct DesiredWorkload {
     pub(crate) label: String,
     pub(crate) cgroups: Vec<CgroupRef>,
     pub(crate) uids: Vec<u32>,
+    /// Of its containers on the bridges that the settings name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) addresses: Vec<IpAddr>,
     /// User 0 may be among `uids`: the services file names it.
     #[serde(default)]
     pub(crate) root: bool,
@@ -546,6 +549,7 @@ mod tests {
                 label: "web".to_owned(),
                 cgroups: vec![CgroupRef { id: 9, level: 2 }],
                 uids: vec![33],
+                addresses: Vec::new(),
                 root: false,
             }],
             doors: None,

@@ -167,7 +167,7 @@ impl Holder<'_> {
             draining: draining.map(|d| left(&d.worker, Some(d.until))).collect(),
             workloads: self.applied.clone(),
             standing: self.confirmed.to_hand_over(),
-            places: places(&self.config),
+            places: places(self.config),
             config: self.config.config_copy.clone(),
             repaired: self.repaired,
             reloads: self.reloads,

@@ -157,9 +157,9 @@ except OSError as e: print('refused', e)
     let marks = [
         0x4d00_8001_u32,
         0x4d00_9000,
-        0x4d00_a000,
-        0x4d00_c000,
-        0x4d00_c001,
+        0x4d00_9001,
+        0x4d00_9003,
+        0x4d00_9004,
     ];
     let host = &pair.client.host;
     let call = |mark: u32, to: &str| {
