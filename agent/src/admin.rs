@@ -167,7 +167,7 @@ impl Sources {
         let host_identity = Identity::Host(host.name.clone());
         let spaces = namespaces(&set);
         let mut status = Status {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: mesh_runtime::version().to_owned(),
             host: host.name.to_string(),
             host_uid: host.uid.to_string(),
             trust_domain: host.trust_domain.to_string(),

@@ -143,7 +143,7 @@ pub(crate) async fn join(config: &Config, request: &Request) -> anyhow::Result<J
         network: request.network.clone().unwrap_or_default(),
         address: request.address.clone().unwrap_or_default(),
         mesh_port: config.mesh.listen_port.into(),
-        version: env!("CARGO_PKG_VERSION").to_owned(),
+        version: mesh_runtime::version().to_owned(),
     };
     let answer = match ask(&token, &wire).await {
         Ok(answer) => answer,

@@ -72,7 +72,7 @@ impl Shell {
         let moved = self.status.own_address.map(|ip| ip.to_string());
         proto::Hello {
             boot_id: self.boot_id.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: mesh_runtime::version().to_owned(),
             capabilities: Vec::new(),
             epoch: installed.map_or(0, |i| i.epoch),
             index_revision: installed.map_or(0, |i| i.revision),

@@ -12,3 +12,10 @@ pub mod mux;
 pub mod notify;
 pub mod signals;
 pub mod tls;
+
+/// The version of the program: all of the workspace have one. What a program says of itself in several places it has from
+/// here, where the tests that make newer packages find it.
+#[inline(never)]
+pub fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
+}
