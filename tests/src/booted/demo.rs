@@ -227,6 +227,9 @@ fn show(machine: &Machine, line: &str) -> String {
 
 fn said(cmd: Cmd) -> String {
     let text = cmd.deadline(JOIN_MAX).ok();
-    print!("{text}");
+    for line in text.lines() {
+        // Of a line that was written over and over, as progress is, what a terminal shows in the end.
+        println!("{}", line.rsplit('\r').next().unwrap_or_default());
+    }
     text
 }
