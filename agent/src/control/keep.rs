@@ -123,10 +123,36 @@ async fn write_on(
         if stopping {
             return Ok(());
         }
+        let pause = if failing { PAUSE_FAILED } else { PAUSE };
         tokio::select! {
             () = stop.cancelled() => wanted.mark_changed(),
-            () = tokio::time::sleep(if failing { PAUSE_FAILED } else { PAUSE }) => (),
+            () = tokio::time::sleep(pause) => (),
+            () = until_lacking(&written, wanted.clone()), if !failing => (),
         }
+    }
+}
+
+/// Returns when something is wanted of which the disk has not even an older state, as after a join: who is killed within
+/// the pause should begin with it. A sender that is gone wants nothing more.
+async fn until_lacking(written: &Wanted, mut wanted: watch::Receiver<Wanted>) {
+    let lacking = wanted.wait_for(|now| written.lacks_part_of(now));
+    if lacking.await.is_err() {
+        std::future::pending().await
+    }
+}
+
+impl Wanted {
+    /// Whether `newer` has a part of which this has none.
+    fn lacks_part_of(&self, newer: &Self) -> bool {
+        let lacks = |mine: bool, other: bool| !mine && other;
+        lacks(self.bundle.is_some(), newer.bundle.is_some())
+            || lacks(self.index.is_some(), newer.index.is_some())
+            || lacks(self.policies.is_some(), newer.policies.is_some())
+            || lacks(self.revocations.is_some(), newer.revocations.is_some())
+            || newer
+                .endpoints
+                .keys()
+                .any(|name| !self.endpoints.contains_key(name))
     }
 }
 
