@@ -61,7 +61,7 @@ use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
@@ -233,7 +233,13 @@ enum Output {
 #[error("{0}")]
 pub(crate) struct Mistyped(pub(crate) String);
 
+/// An agent that fails sooner than this after its start waits as long before it ends. Its unit starts it again after
+/// 100 ms, for a crash must not be felt; what makes a start fail (a key that is gone, a wrong configuration) does not go away by
+/// itself, and should not be tried and logged ten times a second.
+const AT_ONCE: Duration = Duration::from_secs(2);
+
 fn main() -> ExitCode {
+    let begun = Instant::now();
     let cli = Cli::parse();
     let runs = matches!(cli.command, Command::Run);
     match dispatch(cli) {
@@ -244,6 +250,9 @@ fn main() -> ExitCode {
             }
             // A closed stderr must not hide the exit code.
             let _ = writeln!(std::io::stderr(), "mesh-agent: {error:#}");
+            if runs && begun.elapsed() < AT_ONCE && std::env::var_os("NOTIFY_SOCKET").is_some() {
+                std::thread::sleep(AT_ONCE);
+            }
             match error.downcast_ref::<Mistyped>() {
                 Some(_) => ExitCode::from(2),
                 None => ExitCode::FAILURE,

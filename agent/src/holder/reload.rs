@@ -26,6 +26,8 @@ use crate::reload::Outcome;
 
 /// Workers that drain at once: each has memory of its own. Of more, the oldest has the time that a stop gives it.
 const DRAINING_MAX: usize = 2;
+/// So many that a reload is refused until one of them has ended.
+const DRAINING_FULL: usize = 6;
 /// How long a worker may take to let go of what only one may do: it ends a session and writes a file or two, on a disk that
 /// may be busy with the upgrade. Who calls meanwhile waits.
 const LET_GO_MAX: Duration = Duration::from_secs(10);
@@ -48,6 +50,17 @@ impl Holder<'_> {
         if self.asked.is_some() || self.stop_by.is_some() {
             log::info!("a reload or the end has begun already; this one is left out");
             return;
+        }
+        if DRAINING_FULL <= self.draining.len() {
+            let next = self.draining.iter().map(|draining| draining.until).min();
+            let left = next.map_or(Duration::ZERO, |at| {
+                at.saturating_duration_since(Instant::now())
+            });
+            return self.end_reload(Some(format!(
+                "{DRAINING_FULL} workers of earlier reloads still carry what was open then, and the next of them ends within {} s: \
+                 reload again then",
+                left.as_secs() + 1
+            )));
         }
         log::info!(program:% = self.lasting.program.display(); "the program on disk is to take over");
         let asked = (|| {

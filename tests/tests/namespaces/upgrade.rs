@@ -324,6 +324,25 @@ fn workers_that_drain_are_few_and_end_with_the_agent() {
     open[2].wait("ConnectionResetError");
 }
 
+/// What reloads without a pause leave behind is bounded, and cuts nothing.
+#[test]
+fn a_reload_is_refused_while_many_workers_drain() {
+    let rig = open_rig("upgrade_storm", "[timeouts]\ndrain_s = 600\n");
+    let agent = &rig.pair.client;
+    let mut open = Vec::new();
+    for number in 0..6 {
+        open.push(rig.open(&format!("bytes{number}"), "client"));
+        agent.reload().ok();
+    }
+    let refused = agent.reload();
+    assert_eq!(refused.code(), 1, "{refused}");
+    assert!(refused.stderr.contains("reload again then"), "{refused}");
+    assert_eq!(agent.workers().len(), 7, "{}", agent.log());
+    for open in &mut open {
+        open.goes_on();
+    }
+}
+
 fn of<'a>(pair: &'a mut Pair, who: &str) -> &'a mut Agent {
     match who {
         "client" => &mut pair.client,
