@@ -306,11 +306,17 @@ impl Agent {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("ours");
     }
 
-    /// The pid of the worker.
+    /// The pid of the worker, as soon as it is the only one: one that drains without an open connection ends at once.
     #[track_caller]
     pub fn worker(&self) -> u32 {
-        let workers = self.workers();
-        assert_eq!(workers.len(), 1, "workers of {}", self.host.name());
+        let mut workers = Vec::new();
+        wait_until("the only worker", SOON, || {
+            workers = self.workers();
+            check(
+                workers.len() == 1,
+                format!("{}: {workers:?}", self.host.name()),
+            )
+        });
         workers[0]
     }
 
